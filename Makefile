@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PARALLEL := -n 2 --dist loadfile
 
-.PHONY: test test-fast test-all coverage check docs notebooks demo clean
+OLDEST := .venv-oldest
+
+.PHONY: test test-fast test-all test-oldest coverage check docs notebooks demo clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -22,6 +24,18 @@ test-fast: $(READY)
 
 test-all: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL)
+
+# The oldest versions that pyproject.toml allows, in an environment of their own; no extras.
+$(OLDEST)/.ready: pyproject.toml tests/oldest-constraints.txt
+	test -x $(OLDEST)/bin/python || python3.11 -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --constraint tests/oldest-constraints.txt \
+		--editable . pytest pytest-timeout hypothesis
+	touch $@
+
+test-oldest: $(OLDEST)/.ready
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -m core
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q $(patsubst %,tests/test_%.py,build cli_words \
+		evaluate explain images index methods_laws network pairs prototypes render report)
 
 coverage: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL) --cov=embedcam --cov-branch --cov-report=term:skip-covered
@@ -42,4 +56,4 @@ demo: $(READY)
 	$(BIN)/embedcam demo demo-output
 
 clean:
-	rm -rf $(VENV) demo-output site .site-source
+	rm -rf $(VENV) $(OLDEST) demo-output site .site-source

@@ -9,12 +9,14 @@ import math
 import operator
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .errors import EmbedcamError, InputError, NetworkError, short
+from .errors import EmbedcamError, InputError, NetworkError, Plain, reason, short
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import ArrayLike, DTypeLike
+    from torch import Tensor
 
 UNIT_TOLERANCE = 1e-3
 """How far from 1 the length of a normalised embedding may be."""
@@ -25,19 +27,18 @@ LARGEST = 1e15
 def whole(
     name: str,
     value: object,
-    least: int = 0,
-    most: int | None = None,
+    least: float = 0,
+    most: float = math.inf,
     *,
     error: type[EmbedcamError] = InputError,
 ) -> int:
     """Return a whole number (Python's or NumPy's, no boolean) as an int, or raise `error`."""
     try:
-        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+        if not isinstance(value, bool) and least <= (number := operator.index(value)) <= most:  # type: ignore[arg-type]
+            return number
     except TypeError:
-        number = None
-    if number is None or number < least or (most is not None and number > most):
-        raise error(f"{name} = {short(value)}; give a whole number {interval(least, most)}")
-    return number
+        pass
+    raise error(f"{name} = {short(value)}; give a whole number {interval(least, most)}".rstrip())
 
 
 def number(
@@ -63,12 +64,12 @@ def number(
 
 
 def interval(
-    least: float, most: float | None, above: float | None = None, below: float | None = None
+    least: float, most: float, above: float | None = None, below: float | None = None
 ) -> str:
     """Return words for a range: "of at least 1", "from 0 to 1", "between 0 and 1"."""
     if above is not None and below is not None:
         return f"between {_end(above)} and {_end(below)}"
-    if math.isfinite(least) and most is not None and math.isfinite(most):
+    if math.isfinite(least) and math.isfinite(most):
         return f"from {_end(least)} to {_end(most)}"
     ends = (("above", above), ("of at least", least), ("below", below), ("of at most", most))
     known = [(words, end) for words, end in ends if end is not None and math.isfinite(end)]
@@ -96,20 +97,20 @@ def nearest_of(value: object, known: Iterable[str]) -> str:
     return (f"did you mean {near[0]!r}? " if near else "") + f"known: {', '.join(names)}"
 
 
-def check_sides(name: str, sides: Any) -> tuple[int, int]:
+def check_sides(name: str, sides: Plain) -> tuple[int, int]:
     """Return (height, width), both whole and at least 1."""
     try:
-        height, width = (int(side) for side in sides)
-        if min(height, width) >= 1 and (height, width) == tuple(sides):
-            return height, width
+        height, width = (whole("side", side, 1) for side in sides)  # type: ignore[union-attr]
+        return height, width
     except (TypeError, ValueError):
-        pass
-    raise InputError(f"{name} = {sides!r}; give (height, width), whole numbers of at least 1")
+        raise InputError(
+            f"{name} = {sides!r}; give (height, width), whole numbers of at least 1"
+        ) from None
 
 
 def check_features(
-    embedding: Any,
-    activations: Any,
+    embedding: ArrayLike,
+    activations: ArrayLike,
     width: int,
     channels: int,
     normalized: bool,
@@ -121,7 +122,7 @@ def check_features(
     """
     import numpy as np
 
-    vectors, maps = _numbers("embedding", embedding), _numbers("activations", activations)
+    vectors, maps = as_numbers("embedding", embedding), as_numbers("activations", activations)
     single = vectors.ndim == 1
     if single:
         vectors, maps = vectors[None], maps[None]
@@ -130,11 +131,26 @@ def check_features(
             f"the embedding has shape {list(np.shape(embedding))}; this index holds {width} "
             f"numbers an image, so give [{width}] or [B {width}]"
         )
-    maps = _on_grid(maps, channels, grid, list(np.shape(activations)))
+    tokens = grid is not None and maps.ndim == 3 and maps.shape[2] == channels
+    if tokens:
+        height, cells = check_sides("grid", grid)
+        if maps.shape[1] != height * cells:
+            raise InputError(
+                f"{maps.shape[1]} tokens do not fill a grid of {height} x {cells}; drop class "
+                "and register tokens first"
+            )
+        maps = maps.reshape(-1, height, cells, channels).transpose(0, 3, 1, 2)
+    shaped = maps.ndim == 4 and maps.shape[1] == channels and 0 not in maps.shape[2:]
+    if not shaped or (grid is not None and not tokens):
+        raise InputError(
+            f"the activations have shape {list(np.shape(activations))}; this index needs "
+            f"[{channels} H W] for one query and [B {channels} H W] for several, or tokens "
+            f"[T {channels}] and [B T {channels}] with grid=(H, W)"
+        )
     if len(maps) != len(vectors):
         raise InputError(f"{len(vectors)} embeddings came with {len(maps)} activations")
-    if (wrong := wrong_number(maps)) is not None:
-        raise InputError(f"the activations of query {wrong[0]} {wrong[1]}")
+    if wrong := wrong_number(maps, "query"):
+        raise InputError(f"the activations of {wrong}")
     return check_vectors(vectors, normalized), maps.astype(np.float32, copy=False), single
 
 
@@ -142,12 +158,12 @@ def check_vectors(vectors: np.ndarray, normalized: bool) -> np.ndarray:
     """Return embeddings of queries `[B D]` as float32; each of length 1 where `normalized`."""
     import numpy as np
 
-    if (wrong := wrong_number(vectors)) is not None:
-        raise InputError(f"the embedding of query {wrong[0]} {wrong[1]}")
+    if wrong := wrong_number(vectors, "query"):
+        raise InputError(f"the embedding of {wrong}")
     vectors = vectors.astype(np.float32, copy=False)
     lengths = np.linalg.norm(vectors, axis=1)
     off = np.abs(lengths - 1)
-    if normalized and len(off) and off.max() > UNIT_TOLERANCE:
+    if normalized and off.max(initial=0) > UNIT_TOLERANCE:
         worst = int(off.argmax())
         raise InputError(
             f"the embedding of query {worst} has length {lengths[worst]:.4g}; this index holds "
@@ -160,23 +176,22 @@ def check_outputs(embeddings: np.ndarray, *activations: np.ndarray) -> None:
     """Raise NetworkError where embeddings `[B D]` or a layer's activations cannot be used."""
     named = [("embedding", embeddings), *(("activations", maps) for maps in activations)]
     for name, values in named:
-        if (wrong := wrong_number(values)) is not None:
-            raise NetworkError(f"the network's {name} of query {wrong[0]} {wrong[1]}")
+        if wrong := wrong_number(values, "query"):
+            raise NetworkError(f"the network's {name} of {wrong}")
 
 
-def wrong_number(values: np.ndarray) -> tuple[int, str] | None:
-    """Return the first row with a NaN, an infinity or more than `LARGEST`, and which; or None."""
+def wrong_number(values: np.ndarray, row: str = "row") -> str | None:
+    """Return words on the first row with a NaN, an infinity or more than `LARGEST`; or None."""
     import numpy as np
 
     if _usable(values):
         return None
-    row = next(place for place, one in enumerate(values) if not _usable(one))
-    numbers = values[row].ravel()
-    least, most = float(numbers.min()), float(numbers.max())
-    worst = most if most > LARGEST else least
-    if not np.isfinite(worst) or not np.isfinite(numbers).all():
-        return row, "holds a NaN or an infinity"
-    return row, f"holds {worst:.4g}, and numbers may go up to {LARGEST:g} either way; scale it down"
+    place = next(place for place, one in enumerate(values) if not _usable(one))
+    least, most = float(values[place].min()), float(values[place].max())
+    if not np.isfinite([least, most]).all():
+        return f"{row} {place} holds a NaN or an infinity"
+    held = f"{row} {place} holds {most if most > LARGEST else least:.4g}"
+    return f"{held}, and numbers may go up to {LARGEST:g} either way; scale it down"
 
 
 def _usable(values: np.ndarray) -> bool:
@@ -184,58 +199,39 @@ def _usable(values: np.ndarray) -> bool:
     return float(values.min(initial=0)) >= -LARGEST and float(values.max(initial=0)) <= LARGEST
 
 
-def stacked(inputs: Sequence[Any]) -> Any:
+def stacked(inputs: Sequence[np.ndarray | Tensor]) -> np.ndarray | Tensor:
     """Return inputs `[3 H W]` as one batch in their own library; a batch of one is not copied."""
     import numpy as np
 
-    if len({tuple(one.shape) for one in inputs}) > 1:
-        shapes = sorted({str(list(one.shape)) for one in inputs})
+    shapes = sorted({str(list(one.shape)) for one in inputs})
+    if len(shapes) > 1:
         raise InputError(f"inputs of one batch must have one shape, got {', '.join(shapes)}")
     if len(inputs) == 1:
         return inputs[0][None]
     first = next((one for one in inputs if not isinstance(one, np.ndarray)), None)
     if first is None:
-        return np.stack(inputs)
+        return np.stack([as_array(one) for one in inputs])
     batch = first.detach().new_empty((len(inputs), *first.shape))
     for place, one in enumerate(inputs):
         batch[place] = first.new_tensor(one) if isinstance(one, np.ndarray) else one.detach()
     return batch
 
 
-def _numbers(name: str, values: Any) -> np.ndarray:
+def as_numbers(name: str, values: ArrayLike) -> np.ndarray:
+    """Return an array of numbers, or raise InputError."""
     import numpy as np
 
     try:
         array = np.asarray(values)
         if array.dtype.kind in "fiu":
             return array
-        reason = f"type {array.dtype}"
+        why = f"type {array.dtype}"
     except (TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-    raise InputError(f"the {name} cannot be read as an array of numbers ({reason})")
+        why = reason(error)
+    raise InputError(f"the {name} cannot be read as an array of numbers ({why})")
 
 
-def _on_grid(
-    maps: np.ndarray, channels: int, grid: tuple[int, int] | None, given: list[int]
-) -> np.ndarray:
-    if grid is not None and maps.ndim == 3 and maps.shape[2] == channels:
-        height, width = check_sides("grid", grid)
-        if maps.shape[1] != height * width:
-            raise InputError(
-                f"{maps.shape[1]} tokens do not fill a grid of {height} x {width}; drop class "
-                "and register tokens first"
-            )
-        return maps.reshape(-1, height, width, channels).transpose(0, 3, 1, 2)
-    if grid is not None or maps.ndim != 4 or maps.shape[1] != channels or 0 in maps.shape[2:]:
-        raise InputError(
-            f"the activations have shape {given}; this index needs [{channels} H W] for one query "
-            f"and [B {channels} H W] for several, or tokens [T {channels}] and [B T {channels}] "
-            "with grid=(H, W)"
-        )
-    return maps
-
-
-def as_array(values: Any, kind: Any = None) -> np.ndarray:
+def as_array(values: np.ndarray | Tensor, kind: DTypeLike | None = None) -> np.ndarray:
     """Return an array, or a tensor of any device, as an array; of that `kind` if any."""
     import numpy as np
 

@@ -121,7 +121,7 @@ def fresh(path: Path) -> Iterator[IO[bytes]]:
 
 
 def replace(source: Path, target: Path) -> None:
-    """Rename, and make the rename durable."""
+    """Rename durably."""
     os.replace(source, target)
     sync_folder(target.parent)
 
@@ -168,10 +168,7 @@ def write_whole(path: str | Path, content: str | bytes) -> Path:
 
 def make_folder(path: Path) -> None:
     """Make a folder and those above it that are missing, each durably in the one above it."""
-    missing = [path]
-    while not missing[-1].parent.exists():
-        missing.append(missing[-1].parent)
-    for folder in reversed(missing):
+    for folder in (*reversed(path.parents), path):
         if not folder.is_dir():
             folder.mkdir(exist_ok=True)
             sync_folder(folder.parent)
@@ -225,10 +222,16 @@ def remove_tree(path: Path, last: str = "") -> None:
     os.rmdir(path)
 
 
-def remove_files(root: Path, ours: re.Pattern[str], named: Collection[str] = ()) -> None:
-    """Delete the plain files right in a folder with names that are ours and not `named`."""
-    with suppress(OSError), _folder_below(root, "", _READ) as descriptor:
-        _remove_at(descriptor, ours, named)
+def remove_files(
+    root: Path, ours: re.Pattern[str], named: Collection[str] = (), below: str = ""
+) -> None:
+    """Delete the plain files right in `root/below` with names that are ours and not `named`."""
+    with suppress(OSError, NotPlain), _folder_below(root, below, _READ) as folder:
+        for name in os.listdir(folder):
+            if ours.fullmatch(name) and name not in named:
+                with suppress(OSError):
+                    if stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+                        os.unlink(name, dir_fd=folder)
 
 
 def remove_folders(
@@ -238,26 +241,12 @@ def remove_folders(
 
     Of each, the plain files with names that fit `files`; a folder that holds anything else stays.
     """
-    with suppress(OSError, NotPlain), _folder_below(root, name, _READ) as descriptor:
-        for entry in os.listdir(descriptor):
-            if not ours.fullmatch(entry) or entry in named:
-                continue
-            with suppress(OSError):
-                inside = os.open(entry, _READ, dir_fd=descriptor)
-                try:
-                    _remove_at(inside, files, ())
-                finally:
-                    os.close(inside)
-                os.rmdir(entry, dir_fd=descriptor)
-
-
-def _remove_at(descriptor: int, ours: re.Pattern[str], named: Collection[str]) -> None:
-    for name in os.listdir(descriptor):
-        if not ours.fullmatch(name) or name in named:
-            continue
-        with suppress(OSError):
-            if stat.S_ISREG(os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode):
-                os.unlink(name, dir_fd=descriptor)
+    with suppress(OSError, NotPlain), _folder_below(root, name, _READ) as folder:
+        for entry in os.listdir(folder):
+            if ours.fullmatch(entry) and entry not in named:
+                remove_files(root, files, below=f"{name}/{entry}")
+                with suppress(OSError):
+                    os.rmdir(entry, dir_fd=folder)
 
 
 class ProcessLock:

@@ -1,15 +1,4 @@
-"""Everything embedcam raises on purpose.
-
-EmbedcamError
-├── InputError (also ValueError)     an argument, array or option that cannot be used
-│   ├── ImageError                   an image that cannot be read, with its path
-│   │   └── ImageTooLarge            one of more pixels than the limit
-│   └── RecipeError                  choices that do not go together; names the nearest valid ones
-├── NetworkError                     a network, layer or weights file that cannot be used
-│   ├── EmbeddingError               what it makes of some pictures: NaN, infinity, or zeros
-│   └── NetworkMismatch              a working network, but not the one the index was built with
-└── IndexFormatError                 an index on disk that is broken, unfinished or too new
-    └── IndexBusyError               another process is writing to the index
+"""Everything embedcam raises on purpose, and how texts are made fit to be printed.
 
 A message says what was given, what was expected, and what to do next. It is one line of at most
 2,000 printable characters, whatever a file or a caller put into it.
@@ -19,11 +8,13 @@ import errno
 import mmap
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from reprlib import Repr
-from typing import Any, TextIO
+from typing import TextIO, TypeAlias
 from unicodedata import category
 
+Plain: TypeAlias = "bool | int | float | str | Sequence[Plain] | Mapping[str, Plain] | None"
+"""What JSON, an entry of TOML, or an option may hold."""
 MESSAGE = 2_000
 _QUOTED = 60
 # Drawn as nothing, though Unicode counts them among letters and marks.
@@ -91,7 +82,7 @@ def say(text: str) -> None:
     show(sentence(text), error=True)
 
 
-def as_json(values: Any, indent: int | None = None) -> str:
+def as_json(values: Plain, indent: int | None = None) -> str:
     """Return JSON of ASCII letters that can be seen."""
     import json  # here, since `--help` needs none
 
@@ -99,7 +90,7 @@ def as_json(values: Any, indent: int | None = None) -> str:
     return json.dumps(values, indent=indent, allow_nan=False).replace("\x7f", "\\u007f")
 
 
-def show_json(values: Any, *, indent: int | None = None, flush: bool = False) -> None:
+def show_json(values: Plain, *, indent: int | None = None, flush: bool = False) -> None:
     """Print JSON for machines."""
     show(*as_json(values, indent).split("\n"), flush=flush)
 
@@ -220,23 +211,18 @@ def is_left(n_bytes: int) -> bool:
     return True
 
 
-def told(error: BaseException, options: Mapping[str, Any]) -> BaseException:
+def told(error: BaseException, options: Container[str]) -> BaseException:
     """Return the error, or where memory ran out what a command with these options says of it."""
     if not ran_out(error):
         return error
     less = " or ".join(text for name, text in _LESS.items() if name in options)
     advice = f"take {less}, or allow it more" if less else "allow it more"
+    while error.__cause__ is not None:
+        error = error.__cause__
+    why = re.sub(r"^\[enforce fail at .*?\] \.? ?", "", reason(error))
     memory = EmbedcamError(
-        f"there is too little memory ({_reason(error)}); {advice}, and run the same command again"
+        f"there is too little memory ({why}); {advice}, and run the same command again"
     )
     # As other failures of the machine.
     memory.__cause__ = OSError(errno.ENOMEM, "Cannot allocate memory")
     return memory
-
-
-def _reason(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = " ".join(str(error).split())
-    text = re.sub(r"^\[enforce fail at .*?\] \.? ?", "", text).partition(" Exception raised")[0]
-    return text[:200] or type(error).__name__

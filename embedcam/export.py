@@ -1,14 +1,15 @@
 """The ONNX file of an index's network: traced, written, held against torch, put in place."""
 
+import importlib
 import logging
 import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,15 +18,18 @@ from torch import Tensor, nn
 from . import __version__
 from ._files import fresh
 from ._files import replace as replace_durably
-from .errors import InputError, NetworkError
+from .errors import InputError, NetworkError, reason
 from .images.progress import progress_of
 from .index import Index
-from .index.identity import Identity, compare
+from .index.identity import compare
 from .network import EmbeddingNetwork
 from .network.module import full_float32
 from .onnx import Described, Head, OnnxNetwork
 from .onnx.network import EMBEDDING, output_name
 from .ops import resize
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 TOLERANCE = 1e-4
 """Largest relative difference between ONNX Runtime's outputs and torch's; usual is 1e-6."""
@@ -90,7 +94,17 @@ def export_onnx(
     """
     began = time.perf_counter()
     target = check_target(path)
-    stored, names = _identity_and_layers(index)
+    with (
+        nullcontext(index)
+        if isinstance(index, Index)
+        else Index.open(index, with_faiss=False) as opened
+    ):
+        stored, names = opened.identity, opened.manifest.layer_names
+    if stored is None:
+        raise InputError(
+            "this index was built from features alone and does not know its network, so none can "
+            "be exported for it; build it again naming the network"
+        )
     identity = network.identity()
     compare(stored, identity)
     _refuse_unexportable(network)
@@ -129,19 +143,17 @@ def export_onnx(
 
 def check_packages() -> None:
     """Refuse to begin without the packages that exporting takes."""
+    install = 'run pip install "embedcam[onnx]"'
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
         raise NetworkError(
-            f"exporting takes torch 2.6 or newer, and this is {torch.__version__}; run "
-            'pip install "embedcam[onnx]"'
+            f"exporting takes torch 2.6 or newer, and this is {torch.__version__}; {install}"
         )
     try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
+        for name in ("onnx", "onnxruntime", "onnxscript"):
+            importlib.import_module(name)
     except ImportError as error:
         raise NetworkError(
-            f"exporting takes {error.name}, which is not installed; run pip install "
-            '"embedcam[onnx]"'
+            f"exporting takes {error.name}, which is not installed; {install}"
         ) from error
 
 
@@ -172,18 +184,6 @@ def _refuse_unexportable(network: EmbeddingNetwork) -> None:
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     if size > _LARGEST:
         raise NetworkError(f"the network holds {size / 1e9:.1f} GB of parameters; {_ONE_FILE}")
-
-
-def _identity_and_layers(index: Index | str | Path) -> tuple[Identity, list[str]]:
-    if not isinstance(index, Index):
-        with Index.open(index, with_faiss=False) as opened:
-            return _identity_and_layers(opened)
-    if index.identity is None:
-        raise InputError(
-            "this index was built from features alone and does not know its network, so none can "
-            "be exported for it; build it again naming the network"
-        )
-    return index.identity, index.manifest.layer_names
 
 
 def _head_of(network: EmbeddingNetwork) -> Head:
@@ -217,7 +217,7 @@ class Traced(nn.Module):
         return (*maps, z)
 
 
-def onnx_model(network: EmbeddingNetwork, layers: Sequence[str], free: bool) -> Any:
+def onnx_model(network: EmbeddingNetwork, layers: Sequence[str], free: bool) -> "ModelProto":
     """Return an `onnx.ModelProto` with the outputs of `Traced`; `free`: H and W of any size."""
     names = [output_name(place) for place in range(len(layers))]
     # A batch of one would be taken for a constant.
@@ -243,8 +243,11 @@ def onnx_model(network: EmbeddingNetwork, layers: Sequence[str], free: bool) -> 
     except NetworkError:
         raise
     except Exception as error:
+        bottom: BaseException = error
+        while bottom.__cause__ is not None:
+            bottom = bottom.__cause__
         raise NetworkError(
-            f"torch cannot follow the network into ONNX ({_reason(error)}); give a module of "
+            f"torch cannot follow the network into ONNX ({reason(bottom)}); give a module of "
             "tensor operations that takes batches of any size (x.shape[0] where it says len(x))"
         ) from error
 
@@ -253,24 +256,12 @@ def onnx_model(network: EmbeddingNetwork, layers: Sequence[str], free: bool) -> 
 def _silence() -> Iterator[None]:
     """Run without what the exporter tells its developers."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), ExitStack() as stack:
         warnings.simplefilter("ignore")
         for logger in loggers:
+            stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-
-
-def _reason(error: BaseException) -> str:
-    """Return the first line at the bottom of a chain of errors, without decorations."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+        yield
 
 
 # Writing
@@ -325,5 +316,5 @@ def _relative(actual: np.ndarray, expected: np.ndarray) -> float:
     if actual.shape != expected.shape:
         return float("inf")
     exact = expected.astype(np.float64)
-    size, off = float(np.linalg.norm(exact)), float(np.linalg.norm(actual - exact))
-    return off / size if size > 0 else (0.0 if off == 0 else float("inf"))
+    off = float(np.linalg.norm(actual - exact))
+    return off and off / (float(np.linalg.norm(exact)) or 1e-300)

@@ -9,17 +9,15 @@ Boxes are in pixels of the written images, clipped to them. Both archives are un
 come; nothing is downloaded. A second run writes only what is missing or was made otherwise.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -50,8 +48,7 @@ class PrepareError(Exception):
     """What is wrong with the download or the request, in one sentence."""
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """One picture of a download."""
 
     path: Path
@@ -65,49 +62,40 @@ class Source:
 def read_birds(root: Path, wanted: Sequence[str]) -> Iterator[Source]:
     """The pictures of CUB-200-2011, in the order of images.txt."""
     root = _inside(root, "images.txt", "CUB_200_2011")
-    names, boxes, numbers, splits, classes = (
+    images, boxes, numbers, splits, classes = (
         _table(root / f"{name}.txt")
         for name in (
             "images", "bounding_boxes", "image_class_labels", "train_test_split", "classes",
         )
     )  # fmt: skip
     chosen = choose([row[0] for row in classes.values()], wanted)
-    for image, (path, *_) in names.items():
+    for image, (path, *_) in images.items():
         try:
             label = classes[numbers[image][0]][0]
-            x, y, width, height = (float(value) for value in boxes[image])
+            x, y, width, height = map(float, boxes[image])
             split = {"1": "train", "0": "test"}[splits[image][0]]
         except (KeyError, ValueError) as error:
             raise PrepareError(
-                f"{root}: the tables disagree about image {image} ({error}); unpack the archive "
-                "again"
+                f"{root}: the tables disagree about image {image} ({error}); unpack it again"
             ) from error
         if label in chosen:
-            yield Source(
-                path=root / "images" / path,
-                name=str(Path(path).with_suffix("")),
-                label=label,
-                box=(x, y, x + width, y + height),
-                split=split,
-            )
+            box, name = (x, y, x + width, y + height), str(Path(path).with_suffix(""))
+            yield Source(root / "images" / path, name, label, box, split=split)
 
 
 def read_objects(root: Path, wanted: Sequence[str]) -> Iterator[Source]:
     """The annotated pictures of Caltech-101, class by class."""
     root = _inside(root, "101_ObjectCategories", "caltech-101")
     images, annotations = root / "101_ObjectCategories", root / "Annotations"
-    if not annotations.is_dir():
-        raise PrepareError(f"{root}: no folder Annotations; unpack Annotations.tar there too")
-    folders = sorted(p.name for p in images.iterdir() if p.is_dir())
     # The background has no object, hence no annotation.
-    folders = [name for name in folders if name != "BACKGROUND_Google"]
-    for label in sorted(choose(folders, wanted)):
+    folders = {path.name for path in images.iterdir() if path.is_dir()} - {"BACKGROUND_Google"}
+    for label in sorted(choose(sorted(folders), wanted)):
         folder = annotations / ANNOTATION_FOLDERS.get(label, label)
-        if not folder.is_dir():
-            folder = annotations / label
+        folder = folder if folder.is_dir() else annotations / label
         for path in sorted((images / label).glob("*.jpg")):
-            mat = folder / f"{path.stem.replace('image', 'annotation')}.mat"
-            box, contour = read_annotation(mat)
+            box, contour = read_annotation(
+                folder / f"{path.stem.replace('image', 'annotation')}.mat"
+            )
             yield Source(path, f"{label}/{path.stem}", label, box, contour)
 
 
@@ -117,18 +105,16 @@ def read_annotation(path: Path) -> tuple[tuple[float, float, float, float], np.n
     from scipy.io.matlab import MatReadError
 
     if not path.is_file():
-        raise PrepareError(f"{path}: no such annotation; unpack Annotations.tar again")
+        raise PrepareError(f"{path}: no such annotation; unpack Annotations.tar there again")
     try:
         content = loadmat(path, variable_names=("box_coord", "obj_contour"))
-        top, bottom, left, right = (float(v) for v in np.ravel(content["box_coord"]))
-        contour = np.asarray(content["obj_contour"], np.float64)
-        if contour.ndim != 2 or contour.shape[0] != 2 or contour.shape[1] < 3:
-            raise ValueError(f"an outline of shape {list(contour.shape)}, expected [2 n]")
-        if not (np.isfinite(contour).all() and right >= left and bottom >= top):
+        top, bottom, left, right = map(float, np.ravel(content["box_coord"]))
+        across, down = np.asarray(content["obj_contour"], np.float64)
+        if not (np.isfinite([across, down]).all() and right >= left and bottom >= top):
             raise ValueError("a box or outline that is none")
     except (OSError, KeyError, ValueError, TypeError, NotImplementedError, MatReadError) as error:
         raise PrepareError(f"{path}: not an annotation of Caltech-101 ({error})") from error
-    return (left - 1, top - 1, right, bottom), contour.T + np.array([left - 1, top - 1])
+    return (left - 1, top - 1, right, bottom), np.stack([across + left - 1, down + top - 1], axis=1)
 
 
 def choose(known: Sequence[str], wanted: Sequence[str]) -> set[str]:
@@ -151,51 +137,59 @@ def choose(known: Sequence[str], wanted: Sequence[str]) -> set[str]:
     return chosen
 
 
-def prepare(
-    sources: Sequence[Source], out: Path, max_side: int, progress: bool = True
-) -> dict[str, int]:
-    """Write pictures, masks and, last, the table; finished pictures of the same size are kept."""
+def prepare(sources: Sequence[Source], out: Path, max_side: int, progress: bool = True) -> int:
+    """Write pictures, masks and, last, the table; finished pictures of the same size are kept.
+
+    Returns how many were written.
+    """
     if not sources:
         raise PrepareError("no picture was found; check the folder and the classes")
-    settings = {"max_side": max_side, "jpeg_quality": JPEG_QUALITY}
-    keep = _same_settings(out / SETTINGS, settings)
-    _write(out / SETTINGS, json.dumps(settings).encode())
-    rows, counts = [], {"written": 0, "kept": 0}
+    settings = json.dumps({"max_side": max_side, "jpeg_quality": JPEG_QUALITY}).encode()
+    marks = out / SETTINGS
+    keep = marks.is_file() and marks.read_bytes() == settings
+    _write(marks, settings)
+    rows, written = [], 0
     for source in tqdm(sources, unit="image", disable=None if progress else True):
         row, fresh = _prepare_one(source, out, max_side, keep)
         rows.append(row)
-        counts["written" if fresh else "kept"] += 1
+        written += fresh
     table = io.StringIO()
     writer = csv.DictWriter(table, fieldnames=list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
     _write(out / "annotations.csv", table.getvalue().encode())
-    return counts
+    return written
 
 
 def _prepare_one(
     source: Source, out: Path, max_side: int, keep: bool
 ) -> tuple[dict[str, object], bool]:
-    picture = out / "images" / f"{source.name}.jpg"
-    mask = out / "masks" / f"{source.name}.png"
+    picture, mask = f"images/{source.name}.jpg", f"masks/{source.name}.png"
     try:
         with Image.open(source.path) as opened:
             original = opened.size
             size = fitted(original, max_side)
-            fresh = not (keep and _has_size(picture, size))
+            fresh = not (keep and _has_size(out / picture, size))
             if fresh:
                 image = opened if opened.mode in ("L", "RGB") else opened.convert("RGB")
-                _write(picture, _jpeg(image, size))
+                image = image if size == original else image.resize(size, Image.Resampling.LANCZOS)
+                _write(out / picture, _encoded(image, "JPEG", quality=JPEG_QUALITY))
     except (OSError, Image.DecompressionBombError) as error:
         raise PrepareError(f"{source.path}: cannot be read as an image ({error})") from error
-    if source.contour is not None and not (keep and not fresh and _has_size(mask, size)):
-        _write(mask, _mask(source.contour, original, size))
-        fresh = True
-    row: dict[str, object] = {"path": f"images/{source.name}.jpg", "label": source.label}
-    row |= zip(("x0", "y0", "x1", "y1"), scaled(source.box, original, size), strict=True)
-    row |= {"width": size[0], "height": size[1]}
-    row |= {"mask": f"masks/{source.name}.png"} if source.contour is not None else {}
-    row |= {"split": source.split} if source.split else {}
+    scale = np.array(size) / original
+    box = np.clip(np.reshape(source.box, (2, 2)) * scale, 0, size).round(1).ravel().tolist()
+    row: dict[str, object] = {"path": picture, "label": source.label}
+    row |= zip(("x0", "y0", "x1", "y1", "width", "height"), (*box, *size), strict=True)
+    if source.contour is not None:
+        row["mask"] = mask
+        if fresh or not _has_size(out / mask, size):
+            fresh, drawn = True, Image.new("L", size)
+            # Scaled from the picture's edge, which lies half a pixel before the first's middle.
+            corners = (source.contour + 0.5) * scale - 0.5
+            ImageDraw.Draw(drawn).polygon([tuple(one) for one in corners.tolist()], fill=255)
+            _write(out / mask, _encoded(drawn, "PNG", optimize=True))
+    if source.split:
+        row["split"] = source.split
     return row, fresh
 
 
@@ -208,32 +202,9 @@ def fitted(size: tuple[int, int], max_side: int) -> tuple[int, int]:
     return width, height
 
 
-def scaled(
-    box: Sequence[float], original: tuple[int, int], size: tuple[int, int]
-) -> tuple[float, float, float, float]:
-    """The box in pixels of the resized picture, clipped to it, to a tenth of a pixel."""
-    across, down = size[0] / original[0], size[1] / original[1]
-    x0, x1 = (min(max(x * across, 0), size[0]) for x in (box[0], box[2]))
-    y0, y1 = (min(max(y * down, 0), size[1]) for y in (box[1], box[3]))
-    return round(x0, 1), round(y0, 1), round(x1, 1), round(y1, 1)
-
-
-def _jpeg(image: Image.Image, size: tuple[int, int]) -> bytes:
-    if image.size != size:
-        image = image.resize(size, Image.Resampling.LANCZOS)
+def _encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     file = io.BytesIO()
-    image.save(file, "JPEG", quality=JPEG_QUALITY)
-    return file.getvalue()
-
-
-def _mask(contour: np.ndarray, original: tuple[int, int], size: tuple[int, int]) -> bytes:
-    scale = np.array([size[0] / original[0], size[1] / original[1]])
-    # Scaled from the picture's edge, which lies half a pixel before the first pixel's middle.
-    corners = (contour + 0.5) * scale - 0.5
-    mask = Image.new("L", size)
-    ImageDraw.Draw(mask).polygon([(float(x), float(y)) for x, y in corners], fill=255)
-    file = io.BytesIO()
-    mask.save(file, "PNG", optimize=True)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -242,13 +213,6 @@ def _has_size(path: Path, size: tuple[int, int]) -> bool:
         with Image.open(path) as image:
             return image.size == size
     except OSError:
-        return False
-
-
-def _same_settings(path: Path, settings: Mapping[str, object]) -> bool:
-    try:
-        return bool(json.loads(path.read_text()) == settings)
-    except (OSError, ValueError):
         return False
 
 
@@ -269,18 +233,9 @@ def _inside(root: Path, content: str, usual: str) -> Path:
 def _table(path: Path) -> dict[str, list[str]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        return {first: others for first, *others in (line.split() for line in lines)}
+    except (OSError, ValueError) as error:
         raise PrepareError(f"{path}: cannot be read; unpack the archive again") from error
-    rows = [line.split() for line in lines if line.strip()]
-    if any(len(row) < 2 for row in rows):
-        raise PrepareError(f"{path}: a line with a single word; unpack the archive again")
-    return {first: others for first, *others in rows}
-
-
-READERS: dict[str, Callable[[Path, Sequence[str]], Iterator[Source]]] = {
-    "birds": read_birds,
-    "objects": read_objects,
-}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -288,9 +243,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__.split("\n\n")[0] if __doc__ else None,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        fromfile_prefix_chars="@",
     )
     parser.add_argument(
-        "kind", choices=sorted(READERS), help="birds: CUB-200-2011; objects: Caltech-101"
+        "kind", choices=("birds", "objects"), help="birds: CUB-200-2011; objects: Caltech-101"
     )
     parser.add_argument("download", type=Path, help="folder of the unpacked archive")
     parser.add_argument("out", type=Path, help="folder to write")
@@ -307,29 +263,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
+    read = read_birds if options.kind == "birds" else read_objects
     try:
-        classes = [name for given in options.classes for name in _names(given)]
-        sources = list(READERS[options.kind](options.download, classes))
-        counts = prepare(sources, options.out, options.max_side, progress=not options.quiet)
+        sources = list(read(options.download, [name for name in options.classes if name]))
+        written = prepare(sources, options.out, options.max_side, progress=not options.quiet)
     except PrepareError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    labels = {source.label for source in sources}
     print(
-        f"{options.out / 'annotations.csv'}: {len(sources)} images of "
-        f"{len({source.label for source in sources})} classes "
-        f"({counts['written']} written, {counts['kept']} kept)"
+        f"{options.out / 'annotations.csv'}: {len(sources)} images of {len(labels)} classes "
+        f"({written} written, {len(sources) - written} kept)"
     )
     return 0
-
-
-def _names(given: str) -> list[str]:
-    if not given.startswith("@"):
-        return [given]
-    try:
-        lines = Path(given[1:]).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise PrepareError(f"{given[1:]}: cannot be read ({error.strerror})") from error
-    return [line.strip() for line in lines if line.strip()]
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor, nn
 
 from embedcam import EmbeddingNetwork
@@ -36,7 +36,7 @@ from embedcam.demo.scenes import Scene, SceneMaker
 from embedcam.demo.settings import DemoSettings
 from embedcam.methods import MethodWarning, cam_for
 from embedcam.methods.learned import ABNetwork, LFINetwork
-from embedcam.metrics import box_mask, energy_share, recall_at_k
+from embedcam.metrics import box_mask, energy_share, pointing_hit, recall_at_k
 from embedcam.network.checkpoints import load_state, read_state
 from embedcam.ops import normalize, resize
 from embedcam.render import overlay
@@ -91,21 +91,11 @@ def held_out(settings: DemoSettings) -> list[Scene]:
 
 def attention(module: nn.Module, settings: DemoSettings, scenes: Sequence[Scene]) -> np.ndarray:
     """Maps `[n h w]` on the layer's own grid."""
-    network = explained(module, settings)
+    network, pixels = explained(module, settings), [scene.pixels for scene in scenes]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MethodWarning)  # it ignores the target, as it should here
-        return np.concatenate(
-            [
-                cam_for(
-                    network,
-                    [scene.pixels for scene in scenes[start : start + 50]],
-                    Coordinate(0),
-                    METHOD[type(module)],
-                    progress=False,
-                ).grid_cam
-                for start in range(0, len(scenes), 50)
-            ]
-        )
+        made = cam_for(network, pixels, Coordinate(0), METHOD[type(module)], progress=False)
+    return made.grid_cam
 
 
 def measure(
@@ -129,14 +119,10 @@ def measure(
     return {
         "recall": recall_at_k(embedding, labels),
         "share": float(energy_share(drawn, boxes).mean()),
-        "peak": float(np.take_along_axis(flat(boxes), flat(drawn).argmax(1)[:, None], 1).mean()),
+        "peak": float(pointing_hit(drawn, boxes).mean()),
         "control": float(energy_share(resize(control, size), boxes).mean()),
         "chance": float(boxes.mean()),
     }
-
-
-def flat(maps: np.ndarray) -> np.ndarray:
-    return maps.reshape(len(maps), -1)
 
 
 def reloaded(module: LFINetwork | ABNetwork, fresh: nn.Module, path: Path) -> nn.Module:
@@ -146,30 +132,27 @@ def reloaded(module: LFINetwork | ABNetwork, fresh: nn.Module, path: Path) -> nn
     return fresh.eval()
 
 
-def picture(
-    scenes: Sequence[Scene], columns: Sequence[tuple[str, np.ndarray]], side: int = 150
-) -> Image.Image:
-    """A row for each scene: itself, and each column's map over it, every map on its own scale."""
-    gap, top = 8, 26
-    sheet = Image.new(
-        "RGB", ((side + gap) * (len(columns) + 1) + gap, top + (side + gap) * len(scenes)), "white"
-    )
-    draw = ImageDraw.Draw(sheet)
-    for place, name in enumerate(["scene", *(name for name, _ in columns)]):
-        draw.text((gap + place * (side + gap), 7), name, (24, 28, 36))
+def draw(path: Path, scenes: Sequence[Scene], columns: dict[str, np.ndarray]) -> None:
+    """Draw a row for each scene: itself, and each column's map over it, on its own scale."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((1.6 * (1 + len(columns)), 1.6 * len(scenes)), layout="constrained")
+    axes = figure.subplots(len(scenes), 1 + len(columns), squeeze=False)
     for row, scene in enumerate(scenes):
-        plain = Image.fromarray(scene.pixels).resize((side, side), Image.Resampling.LANCZOS)
-        drawn = [plain, *(overlay(plain, maps[row]) for _, maps in columns)]
-        for place, one in enumerate(drawn):
-            sheet.paste(one, (gap + place * (side + gap), top + row * (side + gap)))
-    return sheet
+        plain = Image.fromarray(scene.pixels)
+        for axis, maps in zip(axes[row], [None, *columns.values()], strict=True):
+            axis.imshow(plain if maps is None else overlay(plain, maps[row]))
+            axis.set_axis_off()
+    for axis, name in zip(axes[0], ["scene", *columns], strict=True):
+        axis.set_title(name)
+    figure.savefig(path)
 
 
 def run(folder: Path, settings: DemoSettings, n_shown: int = 6, progress: bool = True) -> None:
     """Train both, print what was measured, write weights and picture."""
     folder.mkdir(parents=True, exist_ok=True)
     scenes = held_out(settings)
-    shown, columns = scenes[:n_shown], []
+    columns: dict[str, np.ndarray] = {}
     titles = ("loss", "Recall@1", "energy in box", "peak in box", "control")
     print(f"{'':8}" + "".join(f"{title:>18}" for title in titles) + f"{'chance':>9}")
     for name, make in (("lfi", make_lfi), ("abn", make_abn)):
@@ -191,11 +174,9 @@ def run(folder: Path, settings: DemoSettings, n_shown: int = 6, progress: bool =
             + "".join(f"{f'{one:.3f} > {two:.3f}':>18}" for one, two in figures)
             + f"{after['chance']:>9.3f}   ({seconds:.0f} s)"
         )
-        columns += [
-            (f"{name} {when}", normalize(maps[:n_shown]))
-            for when, maps in (("before", first), ("after", last))
-        ]
-    picture(shown, columns).save(folder / "attention.png")
+        columns[f"{name} before"] = normalize(first[:n_shown])
+        columns[f"{name} after"] = normalize(last[:n_shown])
+    draw(folder / "attention.png", scenes[:n_shown], columns)
     print(f"wrote {folder / 'attention.png'}")
 
 
@@ -210,13 +191,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
     settings = DemoSettings(
-        seed=given.seed,
-        steps=given.steps,
-        n_train=given.scenes,
-        batch_size=given.batch_size,
-        n_query=200,
-        scene_size=96,
-    )
+        seed=given.seed, steps=given.steps, n_train=given.scenes, batch_size=given.batch_size,
+        n_query=200, scene_size=96,
+    )  # fmt: skip
     run(given.output, settings)
 
 

@@ -38,7 +38,6 @@ from embedcam.methods import MethodMap, MethodWarning
 from embedcam.recipe.registry import Method
 from embedcam.render import overlay
 
-COLUMNS = 6
 SIDE = 224
 
 
@@ -69,9 +68,12 @@ def main() -> None:
             f"{back:5} {share:6.2f}",
             flush=True,
         )
-        spent = f"{_duration(seconds)}, {_passes(made)}\n{share:.0%} on the left half"
-        shown.append((method.title, overlay(scene, cam), spent))
-    draw(shown, options.output, transposed=not digits)
+        spent = [f"{passes.forwards} forward", f"{passes.heads} head", f"{back} back"]
+        told = " + ".join(one for one in spent if not one.startswith("0 "))
+        took = f"{1e3 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+        below = f"{took}, {told}\n{share:.0%} on the left half"
+        shown.append((method.title, overlay(scene, cam), below))
+    draw(shown, options.output, columns=6 if digits else 4)
     print(f"written to {options.output}")
 
 
@@ -166,16 +168,15 @@ def photographs(
     return network, scene, result, ["features.6", "features.13", "features"]
 
 
-def draw(shown: list[tuple[str, Image.Image, str]], output: Path, transposed: bool) -> None:
+def draw(shown: list[tuple[str, Image.Image, str]], output: Path, columns: int) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    columns = 4 if transposed else COLUMNS
     rows = -(-len(shown) // columns)
     width, height = shown[0][1].size
-    across = 2.3 if transposed is False else 3.2
+    across = 13 / columns
     figure, axes = pyplot.subplots(
         rows, columns, figsize=(across * columns, rows * (across * height / width + 0.75)), dpi=110
     )
@@ -188,21 +189,6 @@ def draw(shown: list[tuple[str, Image.Image, str]], output: Path, transposed: bo
     figure.subplots_adjust(0.01, 0.06, 0.99, 0.95, wspace=0.05, hspace=0.42)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output)
-
-
-def _duration(seconds: float) -> str:
-    return f"{1e3 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
-
-
-def _passes(made: MethodMap) -> str:
-    passes = made.passes
-    said = [f"{passes.forwards} forward"]
-    if passes.heads:
-        said.append(f"{passes.heads} head")
-    back = passes.head_backwards + passes.full_backwards
-    if back:
-        said.append(f"{back} back")
-    return " + ".join(said)
 
 
 def arguments() -> argparse.Namespace:

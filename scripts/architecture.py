@@ -14,32 +14,49 @@ COLORS = {"offline": "#fde8d7", "explain": "#dcebf7"}
 BOX, GAP, HEIGHT, ROW = 112, 14, 34, 84
 
 
+def imports(text: str, file: Path) -> set[str]:
+    """Return the dotted names a module imports when it runs, functions included, typing aside."""
+    names: set[str] = set()
+    tree = ast.parse(text)
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for child in node.body
+        for inner in ast.walk(child)
+    }
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = file.relative_to(PACKAGE.parent).parts[: -node.level] if node.level else ()
+            base = ".".join([*above, *filter(None, [node.module])])
+            names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return names
+
+
+@cache
+def modules() -> dict[Path, set[str]]:
+    """Return for every file of embedcam, but for the package's own, the names it imports."""
+    files = sorted(f for f in PACKAGE.rglob("*.py") if f.parent != PACKAGE or f.stem[:2] != "__")
+    return {file: imports(file.read_text(encoding="utf-8"), file) for file in files}
+
+
+def package_of(file: Path) -> str:
+    """Return the entry at the package's root that a file belongs to."""
+    return file.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
 @cache
 def below() -> dict[str, set[str]]:
     """Return for every package of embedcam the packages that it imports."""
-    files = {
-        file: file.relative_to(PACKAGE).with_suffix("").parts
-        for file in sorted(PACKAGE.rglob("*.py"))
-        if not (file.parent == PACKAGE and file.stem.startswith("__"))
-    }
-    imports: dict[str, set[str]] = {parts[0]: set() for parts in files.values()}
-    for file, parts in files.items():
-        depth = len(parts) - 1
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        typing_only = {
-            id(inner)
-            for node in ast.walk(tree)
-            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-            for inner in ast.walk(node)
-        }
-        for node in ast.walk(tree):
-            if id(node) in typing_only or not isinstance(node, ast.ImportFrom):
-                continue
-            if node.level != depth + 1:
-                continue
-            names = [node.module] if node.module else [alias.name for alias in node.names]
-            imports[parts[0]] |= {name.split(".")[0] for name in names}
-    return {name: (found & imports.keys()) - {name} for name, found in imports.items()}
+    found: dict[str, set[str]] = {}
+    for file, names in modules().items():
+        of_ours = {name.split(".")[1] for name in names if name.startswith("embedcam.")}
+        found.setdefault(package_of(file), set()).update(of_ours)
+    return {name: (others & found.keys()) - {name} for name, others in found.items()}
 
 
 @cache

@@ -41,9 +41,9 @@ TRUSTED = NAMED[:2]
 
 
 @contextmanager
-def working_folder(folder: Path) -> Iterator[Path]:
+def working_folder(folder: Path, each: int = 4) -> Iterator[Path]:
     (folder / "cli_toy_network.py").write_text(NETWORK)
-    write_photos(folder / "photos")
+    write_photos(folder / "photos", each=each)
     before, path = Path.cwd(), list(sys.path)
     os.chdir(folder)
     try:

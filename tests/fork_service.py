@@ -126,7 +126,7 @@ def locks_held(folder, explainer):
     def hold():
         faiss_file = explainer.index.faiss_file
         assert faiss_file is not None
-        with explainer._lock, explainer.network.runner.lock, faiss_file._lock:
+        with explainer._lock, explainer.network.lock, faiss_file._lock:
             held.set()
             go_on.wait(60)
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from embedcam.index import PartData, create, quantize_coarse
-from embedcam.index.encoding import ByPosition, Dense, Encoding, LowRank, TopM
+from embedcam.index.encoding import Dense, Encoding, LowRank, TopM
 
 WIDTH, CHANNELS, GRID = 8, 6, (2, 3)
 
@@ -23,7 +23,7 @@ def encoding_of(kind: str, width: int = WIDTH, channels: int = CHANNELS) -> Enco
         return LowRank(wide, wide[0], "head", "embedding")
     if kind == "by-position":
         wide = rng.standard_normal((3, channels * GRID[0] * GRID[1])).astype(np.float32)
-        return ByPosition(wide, wide.mean(axis=0), GRID)
+        return LowRank(wide, wide.mean(axis=0), grid=GRID)
     return Dense(channels, "float32" if kind == "dense32" else "float16")
 
 
@@ -96,18 +96,12 @@ def make(
     replace: bool = False,
     start: int = 0,
     normalized: bool = True,
+    rows: PartData | None = None,
 ) -> Path:
     encoding = encoding_of(kind)
-    shared = {
-        "embedding_mean": np.arange(WIDTH, dtype=np.float32),
-        "probe_embedding": np.ones(WIDTH, np.float32),
-    }
-    return create(
-        path,
-        header_of(encoding, metric=metric, embedding={"width": WIDTH, "normalized": normalized}),
-        [encoding.fitted],
-        shared,
-        part(start, start + n, encoding),
-        factory=factory,
-        replace=replace,
-    )
+    mean, probe = np.arange(WIDTH, dtype=np.float32), np.ones(WIDTH, np.float32)
+    shared = {"embedding_mean": mean, "probe_embedding": probe}
+    width = {"width": WIDTH, "normalized": normalized}
+    header = header_of(encoding, metric=metric, embedding=width)
+    rows = rows or part(start, start + n, encoding)
+    return create(path, header, [encoding.fitted], shared, rows, factory=factory, replace=replace)

@@ -17,7 +17,7 @@ import numpy as np
 from index_samples import header_of
 
 from embedcam.index import PartData, append, create, quantize_coarse, remove, verify
-from embedcam.index.encoding import ByPosition, Encoding, LowRank, TopM
+from embedcam.index.encoding import Encoding, LowRank, TopM
 
 WIDTH, CHANNELS = 4, 6
 NAMES = ["owl", "crane", "åland", "猫", "owl 2", "none", "late"]
@@ -28,7 +28,7 @@ def encodings(by_position: bool = False) -> list[Encoding]:
     basis = np.arange(2 * numbers, dtype=np.float32).reshape(2, numbers) / 4
     offset = np.full(numbers, 0.5, np.float32)
     return [
-        ByPosition(basis, offset, (2, 3)) if by_position else LowRank(basis, offset, "pca"),
+        LowRank(basis, offset, grid=(2, 3) if by_position else None),
         TopM(CHANNELS, 2, "signed", "float32"),
     ]
 

@@ -374,26 +374,6 @@ def box_mask(box: tuple[float, float, float, float], height: int, width: int) ->
     return out
 
 
-def recall_at(embeddings: Array, labels: Sequence[object], k: int) -> float:
-    """Share of images with an image of their label among their k nearest others."""
-    n = len(embeddings)
-    hits = 0
-    for q in range(n):
-        others = [(squared_distance(embeddings[q], embeddings[i]), i) for i in range(n) if i != q]
-        hits += any(labels[i] == labels[q] for _, i in sorted(others)[:k])
-    return hits / n
-
-
-def pearson(a: Array, b: Array) -> float:
-    """Correlation of two maps."""
-    x, y = [float(v) for v in a.ravel()], [float(v) for v in b.ravel()]
-    mx, my = sum(x) / len(x), sum(y) / len(y)
-    cov = sum((u - mx) * (v - my) for u, v in zip(x, y, strict=True))
-    vx = sum((u - mx) ** 2 for u in x)
-    vy = sum((v - my) ** 2 for v in y)
-    return cov / math.sqrt(vx * vy)
-
-
 def semihard_allows(
     embeddings: Array, labels: Sequence[object], a: int, p: int, n: int, delta: float
 ) -> bool:

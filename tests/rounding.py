@@ -57,3 +57,15 @@ def same_arrays(found: np.ndarray, expected: np.ndarray) -> bool:
         return bool(np.array_equal(found, expected))
     scale = float(np.abs(expected).max()) if expected.size else 0.0
     return bool(np.allclose(found, expected, rtol=VALUES, atol=VALUES * scale))
+
+
+def stretch(cam: Any, size: tuple[int, int], extent: Any = None) -> np.ndarray:
+    """What a map is at each pixel's center: bilinear within its extent, 0 outside."""
+    x0, y0, x1, y1 = extent or (0, 0, size[1], size[0])
+    sides = []
+    for cells, pixels, low, high in zip(np.shape(cam), size, (y0, x0), (y1, x1), strict=True):
+        share = (np.arange(pixels) + 0.5 - low) / (high - low)
+        at = np.clip(share * cells - 0.5, 0, cells - 1)[:, None]
+        weights = np.maximum(0, 1 - np.abs(at - np.arange(cells)))
+        sides.append(weights * ((share >= 0) & (share < 1))[:, None])
+    return np.asarray(sides[0] @ np.asarray(cam) @ sides[1].T)

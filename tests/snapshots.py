@@ -9,54 +9,59 @@ import io
 import json
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cli_samples import NETWORK
+import cli_samples
+from cli_samples import TRUSTED
 from photo_samples import picture
 
+from embedcam.cli import main
+from embedcam.cli.parser import COMMANDS
+
 FOLDER = Path(__file__).parent / "snapshots"
-NAMED = ["--network", "snapshot_network:make"]
-COMMANDS = (
-    "build", "add", "remove", "compact", "compress", "explain", "serve", "compare", "evaluate",
-    "export", "calibrate", "info", "verify", "demo",
-)  # fmt: skip
 PICTURE = "photos/2/1.png"
 ANSWERS: dict[str, list[str]] = {
-    "build": ["build", "photos", "fresh", *NAMED, "--layer", "relu"],
+    "build": ["build", "photos", "fresh", *TRUSTED, "--layer", "relu"],
     "info": ["info", "i"],
     "verify": ["verify", "i"],
     "calibrate": ["calibrate", "i", "--no-trust"],
-    "add": ["add", "i", "more", *NAMED],
-    "explain": ["explain", "i", PICTURE, *NAMED],
-    "explain by result": ["explain", "i", PICTURE, "--result", "1/0.png", *NAMED],
-    "explain by method": ["explain", "i", PICTURE, "--method", "gradcam++", *NAMED],
-    "explain features": ["explain", "i", PICTURE, "--features", *NAMED],
-    "compare": ["compare", "i", PICTURE, "1/0.png", *NAMED],
-    "evaluate": ["evaluate", "i", "--images", "photos", "--fidelity", "2", *NAMED],
+    "add": ["add", "i", "more", *TRUSTED],
+    "explain": ["explain", "i", PICTURE, *TRUSTED],
+    "explain by result": ["explain", "i", PICTURE, "--result", "1/0.png", *TRUSTED],
+    "explain by method": ["explain", "i", PICTURE, "--method", "gradcam++", *TRUSTED],
+    "explain features": ["explain", "i", PICTURE, "--features", *TRUSTED],
+    "compare": ["compare", "i", PICTURE, "1/0.png", *TRUSTED],
+    "evaluate": ["evaluate", "i", "--images", "photos", "--fidelity", "2", *TRUSTED],
     "remove": ["remove", "i", "0/0.png"],
     "compact": ["compact", "i"],
-    "export": ["export", "i", "-o", "n.onnx", *NAMED],
+    "export": ["export", "i", "-o", "n.onnx", *TRUSTED],
     "compress": ["compress", "i", "p", "--prototypes", "3"],
 }
 WRONG: dict[str, list[str]] = {
     "no command": [],
     "an unknown command": ["bild"],
     "an unknown option": ["info", "i", "--jsn"],
-    "no such folder": ["build", "nowhere", "x", *NAMED],
-    "an unknown method": ["build", "photos", "x", "--method", "gradcan", *NAMED],
-    "a number out of range": ["build", "photos", "x", "--rank", "0", *NAMED],
-    "no picture": ["explain", "i", "snapshot_network.py", *NAMED],
-    "no such picture": ["explain", "i", "nowhere.png", *NAMED],
+    "no such folder": ["build", "nowhere", "x", *TRUSTED],
+    "an unknown method": ["build", "photos", "x", "--method", "gradcan", *TRUSTED],
+    "a number out of range": ["build", "photos", "x", "--rank", "0", *TRUSTED],
+    "no picture": ["explain", "i", "cli_toy_network.py", *TRUSTED],
+    "no such picture": ["explain", "i", "nowhere.png", *TRUSTED],
     "no such network": ["build", "photos", "x", "--network", "torchvision:resnet51"],
-    "no such layer": ["build", "photos", "x", "--layer", "reluu", *NAMED],
+    "no such layer": ["build", "photos", "x", "--layer", "reluu", *TRUSTED],
     "code that is not loaded unasked": ["explain", "i", PICTURE],
     "no index": ["info", "photos"],
-    "an index that is there": ["build", "photos", "i", *NAMED, "--layer", "relu", "--rank", "2"],
-    "where nothing can be written": ["explain", "i", PICTURE, "-o", "photos/2/1.png/x.png", *NAMED],
+    "an index that is there": ["build", "photos", "i", *TRUSTED, "--layer", "relu", "--rank", "2"],
+    "where nothing can be written": [
+        "explain",
+        "i",
+        PICTURE,
+        "-o",
+        "photos/2/1.png/x.png",
+        *TRUSTED,
+    ],
 }
 
 
@@ -73,8 +78,6 @@ def shape_of(value: Any) -> Any:
 
 def run(words: list[str]) -> tuple[int, str]:
     """Run a command; return its exit code and what it printed."""
-    from embedcam.cli import main
-
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
         code = main(words)
@@ -145,7 +148,7 @@ def openapi() -> dict[str, Any]:
     from embedcam import Explainer, load_network
     from embedcam.service import create_app
 
-    network = load_network("snapshot_network:make", layer="relu")
+    network = load_network(TRUSTED[1], layer="relu")
     app = create_app(Explainer("i", network))
     description: dict[str, Any] = app.openapi()
     app.state.pipeline.close()
@@ -164,27 +167,20 @@ COLLECTED: dict[str, Callable[[], Any]] = {
 @contextlib.contextmanager
 def working_folder() -> Iterator[None]:
     """Work in a folder of photographs, an index and a network of one's own."""
-    before, path, columns = Path.cwd(), list(sys.path), os.environ.get("COLUMNS")
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
+    columns = os.environ.get("COLUMNS", "")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        cli_samples.working_folder(Path(folder), each=8),
+    ):
         os.environ["COLUMNS"] = "100"
-        Path("snapshot_network.py").write_text(NETWORK)
-        for label, number in ((label, number) for label in range(3) for number in range(9)):
-            name = Path("photos" if number < 8 else "more", str(label), f"{number}.png")
-            name.parent.mkdir(parents=True, exist_ok=True)
-            picture(label, number).save(name)
-        sys.path.insert(0, folder)
+        for label in range(3):
+            Path("more", str(label)).mkdir(parents=True)
+            picture(label, 8).save(f"more/{label}/8.png")
         try:
-            run(["build", "photos", "i", "--quiet", *NAMED, "--layer", "relu"])
+            run(["build", "photos", "i", "--quiet", *TRUSTED, "--layer", "relu"])
             yield
         finally:
-            os.chdir(before)
-            sys.path[:] = path
-            sys.modules.pop("snapshot_network", None)
-            if columns is None:
-                del os.environ["COLUMNS"]
-            else:
-                os.environ["COLUMNS"] = columns
+            os.environ["COLUMNS"] = columns
 
 
 def saved(name: str) -> Any:

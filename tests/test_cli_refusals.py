@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from embedcam.cli.parser import COMMANDS, examples, parser
 from embedcam.index import lock
 
 QUERY = "photos/0/0.png"
+PROCESS = "import sys; from embedcam.cli import main; sys.exit(main())"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,6 +41,10 @@ def files(folder: Path) -> dict[Path, int]:
     return {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
 
 
+EXPLAIN = ["explain", "built", QUERY]
+BUILD = ["build", "photos", "x"]
+
+
 @pytest.mark.parametrize(
     ("code", "message", "arguments"),
     [
@@ -48,44 +52,85 @@ def files(folder: Path) -> dict[Path, int]:
         (2, "there is no command 'expalin'; did you mean explain?", ["expalin"]),
         (2, "there is no command 'zzz'; known: build, add, ", ["zzz"]),
         (2, "required: INDEX, IMAGE", ["explain"]),
-        (2, "did you mean --recipe?", ["build", "photos", "x", "--reciep", "y"]),
-        (2, "did you mean --transfer?", ["explain", "x", "y", "--transfr=mean"]),
-        (2, "'--tar margin' means nothing here", ["build", "photos", "x", "--tar", "margin"]),
+        (2, "did you mean --recipe?", [*BUILD, "--reciep", "y"]),
+        (2, "did you mean --transfer?", [*EXPLAIN, "--transfr=mean"]),
+        (2, "'--tar margin' means nothing here", [*BUILD, "--tar", "margin"]),
         (2, "an empty name was given", ["build", "photos", ""]),
-        (2, "'many' is not a whole number", ["build", "p", "x", "--batch-size", "many"]),
-        (2, "'7y7' is not a size; give 224 or 224x320", ["build", "p", "x", "--size", "7y7"]),
+        (2, "'many' is not a whole number", [*BUILD, "--batch-size", "many"]),
+        (2, "'7y7' is not a size; give 224 or 224x320", [*BUILD, "--size", "7y7"]),
         (5, "nothing: there is no index here; build one", ["info", "nothing"]),
-        (5, "photos: not an embedcam index", ["info", "photos"]),
         (5, "photos: not an embedcam index", ["remove", "photos", "x"]),
         (5, "photos: not an embedcam index", ["compact", "photos"]),
-        (5, "photos: not an embedcam index", ["compress", "photos", "x", "--prototypes", "3"]),
         (2, "required: --prototypes", ["compress", "nothing", "x"]),
         (5, "there is no index here", ["build", "nothing", "--refit"]),
         (2, "nowhere: does not exist", ["build", "nowhere", "x", *NAMED]),
         (2, "empty: contains no images", ["build", "empty", "x", *NAMED]),
-        (2, "no network was named; give --network torchvision:NAME", ["build", "photos", "x"]),
+        (2, "no network was named; give --network torchvision:NAME", BUILD),
         (2, "no images were given; name a folder", ["build", "x", *NAMED]),
-        (4, "did you mean resnet50", ["build", "photos", "x", "--network", "torchvision:resnt50"]),
         (4, "broken failed with KeyError: 'the shelf'",
-         ["build", "photos", "x", "--network", "cli_toy_network:broken", "--layer", "relu"]),
-        (4, "give one with --layer", ["build", "photos", "x", *NAMED[:2]]),
-        (4, "head ", ["build", "photos", "x", *NAMED, "--head", QUERY]),
-        (2, "--device nonsense cannot be used here",
-         ["build", "photos", "x", *NAMED, "--device", "nonsense"]),
+         [*BUILD, "--network", "cli_toy_network:broken", "--layer", "relu"]),
+        (4, "give one with --layer", [*BUILD, *NAMED[:2]]),
+        (4, "head ", [*BUILD, *NAMED, "--head", QUERY]),
+        (2, "--device nonsense cannot be used here", [*BUILD, *NAMED, "--device", "nonsense"]),
         (2, "'lots' is no number and no .npy file of shape [N S 2]",
-         ["build", "photos", "x", *NAMED, "--triplets", "lots"]),
-        (6, "none.npy: there is no such file",
-         ["build", "photos", "x", *NAMED, "--triplets", "none.npy"]),
+         [*BUILD, *NAMED, "--triplets", "lots"]),
+        (6, "none.npy: there is no such file", [*BUILD, *NAMED, "--triplets", "none.npy"]),
         (2, "--rank means nothing here: it goes with --encoding low-rank",
-         ["build", "photos", "x", *NAMED, "--encoding", "dense", "--rank", "3"]),
-        (2, "--top-m means nothing here", ["build", "photos", "x", *NAMED, "--encoding", "dense",
-                                           "--top-m", "3"]),
-        (2, "--margin means nothing here", ["build", "photos", "x", *NAMED, "--margin", "0.3"]),
-        (2, "FAISS factory 'Falt'", ["build", "photos", "x", *NAMED, "--faiss", "Falt"]),
-        (4, "did you mean make?", ["build", "photos", "x", "--network", "cli_toy_network:mak"]),
-        (6, "none.toml: the recipe cannot be read",
-         ["build", "photos", "x", "--recipe", "none.toml"]),
+         [*BUILD, *NAMED, "--encoding", "dense", "--rank", "3"]),
+        (2, "--top-m means nothing here", [*BUILD, *NAMED, "--encoding", "dense", "--top-m", "3"]),
+        (2, "--margin means nothing here", [*BUILD, *NAMED, "--margin", "0.3"]),
+        (2, "FAISS factory 'Falt'", [*BUILD, *NAMED, "--faiss", "Falt"]),
+        (4, "did you mean make?", [*BUILD, "--network", "cli_toy_network:mak"]),
+        (6, "none.toml: the recipe cannot be read", [*BUILD, "--recipe", "none.toml"]),
         (2, "which is no part of an index", ["build", "photos", "photos", *NAMED]),
+        (3, "photos/0: is a folder; name the pictures in it, as in photos/0/*.jpg, or give --repor",
+         ["explain", "built", "photos/0"]),
+        (3, "nothing.png: does not exist", ["explain", "built", "nothing.png"]),
+        (3, "broken.jpg: is not an image of a known kind", ["explain", "built", "broken.jpg"]),
+        (3, "zero.jpg: is empty (0 bytes)", ["explain", "built", "zero.jpg"]),
+        (2, "is one file and there are 2 queries; give a folder",
+         [*EXPLAIN, "photos/0/1.png", "-o", "why.png"]),
+        (2, "why.txt: .txt is no picture format", [*EXPLAIN, "-o", "why.txt"]),
+        (2, "there is no folder nowhere; make it first", [*EXPLAIN, "-o", "nowhere/w.png"]),
+        (2, "photos is a folder; give the name of a file in it", [*EXPLAIN, "--html", "photos"]),
+        (6, "not a folder (File exists)", [*EXPLAIN, "-o", "plain"]),
+        (2, "is read, and would be replaced; write", [*EXPLAIN, "-o", "photos/0"]),
+        (2, "is read, and would be replaced", [*EXPLAIN, "--html", QUERY]),
+        (2, "no image '0/9.png'; did you mean '0/", [*EXPLAIN, "--result", "0/9.png"]),
+        (2, "-n/--n-neighbors: not allowed with argument --neighbors",
+         [*EXPLAIN, "--neighbors", "0/1.png", "-n", "2"]),
+        (4, "normalize is True", [*EXPLAIN, "--no-normalize"]),
+        (4, 'built with {"size": [32, 32]}, and given is {"size": [64, 64]}; leave out --size',
+         [*EXPLAIN, "--size", "64"]),
+        (4, "that is cli_toy_network:make with layer relu, given is torchvision:squeezenet1_1 with",
+         [*EXPLAIN, "--network", "torchvision:squeezenet1_1", "--weights", "random"]),
+        (2, "--above 0/1.png is a rival, and no result was named; give --result, the image",
+         [*EXPLAIN, "--above", "0/1.png"]),
+        (3, "photos/none.png: does not exist", ["compare", "built", "photos/none.png", "0/1.png"]),
+        (2, "--above 0/1.png is the result itself",
+         ["compare", "built", QUERY, "0/1.png", "--above", "0/1.png"]),
+        (5, "there is no index here", ["export", "nothing", "-o", "x"]),
+        (2, "photos is a folder; give a file, such as photos/network.onnx",
+         ["export", "built", "-o", "photos"]),
+        (4, "its layer is 'relu', given is one with 'conv'",
+         ["export", "built", "-o", "x", *NAMED[:2], "--layer", "conv"]),
+        (4, "none.onnx: there is no such ONNX file", [*EXPLAIN, "--onnx", "none.onnx"]),
+        (4, "ONNX Runtime cannot read it", [*EXPLAIN, "--onnx", QUERY]),
+        (2, "leave out --network, --no-normalize, --method",
+         [*EXPLAIN, "--onnx", "exported.onnx", "--network", "x:y", "--no-normalize", "--method",
+          "rise"]),
+        (2, "leave out --fallback", [*EXPLAIN, "--onnx", "exported.onnx", "--fallback"]),
+        (2, "method 'scorcam' is unknown; did you mean 'sc", [*EXPLAIN, "--method", "scorcam"]),
+        (2, "ABN draws with a branch that is trained", [*EXPLAIN, "--method", "abn"]),
+        (2, "Poly-CAM draws with several layers and this", [*EXPLAIN, "--method", "polycam"]),
+        (2, "--fill and --option are a method's; name it with --method",
+         [*EXPLAIN, "--fill", "black"]),
+        (2, "Grad-CAM fills nothing in; leave out --fill",
+         [*EXPLAIN, "--method", "gradcam", "--fill", "black"]),
+        (2, "'masks' is not NAME=VALUE, such as samples",
+         [*EXPLAIN, "--method", "rise", "--option", "masks"]),
+        (2, "RISE has no option 'mask'; its options are",
+         [*EXPLAIN, "--method", "rise", "--option", "mask=none"]),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done(refused, here: Path, code: int, message: str, arguments: list) -> None:
@@ -93,91 +138,6 @@ def test_what_cannot_be_done(refused, here: Path, code: int, message: str, argum
     refused(code, message, *arguments)
     assert files(here) == before
     assert not (here / "x").exists()
-
-
-@pytest.mark.parametrize(
-    ("code", "message", "arguments"),
-    [
-        (3, "photos/0: is a folder; name the pictures in it, as in photos/0/*.png", ["photos/0"]),
-        (3, "nothing.png: does not exist", ["nothing.png"]),
-        (3, "broken.jpg: is not an image of a known kind", ["broken.jpg"]),
-        (3, "zero.jpg: is empty (0 bytes)", ["zero.jpg"]),
-        (2, "is one file and there are 2 queries; give a folder",
-         [QUERY, "photos/0/1.png", "-o", "why.png"]),
-        (2, "why.txt: .txt is no picture format", [QUERY, "-o", "why.txt"]),
-        (2, "there is no folder nowhere; make it first", [QUERY, "-o", "nowhere/w.png"]),
-        (2, "--html photos is a folder", [QUERY, "--html", "photos"]),
-        (6, "not a folder (File exists)", [QUERY, "-o", "plain"]),
-        (2, "is a query itself and would be replaced", [QUERY, "-o", "photos/0"]),
-        (2, "is a query itself", [QUERY, "--html", QUERY]),
-        (2, "no image '0/9.png'; did you mean '0/", [QUERY, "--result", "0/9.png"]),
-        (2, "--neighbors names the results and -n searches",
-         [QUERY, "--neighbors", "0/1.png", "-n", "2"]),
-        (4, "normalize is True", [QUERY, "--no-normalize"]),
-        (4, 'built with {"size": [32, 32]}, and given is {"size": [64, 64]}; leave out --size',
-         [QUERY, "--size", "64"]),
-        (4, "that is cli_toy_network:make with layer relu, given is torchvision:squeezenet1_1 with",
-         [QUERY, "--network", "torchvision:squeezenet1_1", "--weights", "random"]),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_explained(
-    refused, here: Path, code: int, message: str, arguments: list[str]
-) -> None:
-    before = files(here)
-    refused(code, message, "explain", "built", *arguments)
-    assert files(here) == before
-
-
-@pytest.mark.parametrize(
-    ("code", "message", "arguments"),
-    [
-        (3, "photos/none.png: does not exist", ["compare", "built", "photos/none.png", "0/1.png"]),
-        (2, "no image '0/9.png'; did you mean '0/", ["compare", "built", QUERY, "0/9.png"]),
-        (2, "--above 0/1.png is the result itself",
-         ["compare", "built", QUERY, "0/1.png", "--above", "0/1.png"]),
-        (5, "there is no index here", ["export", "nothing", "-o", "x.onnx"]),
-        (2, "photos is a folder; give a file, such as photos/network.onnx",
-         ["export", "built", "-o", "photos"]),
-        (2, "there is no folder nowhere; make it first",
-         ["export", "built", "-o", "nowhere/x.onnx"]),
-        (2, "is not a regular file", ["export", "built", "-o", os.devnull]),
-        (4, "its layer is 'relu', given is one with 'conv'",
-         ["export", "built", "-o", "x.onnx", *NAMED[:2], "--layer", "conv"]),
-        (4, "none.onnx: there is no such ONNX file",
-         ["explain", "built", QUERY, "--onnx", "none.onnx"]),
-        (4, "ONNX Runtime cannot read it",
-         ["explain", "built", QUERY, "--onnx", QUERY]),
-        (2, "leave out --network, --no-normalize, --method",
-         ["explain", "built", QUERY, "--onnx", "exported.onnx", "--network", "x:y",
-          "--no-normalize", "--method", "rise"]),
-        (2, "leave out --fallback",
-         ["explain", "built", QUERY, "--onnx", "exported.onnx", "--fallback"]),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_compared_or_exported(
-    refused, here: Path, code: int, message: str, arguments: list[str]
-) -> None:
-    refused(code, message, *arguments)
-    assert not (here / "x.onnx").exists()
-
-
-@pytest.mark.parametrize(
-    ("message", "options"),
-    [
-        ("method 'scorcam' is unknown; did you mean 'scorecam'", ["--method", "scorcam"]),
-        ("ABN draws with a branch that is trained with the network", ["--method", "abn"]),
-        ("Poly-CAM draws with several layers and this index has one", ["--method", "polycam"]),
-        ("--fill and --option are a method's; name it with --method", ["--fill", "black"]),
-        ("Grad-CAM fills nothing in; leave out --fill", ["--method", "gradcam", "--fill", "black"]),
-        ("'masks' is not NAME=VALUE, such as samples", ["--method", "rise", "--option", "masks"]),
-        ("masks = None; give a whole number", ["--method", "rise", "--option", "masks=none"]),
-        ("RISE has no option 'mask'; its options are", ["--method", "rise", "--option", "mask=5"]),
-    ],
-)
-def test_a_method_or_an_option_that_means_nothing(
-    refused, message: str, options: list[str]
-) -> None:
-    refused(2, message, "explain", "built", QUERY, *options)
 
 
 def test_ids_that_cannot_be_removed(say: Say, refused, index: str, tmp_path: Path) -> None:
@@ -191,43 +151,27 @@ def test_ids_that_cannot_be_removed(say: Say, refused, index: str, tmp_path: Pat
     refused(2, "11 of 12 images are in the index already", "add", index, "photos")
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda p: next(p.rglob("layer0.codes*")).unlink(), "layer0.codes"),
-        (lambda p: os.truncate(next(p.rglob("embeddings*")), 7), "truncated to 7 bytes"),
-        (lambda p: (p / "manifest.json").write_text("{"), "manifest.json: is not a readable JSON"),
-        (lambda p: (p / "manifest.json").unlink(), "unfinished"),
-    ],
-)
-def test_damaged_indexes(
-    refused, index: str, damage: Callable[[Path], object], message: str
-) -> None:
-    damage(Path(index))
-    for command in (["verify"], ["info"], ["explain", QUERY]):
-        refused(5, message, command[0], index, *command[1:])
-
-
-def test_a_flipped_bit_is_verify_s_to_find(say: Say, refused, index: str) -> None:
+def test_a_damaged_index(say: Say, refused, index: str) -> None:
     file = next(Path(index).rglob("layer0.codes*"))
     data = bytearray(file.read_bytes())
     data[3] ^= 16
     file.write_bytes(data)
     refused(5, f"{file.name}: does not match its checksum", "verify", index)
     assert say("info", index)[0] == 0
+    os.truncate(file, 7)
+    refused(5, "truncated to 7 bytes", "explain", index, QUERY)
+    (Path(index) / "manifest.json").write_text("{")
+    refused(5, "manifest.json: is not a readable JSON", "info", index)
 
 
-def test_a_busy_index(refused, index: str) -> None:
+def test_a_busy_index(here: Path, index: str) -> None:
     with lock(index):
-        code = "import sys; from embedcam.cli import main; sys.exit(main(sys.argv[1:]))"
         done = subprocess.run(
-            [sys.executable, "-c", code, "remove", index, "0/0.png"],
+            [sys.executable, "-c", PROCESS, "remove", index, "0/0.png"],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
-    assert done.returncode == 5
-    assert done.stderr == (
-        f"embedcam: {index}: another process is writing to this index; wait until it is done\n"
-    )
+    told = f"embedcam: {index}: another process is writing to this index; wait until it is done\n"
+    assert (done.returncode, done.stderr) == (5, told)
 
 
 @pytest.mark.parametrize(
@@ -268,51 +212,42 @@ def test_an_interruption_is_130_and_says_how_to_go_on(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Explainer, "explain", interrupted)
-    build = ("build", "photos", f"{index}2", *NAMED)
-    told = "going on: 12 of 12 images are embedded\ngoing on: weights of 12 of 12 images are done\n"
+    build, demo = ("build", "photos", f"{index}2", *NAMED), Path(f"{index}3")
+    done = "going on: 12 of 12 images are embedded\ngoing on: weights of 12 of 12 images are done\n"
+    said = "embedcam: interrupted{}\n".format
+    again = said("; run the same command again to go on")
     with monkeypatch.context() as patch:
         patch.setattr("embedcam.offline.build.embed_chunks", interrupted)
-        assert say(*build) == (130, "", "embedcam: interrupted\n")  # nothing is kept yet
+        assert say(*build) == (130, "", said(""))  # nothing is kept yet
         patch.undo()
         patch.setattr("embedcam.offline.build.fit_encodings", interrupted)
-        code, out, err = say(*build)
-        assert (code, out) == (130, "")
-        assert err == "embedcam: interrupted; run the same command again to go on\n"
-        _, _, err = say(*build)
-        assert err == f"{told}embedcam: interrupted; run the same command again to go on\n"
+        assert say(*build) == (130, "", again)
+        assert say(*build)[2] == done + again
     assert say(*build, "--quiet")[::2] == (0, "")
-    with monkeypatch.context() as patch:
-        patch.setattr("embedcam.demo.run_demo", interrupted)
-        assert say("demo", f"{index}3")[2] == "embedcam: interrupted\n"
-        Path(f"{index}3").mkdir()
-        (Path(f"{index}3") / "stages.json").write_text('{"scenes": "digest"}')
-        assert say("demo", f"{index}3")[2].endswith("; run the same command again to go on\n")
-    code, _, err = say("explain", index, QUERY)
-    assert (code, err) == (130, "embedcam: interrupted\n")
+    monkeypatch.setattr(Explainer, "explain", interrupted)
+    monkeypatch.setattr("embedcam.demo.run_demo", interrupted)
+    assert say("demo", demo)[2] == said("")
+    demo.mkdir()
+    (demo / "stages.json").write_text('{"scenes": "digest"}')
+    assert say("demo", demo)[2] == again
+    assert say("explain", index, QUERY)[::2] == (130, said(""))
 
 
-def test_faults_of_our_own_are_70_and_show_themselves_with_debug(
+def test_a_fault_of_our_own_is_70_and_a_disk_that_gives_up_is_6(
     refused, index: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fault(*_: object, **__: object) -> None:
-        raise ZeroDivisionError("a\nb")
+    def fails(error: Exception) -> None:
+        def fail(*_: object, **__: object) -> None:
+            raise error
 
-    monkeypatch.setattr(Index, "verify", fault)
+        monkeypatch.setattr(Index, "verify", fail)
+
+    fails(OSError(28, "No space left on device", "/somewhere"))
+    refused(6, "embedcam: /somewhere: No space left on device", "verify", index)
+    fails(ZeroDivisionError("a\nb"))
     refused(70, "unexpected ZeroDivisionError: a b; run again with --debug", "verify", index)
     with pytest.raises(ZeroDivisionError):
         main(["verify", index, "--debug"])
-
-
-def test_a_disk_that_gives_up_is_6(refused, index: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device", "/somewhere")
-
-    monkeypatch.setattr(Index, "verify", full)
-    refused(6, "embedcam: /somewhere: No space left on device", "verify", index)
-
-
-PROCESS = "import sys; from embedcam.cli import main; sys.exit(main())"
 
 
 def test_a_reader_that_goes_away_is_no_error(here: Path) -> None:

@@ -29,19 +29,9 @@ from embedcam.evaluate import evaluate_index
 from embedcam.images import find_images
 from embedcam.network import EmbeddingNetwork
 
+# Seed, sides of scenes and inputs, scenes of each split, steps, a batch.
 TINY = DemoSettings(
-    scene_size=64,
-    input_size=64,
-    n_train=60,
-    n_gallery=40,
-    n_query=10,
-    n_pairs=10,
-    steps=4,
-    batch_size=20,
-    channels=24,
-    embedding_size=8,
-    n_triplets=5,
-    top_m=6,
+    0, 64, 64, 60, 40, 10, 10, 4, 20, channels=24, embedding_size=8, n_triplets=5, top_m=6
 )
 
 
@@ -65,11 +55,8 @@ def test_no_handwriting_is_in_two_splits() -> None:
         name: {image.tobytes() for images in classes for image in images}
         for name, classes in scenes._split_digits(0).items()
     }
-    sizes = {name: len(images) for name, images in splits.items()}
-    assert sizes == {"train": 1078, "gallery": 359, "query": 360}
-    assert not splits["train"] & splits["query"]
-    assert not splits["gallery"] & splits["query"]
-    assert not splits["gallery"] & splits["train"]
+    assert [len(images) for images in splits.values()] == [1078, 359, 360]
+    assert len(set.union(*splits.values())) == 1797
 
 
 def test_scenes_depend_on_their_number_alone() -> None:
@@ -94,16 +81,10 @@ def test_the_box_holds_the_digit(monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(20):
         x0, y0, x1, y1 = maker.scene("query", number).digits[0].box
         rows, columns = np.nonzero(inks[-1] > 0.4)
-        assert 0 <= x0 < x1 <= 96
-        assert 0 <= y0 < y1 <= 96
-        assert x0 <= columns.min() <= columns.max() < x1
-        assert y0 <= rows.min() <= rows.max() < y1
+        assert 0 <= x0 <= columns.min() <= columns.max() < x1 <= 96
+        assert 0 <= y0 <= rows.min() <= rows.max() < y1 <= 96
         assert columns.max() - columns.min() >= x1 - x0 - 3
-
-
-def test_pairs_have_two_classes_in_two_halves() -> None:
-    maker = SceneMaker(0, 96)
-    for number in range(20):
+        # A pair has two classes in two halves.
         left, right = maker.scene("pair", number).digits
         assert left.label != right.label
         assert left.box[2] <= 48 <= right.box[0]
@@ -112,10 +93,8 @@ def test_pairs_have_two_classes_in_two_halves() -> None:
 def test_doodles_are_made_like_digits() -> None:
     rng = np.random.default_rng(0)
     doodles = np.stack([draw_doodle(rng) for _ in range(60)])
-    assert doodles.shape == (60, 8, 8)
-    assert doodles.dtype == np.float32
-    assert doodles.min() >= 0
-    assert doodles.max() <= 1
+    assert (doodles.shape, doodles.dtype) == ((60, 8, 8), np.float32)
+    assert 0 <= doodles.min() < doodles.max() <= 1
     # Counted in 4 x 4 blocks: multiples of 1/16, as scikit-learn's digits are.
     np.testing.assert_allclose(doodles * 16, np.rint(doodles * 16), atol=1e-4)
     assert (doodles.sum((1, 2)) > 2).all()
@@ -124,9 +103,7 @@ def test_doodles_are_made_like_digits() -> None:
 def literal_loss(embeddings: np.ndarray, labels: list[int], margin: float) -> float:
     hinges = []
     n = len(labels)
-    distance = [
-        [float(((embeddings[i] - embeddings[j]) ** 2).sum()) for j in range(n)] for i in range(n)
-    ]
+    distance = [[float(((one - other) ** 2).sum()) for other in embeddings] for one in embeddings]
     for a in range(n):
         negatives = [distance[a][j] for j in range(n) if labels[j] != labels[a]]
         for p in range(n):
@@ -187,12 +164,13 @@ def test_network_weights_come_back(tmp_path: Path) -> None:
 
 
 def test_settings_are_checked() -> None:
-    with pytest.raises(InputError, match="batch_size is 25"):
-        DemoSettings(batch_size=25)
-    with pytest.raises(InputError, match="at least 10"):
-        DemoSettings(n_query=3)
-    with pytest.raises(InputError, match="less than one batch"):
-        DemoSettings(n_train=40)
+    for choices, message in (
+        ({"batch_size": 25}, "batch_size is 25"),
+        ({"n_query": 3}, "at least 10"),
+        ({"n_train": 40}, "less than one batch"),
+    ):
+        with pytest.raises(InputError, match=message):
+            DemoSettings(**choices)
     assert DemoSettings().digest() == DemoSettings().digest()
     assert DemoSettings().digest("seed") != DemoSettings(seed=1).digest("seed")
     assert DemoSettings().digest("steps") == DemoSettings(seed=1).digest("steps")
@@ -231,17 +209,21 @@ def test_stages_run_once_and_make_later_ones_run_again(tmp_path: Path) -> None:
     assert stages(folder, {"one": "c", "two": "same"}) == ["two"]
 
 
-def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "stages.json").write_text("[1")
-    with pytest.raises(InputError, match=r"stages\.json is damaged; delete the folder"):
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("stages.json", "[1", r"stages\.json is damaged; delete the folder"),
+        ("stages.json", "[1]", r"stages\.json is damaged; delete the folder"),
+        ("thesis.txt", "mine", "give an empty or new folder"),
+    ],
+)
+def test_a_folder_of_other_things_is_refused(
+    tmp_path: Path, name: str, text: str, message: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=message):
         run_demo(tmp_path, progress=False, settings=TINY)
-
-
-def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(InputError, match="give an empty or new folder"):
-        run_demo(tmp_path, progress=False, settings=TINY)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_scene_files(tmp_path: Path) -> None:
@@ -271,10 +253,8 @@ def test_the_whole_demo(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert image.width > 1000
         assert np.asarray(image).std() > 20
     page = (demo / "why.html").read_text()
-    assert page.lstrip().lower().startswith("<!doctype html")
-    assert "data:image/" in page
-    assert 'src="http' not in page
-    assert "the paper" in page
+    assert page.lower().startswith("<!doctype html")
+    assert ("data:image/" in page, 'src="http' in page, "the paper" in page) == (True, False, True)
     assert not list(demo.rglob("*.part"))
 
     kept = ("summary.json", "why.png", "why.html", "index/manifest.json", "network.safetensors")
@@ -288,20 +268,18 @@ def test_the_whole_demo(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_table_is_what_evaluating_the_index_says(demo: Path) -> None:
-    rows = {
-        row.pop("weights"): row for row in json.loads((demo / "summary.json").read_text())["rows"]
-    }
+    table = json.loads((demo / "summary.json").read_text())["rows"]
+    rows = {row.pop("weights"): row for row in table}
     network = EmbeddingNetwork(
         load_weights(demo / "network.safetensors"), LAYER, preprocess=digits_preprocess(64)
     )
-    table = demo / "scenes/annotations.csv"
     for part, columns in (
         ("query", {"box_auc": "auc", "energy": "energy"}),
         ("pairs", {"side_auc": "objects_auc", "share": "share", "right": "right"}),
     ):
         told = evaluate_index(
-            demo / "index", find_images(demo / "scenes" / part), network, boxes=table, scenes=0,
-            n_neighbors=1, progress=False, controls=False, examples=0,
+            demo / "index", find_images(demo / "scenes" / part), network, scenes=0, n_neighbors=1,
+            boxes=demo / "scenes/annotations.csv", progress=False, controls=False, examples=0,
             measures=("localisation", "objects"),
         ).summary  # fmt: skip
         means = told["localisation"]
@@ -309,11 +287,10 @@ def test_the_table_is_what_evaluating_the_index_says(demo: Path) -> None:
             means = told["objects"]["boxes of several labels"]["measures"]
         for score, column in columns.items():
             mean = means[column]
-            assert rows["transferred from 1 neighbour"][score] == pytest.approx(mean["mean"])
             salient = mean["mean_activation"]["mean"]
+            assert rows["transferred from 1 neighbour"][score] == pytest.approx(mean["mean"])
             assert rows["mean activation"][score] == pytest.approx(salient)
-    paper = rows["5 triplets, top 6 of 24 (the paper)"]
-    assert paper != rows["5 triplets"]
+    assert rows["5 triplets, top 6 of 24 (the paper)"] != rows["5 triplets"]
 
 
 def test_the_figure_of_all_methods_is_drawn_from_a_demo(demo: Path, tmp_path: Path) -> None:
@@ -324,10 +301,7 @@ def test_the_figure_of_all_methods_is_drawn_from_a_demo(demo: Path, tmp_path: Pa
          "eigencam", "polycam"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert [line.split()[0] for line in done.stdout.splitlines()[1:4]] == [
-        "Grad-CAM",
-        "Eigen-CAM",
-        "Poly-CAM",
-    ]
-    with Image.open(picture) as drawn:
-        assert drawn.width > 500
+    drawn = [line.split()[0] for line in done.stdout.splitlines()[1:4]]
+    assert drawn == ["Grad-CAM", "Eigen-CAM", "Poly-CAM"]
+    with Image.open(picture) as image:
+        assert image.width > 500

@@ -92,7 +92,7 @@ def test_methods_and_recipes_are_columns(say: Say, here: Path, tmp_path: Path) -
         (2, "empty: contains no images", ["--images", "empty"]),
         (2, "beyond.csv, line 2: the box 10, 10, 400, 30 reaches beyond its picture of 48 x 40",
          ["--images", "queries", "--boxes", "beyond.csv"]),
-        (2, "give --boxes or --masks, not both",
+        (2, "argument --boxes: not allowed with argument --masks",
          ["--images", "queries", "--masks", "empty", "--boxes", "boxes.csv"]),
         (2, "there is no folder nowhere", ["--images", "queries", "--html", "nowhere/r.html"]),
         (2, "photos is a folder; give the name of a file",

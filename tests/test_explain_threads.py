@@ -234,18 +234,18 @@ def test_a_request_ends_with_the_version_it_began_with(tmp_path, versions, photo
     explainer = Explainer(link, network)
     query = picture(0, 60)
     expected = explainer.explain(query)
-    inside, go_on, forward = threading.Event(), threading.Event(), network.forward
+    inside, go_on, embed = threading.Event(), threading.Event(), network.embed
 
-    def held(batch: Any) -> Any:
+    def held(*given: Any) -> Any:
         inside.set()
         assert go_on.wait(10)
-        return forward(batch)
+        return embed(*given)
 
-    network.forward = held  # type: ignore[method-assign]
+    network.embed = held  # type: ignore[method-assign]
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(explainer.explain, query)
         assert inside.wait(10)
-        network.forward = forward  # type: ignore[method-assign]
+        network.embed = embed  # type: ignore[method-assign]
         switch(link, versions[1])
         gc.collect()
         gc.disable()

@@ -1,6 +1,5 @@
 """`export_onnx`: the file computes what torch does, says what it is, and is refused otherwise."""
 
-import base64
 import json
 import os
 from collections.abc import Callable
@@ -11,14 +10,15 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from photo_samples import SIDE, Flat, Pooled, build, network_of, picture
+from photo_samples import SQUASH, Flat, Pooled, build, network_of, picture
+from test_network import assert_same_state, state_of
 from torch import Tensor, nn
 from torchvision import models
 from toys import seeded
 
 import embedcam
 import embedcam.export as exporting
-from embedcam import EmbeddingNetwork, Explainer, Index, Preprocess, Recipe
+from embedcam import EmbeddingNetwork, Explainer, Index, Recipe
 from embedcam.errors import IndexFormatError, InputError, NetworkError, NetworkMismatch
 from embedcam.export import export_onnx
 from embedcam.index.identity import NetworkWarning
@@ -61,20 +61,14 @@ class Swinlike(nn.Module):
 def frozen() -> EmbeddingNetwork:
     trunk = seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 5, 4, 2), nn.ReLU()))
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
-    return EmbeddingNetwork.from_parts(trunk, head, preprocess=Preprocess((SIDE, SIDE)))
+    return EmbeddingNetwork.from_parts(trunk, head, preprocess=SQUASH)
 
 
 def transformer() -> EmbeddingNetwork:
     vit = seeded(lambda: models.VisionTransformer(32, 16, 2, 2, 12, 24, num_classes=6))
     torch.nn.init.normal_(vit.heads.head.weight, generator=torch.Generator().manual_seed(3))
     layer = "encoder.layers.encoder_layer_1.ln_1"
-    return EmbeddingNetwork(vit, layer, preprocess=Preprocess((SIDE, SIDE)))
-
-
-def swinlike() -> EmbeddingNetwork:
-    return EmbeddingNetwork(
-        seeded(Swinlike), "last", layout="bhwk", preprocess=Preprocess((SIDE, SIDE))
-    )
+    return EmbeddingNetwork(vit, layer, preprocess=SQUASH)
 
 
 CASES: dict[str, tuple[Callable[[], EmbeddingNetwork], Recipe, str]] = {
@@ -82,9 +76,13 @@ CASES: dict[str, tuple[Callable[[], EmbeddingNetwork], Recipe, str]] = {
     "not normalised": (lambda: network_of(Flat, normalize=False), DENSE, "other"),
     "pooled vector": (frozen, Recipe(), "identity"),
     "tokens": (transformer, DENSE, "other"),
-    "channels last": (swinlike, Recipe(), "affine"),
+    "channels last": (
+        lambda: EmbeddingNetwork(seeded(Swinlike), "last", layout="bhwk", preprocess=SQUASH),
+        Recipe(),
+        "affine",
+    ),
     "several layers": (
-        lambda: EmbeddingNetwork(seeded(Deep), "relu", preprocess=Preprocess((SIDE, SIDE))),
+        lambda: EmbeddingNetwork(seeded(Deep), "relu", preprocess=SQUASH),
         Recipe(method="polycam", layers=("fine", "relu")),
         "affine",
     ),
@@ -138,40 +136,22 @@ def test_it_computes_what_torch_does_for_batches_of_any_size(
 
 def test_an_explainer_draws_the_same_maps(case: tuple[str, EmbeddingNetwork, Path, Path]) -> None:
     name, network, index, path = case
-    queries = [picture(1, 40), picture(2, 41, (30, 60))]
-    with Index.open(index) as opened:
-        torchs = Explainer(opened, network).explain_batch(queries)
-        ours = Explainer(opened, onnx=path).explain_batch(queries)
-        one, other = opened.ids[0], opened.ids[-1]
-        asked = {"result": one, "above": other}
-        mine, expected = (
-            Explainer(opened, network, onnx=file).explain(queries[0], **asked).cam
-            for network, file in ((None, path), (network, None))
-        )
-        np.testing.assert_allclose(mine, expected, rtol=1e-4, atol=1e-5 * expected.max() + 1e-9)
-        (alone,) = Explainer(opened, OnnxNetwork(path, threads=1)).explain_batch(queries[:1])
-    for mine, expected in zip([*ours, alone], [*torchs, torchs[0]], strict=True):
-        assert mine.ids == expected.ids
-        assert mine.extent == expected.extent
-        assert expected.cam.max() > 0, name
-        off = np.abs(mine.cam - expected.cam).max() / expected.cam.max()
-        assert off < 1e-5
-        np.testing.assert_allclose(mine.distances, expected.distances, rtol=1e-3, atol=1e-6)
-        assert set(mine.layer_weights or ()) == set(expected.layer_weights or ())
-
-
-def test_a_finer_map_is_the_one_that_torch_draws(
-    case: tuple[str, EmbeddingNetwork, Path, Path],
-) -> None:
-    name, network, index, path = case
-    query = picture(2, 41, (30, 60))
-    with Explainer(index, network) as torchs, Explainer(index, onnx=path) as ours:
-        expected, fine = (each.explain(query, detail=2).signed_cam for each in (torchs, ours))
-        plain = ours.explain(query).signed_cam
     assert (OnnxNetwork(path).sides is None) == (name not in ONE_SIZE)
-    scale = np.abs(expected).max()
-    assert np.abs(fine - expected).max() < 1e-4 * scale
-    assert np.abs(fine - plain).max() > 1e-2 * scale
+    queries = [picture(1, 40), picture(2, 41, (30, 60))]
+    one_thread = OnnxNetwork(path, threads=1)
+    with Explainer(index, network) as torchs, Explainer(index, one_thread) as ours:
+        asked = {"result": ours.index.ids[0], "above": ours.index.ids[-1]}
+        for how in ({}, asked, {"detail": 2}):
+            both = (each.explain_batch(queries, **how) for each in (ours, torchs))
+            for mine, expected in zip(*both, strict=True):
+                assert (mine.ids, mine.extent) == (expected.ids, expected.extent)
+                scale = np.abs(expected.signed_cam).max()
+                assert scale > 0
+                assert np.abs(mine.signed_cam - expected.signed_cam).max() < 1e-4 * scale
+                np.testing.assert_allclose(mine.distances, expected.distances, rtol=1e-3, atol=1e-6)
+                assert set(mine.layer_weights or ()) == set(expected.layer_weights or ())
+        plain = ours.explain(queries[1]).signed_cam  # a finer map is another one
+    assert np.abs(mine.signed_cam - plain).max() > 1e-2 * scale
 
 
 def test_it_says_what_the_manifest_says(case: tuple[str, EmbeddingNetwork, Path, Path]) -> None:
@@ -200,31 +180,21 @@ def test_the_head_s_bias_makes_the_embedding_of_the_pooled_activations(
 ) -> None:
     """z = W p + b, with W as the index keeps it and b as the file says it."""
     name, network, index, path = case
-    props = {entry.key: entry.value for entry in onnx.load(str(path)).metadata_props}
-    said = json.loads(props["embedcam.head"])
-    if CASES[name][2] == "other":
-        assert said["bias"] is None
-        return
-    bias = np.frombuffer(base64.b64decode(said["bias"]), "<f4")
     head = OnnxNetwork(path).head
-    assert head is not None
-    np.testing.assert_array_equal(head.bias, bias)
-    features = network.forward(network.probe_images(3))
-    pooled = features.activations.numpy().mean((2, 3))
+    if CASES[name][2] == "other":
+        assert head.bias is None
+        return
     matrix = np.eye(8)
-    if name == "pooled vector":
-        assert not bias.any()
-    elif name == "several layers":
-        assert not bias.any()  # a linear map without one
+    if name == "several layers":
         matrix = network.module.get_parameter("linear.weight").detach().numpy()
-    else:
-        np.testing.assert_allclose(bias, network.module.get_parameter("linear.bias").detach())
+    elif name != "pooled vector":
+        np.testing.assert_allclose(head.bias, network.module.get_parameter("linear.bias").detach())
         with Index.open(index) as opened:
             encoding = opened.encoding(0)
             assert (encoding.name, encoding.origin) == ("low-rank", "head")
-            height, width = opened.manifest.layers[0].grid
-            matrix = encoding.fitted["basis"] * height * width
-    z = pooled @ matrix.T + bias
+            matrix = encoding.fitted["basis"] * np.prod(opened.manifest.layers[0].grid)
+    features = network.forward(network.probe_images(3))
+    z = features.activations.numpy().mean((2, 3)) @ matrix.T + head.bias
     expected = features.embedding * features.norm[:, None]
     np.testing.assert_allclose(z, expected, rtol=1e-4, atol=1e-5)
 
@@ -248,19 +218,11 @@ def test_a_half_precision_network_is_left_as_it_was_and_its_file_admitted_with_a
 ) -> None:
     network = network_of(autocast=torch.bfloat16)
     index = build(photos, tmp_path / "index", network)
-    before = {key: value.clone() for key, value in network.module.state_dict().items()}
-    names = [name for name, _ in network.module.named_modules()]
-    rng = torch.get_rng_state()
+    before, rng = state_of(network.module), torch.get_rng_state()
     export_onnx(index, network, tmp_path / "network.onnx")
     assert network.autocast == torch.bfloat16
-    assert [name for name, _ in network.module.named_modules()] == names
+    assert_same_state(before, state_of(network.module))
     assert torch.equal(torch.get_rng_state(), rng)
-    for key, value in network.module.state_dict().items():
-        assert torch.equal(value, before[key])
-    for part in network.module.modules():
-        assert not part._forward_hooks
-        assert not part.training
-    assert all(one.grad is None and one.requires_grad for one in network.module.parameters())
     with pytest.warns(NetworkWarning, match=r"\(bfloat16\) in the index, .* \(float32\) given"):
         Explainer(index, onnx=tmp_path / "network.onnx").index.close()
 

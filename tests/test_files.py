@@ -13,7 +13,7 @@ from index_samples import encoding_of, make, part
 from PIL import Image
 
 from embedcam import _files
-from embedcam.errors import EmbedcamError, IndexBusyError, IndexFormatError, InputError
+from embedcam.errors import EmbedcamError, IndexFormatError, InputError
 from embedcam.explain.drawing import save_picture
 from embedcam.index import (
     Index,
@@ -34,6 +34,15 @@ def everything(folder: Path) -> dict[str, bytes | None]:
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
     }
+
+
+def failing(number: int) -> Callable[..., None]:
+    """Return a function that fails as the system does."""
+
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
 
 
 @pytest.fixture
@@ -155,23 +164,18 @@ def test_a_lock_that_is_no_file(tmp_path: Path, kind: str) -> None:
         pass
 
 
-@pytest.mark.parametrize(
-    ("number", "words"), [("ENOLCK", "No locks"), ("EOPNOTSUPP", "not supp"), ("ENOSYS", "impl")]
-)
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
 def test_a_file_system_without_locks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: str, words: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     path = make(tmp_path / "x", 4)
-
-    def refuse(*_: object) -> None:
-        raise OSError(getattr(errno, number), os.strerror(getattr(errno, number)))
-
-    monkeypatch.setattr("fcntl.flock", refuse)
-    with pytest.raises(InputError, match=words) as caught:
+    monkeypatch.setattr("fcntl.flock", failing(number))
+    with pytest.raises(InputError) as caught:
         compact(path)
-    assert str(caught.value).startswith(f"{path}: its file system cannot lock files (")
-    assert "write to a folder on a local disk, and copy that here" in str(caught.value)
-    assert not isinstance(caught.value, IndexBusyError)
+    assert str(caught.value) == (
+        f"{path}: its file system cannot lock files ({os.strerror(number)}), so two writers could "
+        "spoil it; write to a folder on a local disk, and copy that here"
+    )
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "socket"])
@@ -208,16 +212,11 @@ def test_the_old_generation_stays_until_the_new_one_is_durable(
         patch.setattr("embedcam.index.manifest.replace", lost)
         with pytest.raises(OSError, match="Input/output error"):
             compact(path)
-    new = (path / "manifest.json").read_bytes()
+    new, both = (path / "manifest.json").read_bytes(), everything(path)
     assert new != old
-    both = everything(path)
-
-    def again(descriptor: int) -> None:
-        raise OSError(errno.EIO, "again")
-
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", again)
-        with pytest.raises(OSError, match="again"):
+        patch.setattr(os, "fsync", failing(errno.EIO))
+        with pytest.raises(OSError, match="Input/output error"):
             sweep(path)  # which sees that it is not durable
     assert everything(path) == both
     (path / "manifest.json").write_bytes(old)  # after a power failure
@@ -233,11 +232,7 @@ def test_what_fails_before_its_commit_leaves_nothing(
 ) -> None:
     path = make(tmp_path / "x", 6)
     before = everything(path)
-
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("embedcam.index.manifest.replace", full)
+    monkeypatch.setattr("embedcam.index.manifest.replace", failing(errno.ENOSPC))
     for change in ("append", "remove", "rebuild", "replace"):
         with pytest.raises(OSError, match="No space left"):
             CHANGES[change](path)
@@ -342,34 +337,21 @@ def test_a_planted_link_is_not_written_through(tmp_path: Path) -> None:
     (tmp_path / "file.tmp").symlink_to("theirs")
     with _files.written(tmp_path / "file") as file:
         file.write(b"mine")
-    assert (tmp_path / "theirs").read_text() == "precious"
-    assert (tmp_path / "file").read_text() == "mine"
-    assert sorted(os.listdir(tmp_path)) == ["file", "theirs"]
-
-    def half() -> None:
-        with _files.written(tmp_path / "file") as file:
-            file.write(b"half")
-            raise EmbedcamError("stopped")
-
-    with pytest.raises(EmbedcamError, match="stopped"):
-        half()
-    assert (tmp_path / "file").read_text() == "mine"
-    assert sorted(os.listdir(tmp_path)) == ["file", "theirs"]
+    writer = _files.written(tmp_path / "file")
+    writer.__enter__().write(b"half")
+    assert not writer.__exit__(EmbedcamError, EmbedcamError("stopped"), None)
+    assert everything(tmp_path) == {"file": b"mine", "theirs": b"precious"}
 
 
-def test_what_a_link_leads_to_is_replaced(tmp_path: Path) -> None:
+def test_what_a_link_leads_to_is_replaced_and_not_the_link(tmp_path: Path) -> None:
     (tmp_path / "page.html").symlink_to("real.html")
     _files.write_whole(tmp_path / "page.html", "new")
     assert os.readlink(tmp_path / "page.html") == "real.html"
     assert (tmp_path / "real.html").read_text() == "new"
-    assert sorted(os.listdir(tmp_path)) == ["page.html", "real.html"]
-
-
-def test_a_link_to_itself_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "page.html").symlink_to("page.html")
-    with pytest.raises(InputError, match=r"page\.html: cannot be written \(Too many levels"):
-        _files.write_whole(tmp_path / "page.html", "new")
-    assert os.listdir(tmp_path) == ["page.html"]
+    (tmp_path / "loop.html").symlink_to("loop.html")
+    with pytest.raises(InputError, match=r"loop\.html: cannot be written \(Too many levels"):
+        _files.write_whole(tmp_path / "loop.html", "new")
+    assert sorted(os.listdir(tmp_path)) == ["loop.html", "page.html", "real.html"]
 
 
 def test_an_array_of_unfinished_work_is_not_written_through_a_link(tmp_path: Path) -> None:
@@ -383,20 +365,16 @@ def test_an_array_of_unfinished_work_is_not_written_through_a_link(tmp_path: Pat
 def test_a_full_disk_leaves_the_picture_that_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     (tmp_path / "why.png").write_text("before")
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", failing(errno.ENOSPC))
     with pytest.raises(InputError, match=r"why\.png: cannot be written \(No space left"):
         save_picture(lambda: Image.new("RGB", (9, 9)), tmp_path / "why.png")
-    assert os.listdir(tmp_path) == ["why.png"]
-    assert (tmp_path / "why.png").read_text() == "before"
     with (
         pytest.raises(OSError, match=r"No space left on device: '.*other'"),
         _files.fresh(tmp_path / "other"),
     ):
         pass
+    assert everything(tmp_path) == {"why.png": b"before"}
 
 
 def test_rights_stay_and_a_pipe_is_written_into(tmp_path: Path) -> None:

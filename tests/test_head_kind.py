@@ -220,7 +220,7 @@ def test_derivatives_in_chunks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> 
     network = parts(HEADS["layer norm"][0])
     p, c = torch.randn(3, K), torch.randn(3, 5, K)
     expected = network.pooled_vjp(p, c)
-    monkeypatch.setattr("embedcam.network.gradients._CHUNK_NUMBERS", 4 * K)
+    monkeypatch.setattr("embedcam.network.head._CHUNK_NUMBERS", 4 * K)
     torch.testing.assert_close(network.pooled_vjp(p, c), expected)
     with pytest.raises(InputError, match=r"pooled \[2, 6\] and cotangents \[3, 5, 6\]"):
         network.pooled_vjp(torch.ones(2, K), c)

@@ -234,12 +234,12 @@ def test_broken_identities_are_errors_of_the_index() -> None:
     identity = network().identity()
     good, arrays = identity.to_dict(), identity.arrays()
     cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-        ({k: v for k, v in good.items() if k != "layer"}, arrays, "has no 'layer'"),
-        ({**good, "normalize": "yes"}, arrays, r"normalize = 'yes'"),
-        ({**good, "parameters_sha256": 5}, arrays, "parameters_sha256 = 5"),
-        (good, {}, "no usable probe_embedding"),
-        (good, {**arrays, "probe_pooled": np.zeros((2, 2), np.float32)}, "no usable probe_pooled"),
-        (good, {**arrays, "probe_pooled": np.zeros(0, np.float32)}, "no usable probe_pooled"),
+        ({k: v for k, v in good.items() if k != "layer"}, arrays, "layer is missing"),
+        ({**good, "normalize": "yes"}, arrays, "normalize is 'yes'"),
+        ({**good, "parameters_sha256": 5}, arrays, "parameters_sha256 is 5"),
+        (good, {}, "probe_embedding is missing"),
+        (good, {**arrays, "probe_pooled": np.zeros((2, 2), np.float32)}, "probe_pooled is no row"),
+        (good, {**arrays, "probe_pooled": np.zeros(0, np.float32)}, "probe_pooled is no row"),
         (good, {**arrays, "probe_pooled": np.full(6, np.nan, np.float32)}, "holds NaN"),
     ]
     for values, given, message in cases:

@@ -21,14 +21,10 @@ KEPT = (".lock", "manifest.json")
 @pytest.mark.parametrize("operation", sorted(OPERATIONS))
 def test_killed_before_any_change(tmp_path: Path, operation: str) -> None:
     program = Path(__file__).with_name("kill_index_writer.py")
-    done = subprocess.run(
-        [sys.executable, str(program), operation, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        # FAISS hangs in a forked child once its parent has used several threads.
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    # FAISS hangs in a forked child once its parent has used several threads.
+    alone, command = {**os.environ, "OMP_NUM_THREADS": "1"}, [sys.executable, str(program)]
+    command += [operation, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=alone)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= least_kills(operation)
 

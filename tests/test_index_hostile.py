@@ -8,18 +8,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import pytest
 from index_samples import encoding_of, header_of, make, part
-from test_index_corrupt import PART, Damage, edit, forge, u64
+from PIL import Image
+from test_index_corrupt import MEAN, PART, at, content, edit, forge, u64
 
 from embedcam.errors import EmbedcamError, IndexFormatError, InputError
-from embedcam.index import Index, create, verify
+from embedcam.explain.explanation import Explanation, may_follow
+from embedcam.index import Index, create, rebuild_faiss, verify
 from embedcam.index import manifest as manifest_file
 from embedcam.preprocess import Preprocess
 
 ROOT = Path(__file__).parents[1]
-MEAN = "fitted/000001/embedding_mean.f32"
 
 
 def script(*arguments: object) -> str:
@@ -46,42 +48,28 @@ def path(tmp_path: Path) -> Path:
     return create(tmp_path / "x", header, [{}], shared, part(0, 12, encoding), factory="HNSW8")
 
 
-def at(*place: str | int, value: Any = None, absent: bool = False) -> Damage:
-    """Another value in one place of the manifest, or none, sealed again."""
-
-    def change(manifest: Any) -> None:
-        for key in place[:-1]:
-            manifest = manifest[key]
-        manifest[place[-1]] = value
-        if absent:
-            del manifest[place[-1]]
-
-    return edit(change)
-
-
 # --- presence, type and range --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "place",
-    [
-        (key,)
-        for key in (
-            "recipe", "recipe_sha256", "network", "images", "libraries", "embedding", "metric",
-            "sign", "method", "target", "norm", "triplets", "layers", "fit", "counts", "parts",
-            "fitted", "tombstones", "faiss", "generation",
-        )
-    ]
-    + [("layers", 0, key) for key in ("name", "channels", "grid", "cells", "coarse_grid")]
-    + [("faiss", key) for key in ("file", "factory", "search", "bytes", "sha256", "trained_on")]
-    + [("triplets", "hinge"), ("embedding", "normalized"), ("parts", 0, "files"), ("fit", "rows")],
-)  # fmt: skip
-def test_a_missing_key_is_named(path: Path, place: tuple[str | int, ...]) -> None:
-    at(*place, absent=True)(path)
-    with pytest.raises(
-        IndexFormatError, match=rf"manifest\.json: .*{place[-1]} is missing; restore"
-    ):
-        Index.open(path)
+NEEDED = [
+    *((key,) for key in (
+        "recipe", "recipe_sha256", "network", "images", "libraries", "embedding", "metric", "sign",
+        "method", "target", "norm", "triplets", "layers", "fit", "counts", "parts", "fitted",
+        "tombstones", "faiss", "generation",
+    )),
+    *(("layers", 0, key) for key in ("name", "channels", "grid", "cells", "coarse_grid")),
+    *(("faiss", key) for key in ("file", "factory", "search", "bytes", "sha256", "trained_on")),
+    ("triplets", "hinge"), ("embedding", "normalized"), ("parts", 0, "files"), ("fit", "rows"),
+]  # fmt: skip
+
+
+def test_a_missing_key_is_named(path: Path) -> None:
+    whole = (path / "manifest.json").read_bytes()
+    for place in NEEDED:
+        at(*place, absent=True)(path)
+        with pytest.raises(IndexFormatError, match=rf"json: .*{place[-1]} is missing; restore"):
+            Index.open(path)
+        (path / "manifest.json").write_bytes(whole)
 
 
 BELIEVED = [
@@ -138,7 +126,9 @@ def test_recipes_are_checked_as_deep_as_they_go(path: Path) -> None:
     for value in ("x" * 501, {"x" * 501: 1}, [[1 << 65]]):
         at("recipe", "options", value=value)(path)
         edit(lambda m: m.update(recipe_sha256=manifest_file.digest(m["recipe"])))(path)
-        with pytest.raises(IndexFormatError, match=r"json: recipe (has 501 char|= 36893.* is imp)"):
+        with pytest.raises(
+            IndexFormatError, match=r"recipe\.options.* (has 501 char|= 36893.* is imp)"
+        ):
             Index.open(path)
 
 
@@ -188,10 +178,10 @@ def test_the_record_says_what_the_manifest_says(path: Path) -> None:
 
 def test_what_could_not_be_read_is_not_written(path: Path) -> None:
     manifest = json.loads((path / "manifest.json").read_text())
-    before = sorted(path.rglob("*")), (path / "manifest.json").read_bytes()
+    before = content(path)
     with pytest.raises(IndexFormatError, match="generation = 0 is impossible"):
         manifest_file.write(path, {**manifest, "generation": 0})
-    assert (sorted(path.rglob("*")), (path / "manifest.json").read_bytes()) == before
+    assert content(path) == before
 
 
 def test_a_header_that_could_not_be_read_again_is_refused(tmp_path: Path) -> None:
@@ -265,14 +255,10 @@ def test_a_flipped_bit_in_the_order_of_ids(path: Path) -> None:
 
 @pytest.mark.parametrize("shape", [[0], [7], [8, 1], [2, 4]])
 def test_the_mean_has_the_width_of_the_embeddings(path: Path, shape: list[int]) -> None:
-    size = int(np.prod(shape))
-    (path / MEAN).write_bytes(bytes(4 * size))
-    entry = {
-        "dtype": "float32",
-        "shape": shape,
-        "bytes": 4 * size,
-        "sha256": hashlib.sha256(bytes(4 * size)).hexdigest(),
-    }
+    data = bytes(4 * int(np.prod(shape)))
+    (path / MEAN).write_bytes(data)
+    entry = {"dtype": "float32", "shape": shape, "bytes": len(data)}
+    entry["sha256"] = hashlib.sha256(data).hexdigest()
     at("fitted", "files", "embedding_mean.f32", value=entry)(path)
     with pytest.raises(IndexFormatError, match=r"mean.f32: holds float32 .* is no embedding_mean"):
         Index.open(path)
@@ -291,6 +277,90 @@ def test_more_lists_than_there_are(tmp_path: Path) -> None:
         found = [index.search(index.embeddings([3]), 4, nprobe=n) for n in (3, 2**31, 2**70)]
         for one in found:
             np.testing.assert_array_equal(one.positions, found[0].positions)
+
+
+# --- the paths and the search of an index that someone else wrote ---------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "root", "freely", "only_below"),
+    [
+        ("/data/images/a.jpg", "/data/images", True, True),
+        ("/data/images/b/a..b.jpg", "/data/images", True, True),
+        ("/data/images/../a.jpg", "/data/images", False, False),
+        ("/data/images/b/../../../etc/a.jpg", "/data/images", False, False),
+        ("/data/images/b/../a.jpg", "/data/images", False, False),  # b may be a link
+        ("/elsewhere/a.jpg", "/data/images", True, False),
+        ("/data/images-2/a.jpg", "/data/images", True, False),
+        ("/elsewhere/../data/images/a.jpg", "/data/images", False, False),
+        ("../images/a.jpg", "../images", True, True),
+        ("../images/../a.jpg", "../images", False, False),
+        ("a.jpg", ".", True, True),
+        ("../a.jpg", ".", False, False),
+        (f"{os.getcwd()}/images/a.jpg", "images", True, True),
+        ("../a.jpg", None, True, True),
+        ("", "/data/images", False, False),
+    ],
+)
+def test_which_paths_are_followed(
+    path: str, root: str | None, freely: bool, only_below: bool
+) -> None:
+    folder = None if root is None else Path(root)
+    assert [may_follow(path, folder, below) for below in (False, True)] == [freely, only_below]
+
+
+def test_pictures_outside_count_as_not_found(tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    root.mkdir()
+    for file in (root / "in.png", tmp_path / "out.png"):
+        Image.new("RGB", (4, 3), "red").save(file)
+    (root / "text.png").write_text("no picture")
+    names = ["in.png", "../out.png", str(tmp_path / "out.png"), "text.png"]
+
+    def drawn(only_below: bool) -> list[bool]:
+        why = Explanation(
+            **dict.fromkeys(("signed_cam", "cam"), np.ones((2, 2), "f4")),
+            **dict.fromkeys(("weights", "features"), np.zeros(3, "f4")),
+            **dict.fromkeys(("distances", "similarities"), np.zeros(4, "f4")),
+            ids=list("abcd"),
+            labels=[None] * 4,
+            paths=[str(root / name) for name in names],
+            neighbor_cams=None,
+            explained=["a"],
+            transfer="mean",
+            root=root,
+            only_below=only_below,
+        )
+        assert len(why._repr_html_()) > 100
+        return [tile.image is not None for tile in why.tiles()[1]]
+
+    assert drawn(only_below=False) == [True, False, True, False]
+    assert drawn(only_below=True) == [True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("factory", "what"),
+    [
+        ("IVF9999999,Flat", "needs at least 9999999 images to train, and there are 12"),
+        ("IVF8(IVF1048576,Flat),Flat", "needs at least 1048576 images"),
+        ("PQ8x24", "needs at least 16777216 images"),
+        ("IMI2x14,Flat", r"cannot be used \(2\^28 lists are too many for 12 images\)"),
+    ],
+)
+def test_what_a_stranger_s_factory_asks_for_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factory: str, what: str
+) -> None:
+    path = make(tmp_path / "x", 12)
+    manifest = manifest_file.read(path).to_dict()
+    manifest["faiss"]["factory"] = factory
+    manifest_file.write(path, manifest)
+
+    def never(*_: object) -> None:
+        raise AssertionError("FAISS was asked for it")
+
+    monkeypatch.setattr(faiss, "index_factory", never)
+    with pytest.raises(InputError, match=what):
+        rebuild_faiss(path)
 
 
 # --- every key, and any damage -------------------------------------------------------------------
@@ -314,9 +384,7 @@ def test_a_sample_of_random_damage() -> None:
     assert total[4] == 0
 
 
-def test_the_trial_sees_what_it_is_there_for(tmp_path: Path) -> None:
-    """Other answers, an exception, a hang, a crash, too much memory and a long message."""
-    program = """
+TRIAL = """
 import os, signal, sys, time
 from pathlib import Path
 from unittest import mock
@@ -328,10 +396,7 @@ from scripts.campaigns.kinds import build_kind
 trial.SECONDS = 1
 path = build_kind("dense", Path(sys.argv[1]))
 expected = trial.Expected(path)
-
-def judged(instead):
-    with mock.patch.object(Index, "weights", instead):
-        return trial.in_child(lambda send: send(trial.judged(path, expected)))[-1]
+whole = Index.weights
 
 class Long(InputError):
     def __str__(self):
@@ -340,7 +405,6 @@ class Long(InputError):
 def long(*_):
     raise Long("")
 
-whole = Index.weights
 for instead in (
     whole,
     lambda *a: whole(*a) + 1,
@@ -350,10 +414,14 @@ for instead in (
     lambda *a: np.ones(1 << 28),
     long,
 ):
-    print(judged(instead))
+    with mock.patch.object(Index, "weights", instead):
+        print(trial.in_child(lambda send: send(trial.judged(path, expected)))[-1])
 """
-    (tmp_path / "program.py").write_text(f"import sys\nsys.path.append({str(ROOT)!r})\n{program}")
-    said = script(tmp_path / "program.py", tmp_path).splitlines()
+
+
+def test_the_trial_sees_what_it_is_there_for(tmp_path: Path) -> None:
+    """Other answers, an exception, a hang, a crash, too much memory and a long message."""
+    said = script("-c", TRIAL, tmp_path).splitlines()
     expected = ("same answers", "other answers", "ZeroDivisionError", "hangs over 1 s", "SIGSEGV",
                 "MemoryError", "3000 characters")  # fmt: skip
     for line, what in zip(said, expected, strict=True):

@@ -13,12 +13,12 @@ import pytest
 from build_samples import quicken
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from index_samples import WIDTH, encoding_of, header_of, make, part
+from index_samples import WIDTH, encoding_of, make, part
 
 from embedcam.errors import IndexFormatError, InputError
 from embedcam.images import ImageSource, Item, file_state, from_dataset, load_batches, reading
 from embedcam.images.reading import NO_MARK, file_mark
-from embedcam.index import Index, PartData, append, compact, create, remove, verify
+from embedcam.index import Index, PartData, append, compact, remove, verify
 from embedcam.prototypes import compress
 
 GOLDEN = Path(__file__).parent / "data" / "golden-marks-1"
@@ -123,12 +123,12 @@ def test_arrays_of_a_data_set_have_no_mark() -> None:
 # ------------------------------------------------------------------ in an index
 
 
-def marked(start: int, stop: int, encoding=None) -> PartData:
+def marked(start: int, stop: int) -> PartData:
     """Rows whose marks are made of their numbers; of every fifth there is none."""
     rows = np.arange(start, stop)
     marks = np.stack([rows, 10 * rows, 100 * rows, 1000 * rows], 1).astype(np.uint32)
     marks[rows % 5 == 0] = 0
-    return replace(part(start, stop, encoding or encoding_of("top-m")), marks=marks)
+    return replace(part(start, stop, encoding_of("top-m")), marks=marks)
 
 
 def expected(id: str, unmarked: range = range(0)) -> list[int]:
@@ -171,20 +171,11 @@ def test_an_index_without_marks_is_as_it_was(tmp_path: Path) -> None:
 def test_marks_follow_their_rows_through_every_change(
     tmp_path_factory: pytest.TempPathFactory, steps: list[str], first: bool
 ) -> None:
-    path, encoding = tmp_path_factory.mktemp("marks") / "x", encoding_of("top-m")
-    rows, n, unmarked = marked(0, 12), 12, set[int]()
+    path, n, unmarked = tmp_path_factory.mktemp("marks") / "x", 12, set(range(0 if first else 12))
     with pytest.MonkeyPatch.context() as patch:
         quicken(patch)
-        create(
-            path,
-            header_of(encoding),
-            [encoding.fitted],
-            {"embedding_mean": np.zeros(WIDTH, np.float32)},
-            rows if first else replace(rows, marks=None),
-            factory="none",
-        )
-        if not first:
-            unmarked |= set(range(12))
+        rows = marked(0, 12)
+        make(path, factory="none", rows=rows if first else replace(rows, marks=None))
         for step in steps:
             with Index.open(path) as index:
                 ids = index.ids[index.live_positions()]
@@ -244,12 +235,9 @@ def test_a_flipped_bit_in_the_marks_is_found_and_not_copied(tmp_path: Path) -> N
 
 
 def test_prototypes_have_the_marks_of_the_pictures_that_they_show(tmp_path: Path) -> None:
-    encoding = encoding_of("top-m")
-    shared = {"embedding_mean": np.zeros(WIDTH, np.float32)}
-    path = tmp_path / "x"
-    create(path, header_of(encoding), [encoding.fitted], shared, marked(0, 20), factory="none")
-    compress(path, tmp_path / "small", 4)
+    rows = marked(0, 20)
+    compress(make(tmp_path / "x", factory="none", rows=rows), tmp_path / "small", 4)
     with Index.open(tmp_path / "small") as index:
         assert index.marked
-        by_path = dict(zip(part(0, 20, encoding).paths, marked(0, 20).marks.tolist(), strict=True))
+        by_path = dict(zip(rows.paths, rows.marks.tolist(), strict=True))
         assert index.select(np.arange(4)).marks.tolist() == [by_path[p] for p in index.paths]

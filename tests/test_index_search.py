@@ -60,12 +60,9 @@ def test_search_through_a_life_of_changes(tmp_path: Path, factory: str, metric: 
         assert overlap >= (1 if factory == "LSH" else 4)
         # The values are exact for every type of index.
         near, wide = vectors[numbers].astype(np.float64), queries.astype(np.float64)[:, None]
-        np.testing.assert_allclose(
-            found.distances, ((near - wide) ** 2).sum(axis=2), rtol=1e-6, atol=1e-12
-        )
-        np.testing.assert_allclose(
-            found.similarities, (near * wide).sum(axis=2), rtol=1e-6, atol=1e-7
-        )
+        apart, alike = ((near - wide) ** 2).sum(axis=2), (near * wide).sum(axis=2)
+        np.testing.assert_allclose(found.distances, apart, rtol=1e-6, atol=1e-12)
+        np.testing.assert_allclose(found.similarities, alike, rtol=1e-6, atol=1e-7)
         ordered = -found.similarities if metric == "ip" else found.distances
         assert (np.diff(ordered, axis=1) >= 0).all()
         assert found.distances[1, 0] == 0  # the query's own row, exactly
@@ -108,8 +105,7 @@ def test_queries_are_checked(tmp_path: Path) -> None:
     for queries, k, message in [
         (good[0], 3, r"shape \[8\].*expected numbers \[B 8\]"),
         (good[:, :4], 3, r"shape \[1, 4\]"),
-        (good * np.nan, 3, "query 0 holds a NaN"),
-        ([[1.0, 2.0], [3.0]], 3, r"queries cannot be read as numbers \[B 8\]"),
+        ([[1.0, 2.0], [3.0]], 3, r"queries cannot be read as an array of numbers"),
         (good, 0, "n_neighbors = 0"),
         (good, 2.5, "n_neighbors = 2.5"),
     ]:
@@ -175,9 +171,8 @@ def test_nprobe(tmp_path: Path) -> None:
         assert index.manifest.faiss.search.nprobe == 8
         queries = -index.embeddings(np.arange(40))
         everything = index.search(queries, 5, nprobe=64).positions
-        np.testing.assert_array_equal(
-            everything, nearest(index.embeddings(np.arange(300)), queries, 5).positions
-        )
+        exact = nearest(index.embeddings(np.arange(300)), queries, 5).positions
+        np.testing.assert_array_equal(everything, exact)
         assert (index.search(queries, 5, nprobe=1).positions != everything).any()
         for probes in ("x", 1.5, True, 0, -1, [3]):
             with pytest.raises(InputError, match=r"nprobe = .*(whole|least 1)"):

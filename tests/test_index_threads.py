@@ -5,6 +5,7 @@ import os
 import pickle
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,11 +35,6 @@ def together(run: Callable[[int], Any], count: int = AT_ONCE) -> list[Any]:
 
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(one, range(count)))
-
-
-def repeat(run: Callable[[], None]) -> None:
-    while True:
-        run()
 
 
 @pytest.fixture
@@ -140,7 +136,7 @@ def test_closing_under_searches_ends_them_right_or_closed(tmp_path: Path) -> Non
                 assert index.select(found).fields()["values"].shape == (2, 2)
 
             with pytest.raises(InputError, match="the index is closed"):
-                repeat(search)
+                deque(iter(search, 0), 0)  # again and again
 
         together(ask)
 

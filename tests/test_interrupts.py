@@ -51,6 +51,9 @@ def plain():
         pass
 """
 SAID = "embedcam: interrupted\n"
+INFO = ("-m", "embedcam", "info", "nowhere")
+BUILD = ("-m", "embedcam", "build", "photos", "index")
+SCRIPT = ("-c", "import sys; from embedcam.__main__ import run; sys.exit(run())", *INFO[2:])
 
 
 @pytest.fixture(autouse=True)
@@ -68,17 +71,14 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(
-    place: Path, *arguments: str, at: str = "", how: tuple[str, ...] = ("-m", "embedcam")
-) -> subprocess.CompletedProcess[str]:
+def run(place: Path, *arguments: str, at: str = "") -> subprocess.CompletedProcess[str]:
+    """Run Python in a process that is interrupted where it imports a module, or as it exits."""
     path = os.pathsep.join([str(place), str(ROOT)])
     return subprocess.run(
-        [sys.executable, *how, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=place,
+        [sys.executable, *arguments],
+        capture_output=True, text=True, cwd=place,
         env={**os.environ, "PYTHONPATH": path, "INTERRUPT_AT": at},
-    )
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -87,33 +87,29 @@ def run(
      "numpy", "exit"],
 )  # fmt: skip
 def test_whatever_is_being_imported(place: Path, name: str) -> None:
-    done = run(place, "info", "nowhere", at=name)
+    done = run(place, *INFO, at=name)
     refused = "embedcam: nowhere: there is no index here; build one with `embedcam build`\n"
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr == (refused + SAID if name == "exit" else SAID)
 
 
 def test_the_script_as_the_module(place: Path) -> None:
-    code = "import sys; from embedcam.__main__ import run; sys.exit(run())"
-    done = run(place, "info", "nowhere", at="numpy", how=("-c", code))
+    done = run(place, *SCRIPT, at="numpy")
     assert (done.returncode, done.stderr) == (130, SAID)
-    assert run(place, "info", "nowhere", how=("-c", code)).returncode == 5
+    assert run(place, *SCRIPT).returncode == 5
+
+
+def test_a_process_that_was_told_to_ignore_it_does(place: Path) -> None:
+    ignoring = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n{SCRIPT[1]}"
+    assert run(place, "-c", ignoring, *SCRIPT[2:], at="numpy").returncode == 5
 
 
 @pytest.mark.parametrize("factory", ["plain", "answered", "swallowed"])
 def test_in_code_that_answers_it_by_something_else(place: Path, factory: str) -> None:
     (place / "photos").mkdir()
     (place / "photos" / "a.png").write_bytes(b"")
-    done = run(place, "build", "photos", "index", "--network", f"own_factory:{factory}")
+    done = run(place, *BUILD, "--network", f"own_factory:{factory}")
     assert (done.returncode, done.stdout, done.stderr) == (130, "", SAID)
-
-
-def test_a_process_that_was_told_to_ignore_it_does(place: Path) -> None:
-    code = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
-        "from embedcam.__main__ import run; sys.exit(run())"
-    )
-    assert run(place, "info", "nowhere", at="numpy", how=("-c", code)).returncode == 5
 
 
 def test_importing_the_package_leaves_signals_alone() -> None:

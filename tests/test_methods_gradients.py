@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from toys import seeded
 from zoo_cases import Case, Expected, distance, parts, run
-from zoo_gradients import ORACLES, weighted_map
+from zoo_gradients import ORACLES, cam_map
 
 from embedcam import METHODS, EmbeddingNetwork, cam_for
 from embedcam.errors import NetworkError
@@ -199,7 +199,7 @@ def test_behind_average_pooling_gradcam_is_cam_and_hirescam_draws_it(
     )
     np.testing.assert_allclose(cam.weights, gradcam.weights * 24, rtol=1e-9, atol=1e-13)
     A = case.trunk(case.image).detach().numpy()
-    drawn = weighted_map(gradcam.weights[0].numpy(), A)
+    drawn = cam_map(gradcam.weights[0].numpy(), A)
     np.testing.assert_allclose(parts(hirescam)[1], drawn, atol=1e-12)
     alive = torch.from_numpy(np.abs(A.sum((1, 2))) > 1e-9)
     np.testing.assert_allclose(

@@ -13,7 +13,7 @@ import pytest
 import torch
 import zoo_cases
 import zoo_learned
-from build_samples import Toy, activations_of, dense, drawn, inputs, opened, pictures, quicken, toy
+from build_samples import Toy, dense, drawn, inputs, opened, pictures, quicken, toy
 from zoo_cases import made
 
 from embedcam import (
@@ -27,7 +27,7 @@ from embedcam import (
 )
 from embedcam.errors import InputError, NetworkError, RecipeError
 from embedcam.images import ImageSource
-from embedcam.methods import Subject, weights_for
+from embedcam.methods import Subject, run_method
 from embedcam.offline.cotangents import AnchorCotangents
 from embedcam.offline.triplets import label_codes
 from embedcam.ops import area_average, resize
@@ -54,6 +54,11 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
     return run
 
 
+def anchors_of(recipe: Recipe, vectors: np.ndarray, source: ImageSource) -> AnchorCotangents:
+    codes = label_codes([item.label for item in source.items])
+    return AnchorCotangents(recipe, vectors, codes, vectors.mean(0))
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [(name, kind) for name in STORED for kind in ("affine", "other") if (name, kind) != CAM_OTHER],
@@ -69,13 +74,12 @@ def test_an_index_redraws_the_weight_form_of_every_storable_method(
         vectors = index.embeddings(live)
         stored = index.weights(live)
         explainer = Explainer(index, network)
-        labels = label_codes([item.label for item in source.items])
-        anchors = AnchorCotangents(recipe, vectors, labels, vectors.mean(0))
+        anchors = anchors_of(recipe, vectors, source)
         for row in (0, 5):
             aims = anchors.of(np.array([row]))
             values = aims.values if aims.values.ndim == 3 else aims.values[:, None]
             with Subject(network, images[row : row + 1], Direction(values, aims.used)) as subject:
-                own = weights_for(subject, METHODS[name]).numpy()  # type: ignore[arg-type]
+                own = run_method(subject, METHODS[name]).weights.numpy()
             np.testing.assert_allclose(
                 stored[row], own[0], rtol=2e-4, atol=2e-6 * np.abs(own).max() + 1e-12
             )
@@ -113,8 +117,7 @@ def test_an_index_holds_every_layer_of_poly_cam_and_redraws_its_map(
         index.verify()
         assert index.manifest.layer_names == list(LAYERS[::-1])
         vectors = index.embeddings(live)
-        labels = label_codes([item.label for item in source.items])
-        anchors = AnchorCotangents(recipe, vectors, labels, vectors.mean(0))
+        anchors = anchors_of(recipe, vectors, source)
         explainer = Explainer(index, network)
         for row in (1, 6):
             image = network.preprocess(source.open(row))
@@ -229,46 +232,6 @@ def literal_margin(vectors: np.ndarray, triplets: np.ndarray) -> np.ndarray:
     return np.array([[2 * (a - b) for a, b in zip(*pair, strict=True)] for pair in pairs])
 
 
-def test_a_build_by_xgrad_cam_around_the_norm_is_the_literal_one(build: Build) -> None:
-    recipe = dense(method="xgradcam", norm="around", seed=3, faiss="none")
-    made_of, source, path = build(recipe)
-    maps = activations_of(made_of, source).double()
-    with opened(path) as (index, live):
-        vectors, stored = index.embeddings(live), index.weights(live)
-    triplets = drawn(recipe, vectors, [item.label for item in source.items])
-    for row in range(9):
-        c = torch.from_numpy(literal_margin(vectors, triplets[row]).mean(0))
-        leaf = maps[row : row + 1].clone().requires_grad_()
-        (gradient,) = torch.autograd.grad((made_of.head(leaf)[0] * c).sum(), leaf)
-        for k in range(leaf.shape[1]):
-            share = leaf[0, k].detach() / leaf[0, k].detach().sum()
-            expected = float((share * gradient[0, k]).sum()) if share.isfinite().all() else 0.0
-            assert stored[row, k] == pytest.approx(expected, rel=1e-3, abs=1e-6)
-
-
-def test_a_build_by_score_cam_of_the_centred_target_is_the_literal_one(build: Build) -> None:
-    recipe = dense(method="Score-CAM", target="centred", faiss="none")
-    assert recipe.method == "scorecam"
-    made_of, source, path = build(recipe, n=6)
-    with opened(path) as (index, live):
-        vectors, stored = index.embeddings(live).astype(float), index.weights(live)
-    images, mean = inputs(made_of, source), vectors.mean(0)
-    maps = activations_of(made_of, source).double().numpy()
-
-    def score(image: np.ndarray, row: int) -> float:
-        f = made_of.network.forward(image[None].astype(np.float32)).embedding[0].double().numpy()
-        return float(((vectors[row] - mean) * f).sum())
-
-    for row in (0, 4):
-        nothing = score(np.zeros_like(images[row]), row)
-        for k in range(maps.shape[1]):
-            expected = 0.0
-            if maps[row, k].max() > maps[row, k].min():
-                mask = oracle_file.min_max(oracle_file.bilinear(maps[row, k], 16, 16))
-                expected = score(images[row] * mask, row) - nothing
-            assert stored[row, k] == pytest.approx(expected, rel=2e-3, abs=2e-5)
-
-
 def test_a_build_by_smooth_grad_cam_takes_the_seed_and_only_triplets_that_count(
     build: Build,
 ) -> None:
@@ -294,7 +257,7 @@ def test_a_build_by_smooth_grad_cam_takes_the_seed_and_only_triplets_that_count(
         weights = {}
         for seed in (7, 0):
             with Subject(made_of.network, images[row : row + 1], aim, seed=seed) as subject:
-                weights[seed] = weights_for(subject, METHODS[recipe.method])[0].numpy()  # type: ignore[arg-type]
+                weights[seed] = run_method(subject, METHODS[recipe.method]).weights[0].numpy()
         np.testing.assert_allclose(stored[row], weights[7], rtol=1e-3, atol=1e-7)
         assert np.abs(weights[7] - weights[0]).max() > 1e-3 * np.abs(weights[7]).max()
     assert some
@@ -312,14 +275,6 @@ def test_a_method_that_the_network_cannot_do_is_refused_before_any_image_is_embe
             )
         assert max(made_of.batches) <= 2  # probe pictures, and what is made of them
         assert not (tmp_path / method).exists()
-
-
-def test_cam_is_grad_cam_times_the_positions(build: Build) -> None:
-    kept = {}
-    for method in ("cam", "gradcam"):
-        with opened(build(dense(method=method, faiss="none"), "affine")[2]) as (index, live):
-            kept[method] = index.weights(live)
-    np.testing.assert_allclose(kept["cam"], 16 * kept["gradcam"], rtol=1e-5)
 
 
 def test_a_build_by_any_method_does_not_depend_on_the_batch(build: Build) -> None:
@@ -347,9 +302,10 @@ def test_features_alone_serve_the_methods_of_the_pooled_vector_only(tmp_path: Pa
         ("scorecam", {"options": {"weights": "softmax", "temperature": 0.1}}),
         ("integratedgradcam", {"fill": "black", "options": {"steps": 3}}),
         ("groupcam", {"options": {"groups": 2, "percentile": None}}),
+        ("xgradcam", {"norm": "around"}),
     ],
 )
-def test_a_recipes_fill_and_options_are_the_methods(
+def test_a_recipes_fill_norm_and_options_are_the_methods(
     name: str, choices: dict[str, Any], build: Build
 ) -> None:
     recipe = dense(method=name, faiss="none", **choices)
@@ -357,10 +313,9 @@ def test_a_recipes_fill_and_options_are_the_methods(
     with opened(path) as (index, live):
         vectors, stored = index.embeddings(live), index.weights(live)
         assert Recipe.from_dict(index.manifest.recipe) == recipe.resolved
-    codes = label_codes([item.label for item in source.items])
-    aim = AnchorCotangents(recipe, vectors, codes, vectors.mean(0)).of(np.array([3]))
+    aim = anchors_of(recipe, vectors, source).of(np.array([3]))
     image = torch.from_numpy(inputs(made_of, source))[3]
-    options = {**recipe.method_options, "fill": recipe.fill}
+    options = {**recipe.method_options, "fill": recipe.fill, "norm": recipe.head_norm}
     target = Direction(aim.values[:, None], aim.used)
     chosen = made(name, made_of.network, image, target, **options).weights
     plain = made(name, made_of.network, image, target).weights

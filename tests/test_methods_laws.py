@@ -19,7 +19,11 @@ from embedcam import METHODS, Coordinate, EmbeddingNetwork, Similarity
 from embedcam.errors import NetworkError
 from embedcam.targets import Direction
 
-ORACLES = {**zoo_gradients.ORACLES, **zoo_clustering.ORACLES, **zoo_perturbation.ORACLES}
+ORACLES = {
+    **zoo_gradients.ORACLES, **zoo_clustering.ORACLES, **zoo_perturbation.ORACLES,
+    **zoo_learned.ORACLES,
+}  # fmt: skip
+POOLED = ["cam", *zoo_learned.ORACLES]  # no other head than a pooled one
 MASKING = ["scorecam", "groupcam", "clustercam", "cosinecam", "polycam", "rise", "lime", "sbsm"]
 LAYERS = ["features.1", "features.2", "features"]
 CASES: list[dict[str, Any]] = [
@@ -40,29 +44,33 @@ FEW: dict[str, dict[str, Any]] = {
 
 
 def rich(name: str) -> zoo_cases.Case:
-    return zoo_cases.make("pooled" if name == "cam" else "curved", "triplets", seed=3)
+    return case_of(name, target="triplets", seed=3, **({} if name in POOLED else CURVED))
+
+
+def case_of(name: str, **kind: Any) -> zoo_cases.Case:
+    return zoo_learned.CASES.get(name, zoo_cases.make)(**kind)
+
+
+def kinds_of(name: str) -> list[dict[str, Any]]:
+    return [kind for kind in CASES if name not in POOLED or "head" not in kind]
 
 
 @pytest.mark.parametrize("name", ORACLES)
 def test_each_method_is_its_formula(name: str) -> None:
-    options, speaking = FEW.get(name, {}), 0
-    kinds = [kind for kind in CASES if name != "cam" or "head" not in kind]
+    options, speaking, kinds = FEW.get(name, {}), 0, kinds_of(name)
     for kind in kinds:
-        case = zoo_cases.make(**kind)
+        case = case_of(name, **kind)
         expected = ORACLES[name](case, **options)
         assert distance(expected, run(case, name, **options)[0]) < 1e-9, kind
         speaking += all(np.abs(part).max() > 0 for part in expected.parts)
     assert speaking >= len(kinds) - 3
 
 
-@pytest.mark.parametrize("name", [*ORACLES, *zoo_learned.ORACLES])
+@pytest.mark.parametrize("name", ORACLES)
 def test_each_oracle_can_fail(name: str) -> None:
     """Held beside another picture, or a network with one weight changed, none agrees."""
-    options, learned = FEW.get(name, {}), name in zoo_learned.ORACLES
-    case = zoo_learned.CASES[name]() if learned else rich(name)
-    expected = (zoo_learned.ORACLES if learned else ORACLES)[name](case, **options)
-    if name == "lficam":
-        expected.map = None  # it is drawn from the weights
+    options, case = FEW.get(name, {}), rich(name)
+    expected = ORACLES[name](case, **options)
     assert distance(expected, run(case, name, **options)[0]) < 1e-9
     assert distance(expected, run(case, name, case.image[None].flip(-1), **options)[0]) > 1e-3
     with torch.no_grad():
@@ -70,6 +78,7 @@ def test_each_oracle_can_fail(name: str) -> None:
     assert distance(expected, run(case, name, **options)[0]) > 1e-3
 
 
+CURVED = {"head": "curved"}
 VIEWS = ("base", "scissors", "difference")
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("rise", {}),
@@ -147,18 +156,6 @@ def test_a_batch_is_one_at_a_time_and_its_size_changes_nothing(name: str) -> Non
     np.testing.assert_allclose(pieces.cam[2], last, atol=1e-6 * np.abs(last).max() + 1e-12)
 
 
-@pytest.mark.parametrize("name", ["lficam", "abn"])
-def test_a_batch_of_a_learned_method_is_one_at_a_time(name: str) -> None:
-    case = zoo_learned.CASES[name]()
-    images = torch.stack([case.image, case.image.flip(-1), 3 * case.image])
-    for size in (1, 7):
-        together, _ = run(case, name, images, batch_size=size)
-        for row in range(3):
-            alone, _ = run(case, name, images[row : row + 1])
-            for a, b in zip(parts(together, row), parts(alone), strict=True):
-                np.testing.assert_allclose(a, b, rtol=1e-9)
-
-
 @pytest.mark.parametrize("name", ["rise", "lime", "smoothgradcam++"])
 def test_the_seed_decides_and_nothing_global(name: str) -> None:
     case, state = rich(name), torch.random.get_rng_state()
@@ -204,8 +201,8 @@ def test_a_target_that_says_nothing_gives_zeros(name: str) -> None:
 
 @pytest.mark.parametrize("name", ORACLES)
 def test_a_picture_of_one_color_gives_numbers(name: str) -> None:
-    for kind in CASES if name != "cam" else CASES[:3]:
-        case = zoo_cases.make(**kind)
+    for kind in kinds_of(name)[: 2 if name in zoo_learned.ORACLES else None]:
+        case = case_of(name, **kind)
         for color in (0.0, 0.4, 2.0):
             image = torch.full_like(case.image, color)[None]
             output, _ = run(case, name, image, **FEW.get(name, {}))
@@ -239,7 +236,7 @@ def test_other_precisions_give_nearly_the_same(name: str) -> None:
     exact = parts(run(rich(name), name, **options)[0])
     for dtype in (torch.float32, torch.bfloat16):
         case = rich(name)
-        network = EmbeddingNetwork(case.module.to(dtype), "features")
+        network = EmbeddingNetwork(case.module.to(dtype), case.network.layer)
         rough, _ = run_on(network, case.image[None].to(dtype), case.target, name, **options)
         for a, b in zip(parts(rough), exact, strict=True):
             assert a.dtype == np.float32

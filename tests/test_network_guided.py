@@ -125,33 +125,12 @@ def test_an_exception_of_the_caller_s_own_passes_and_rectifiers_outside_are_plai
     assert gradient.tolist() == [-1, 0]
 
 
-def test_residual_networks_with_one_unit_called_twice_in_a_block() -> None:
-    module = seeded(lambda: models.resnet18(num_classes=4)).double()
-    x, c = images(1, 64, 64).double(), torch.randn(1, 4).double()
-    _, found = input_gradient(EmbeddingNetwork(module, "layer4"), x, lambda _: c)
-
-    # Another way to the same rule: negative gradients are cut by hooks on the tensors themselves.
-    def cut(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        output = output.clone()
-        output.register_hook(lambda g: g.clamp(min=0))
-        return output
-
-    units = [part for part in module.modules() if isinstance(part, nn.ReLU)]
-    handles = [unit.register_forward_hook(cut) for unit in units]
-    leaf = x.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(module(leaf), leaf, c)
-    for handle in handles:
-        handle.remove()
-    assert relative(found, expected) < 1e-10
-
-
 @pytest.mark.parametrize("build", [small_vit, lambda: models.convnext_tiny(num_classes=4)])
 def test_networks_without_a_rectifier_are_refused(build: Callable[[], nn.Module]) -> None:
     module = seeded(build)
     layer = "features.7" if hasattr(module, "features") else "conv_proj"
     network = EmbeddingNetwork(module, layer)
-    message = r"changes what goes back through ReLU, and this network has none; .* 'gradcam'"
-    with pytest.raises(NetworkError, match=message):
+    with pytest.raises(NetworkError, match=r"ReLU, and this network has none; .* 'gradcam'"):
         input_gradient(network, images(1, 64, 64), lambda f: f.embedding)
     _, plain = input_gradient(network, images(1, 64, 64), lambda f: f.embedding + 1, guided=False)
     assert bool(plain.abs().sum() > 0)

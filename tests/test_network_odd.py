@@ -17,7 +17,7 @@ from toys import images, seeded, toy
 from embedcam.errors import InputError, NetworkError
 from embedcam.index.identity import NetworkWarning
 from embedcam.network import EmbeddingNetwork, load_network
-from embedcam.network.checkpoints import load_state, read_state
+from embedcam.network.checkpoints import load_state
 from embedcam.preprocess import CustomPreprocess, Preprocess, custom, from_transform
 
 SIZE = (32, 32)
@@ -78,9 +78,8 @@ def test_chance_and_the_rest_of_the_batch_are_refused(
 
 
 def test_ordinary_networks_are_steady_also_in_half_precision() -> None:
-    wrapped(toy()).check()
-    wrapped(toy(), autocast=torch.bfloat16).check()
-    wrapped(toy().to(torch.bfloat16)).check()
+    for network in (wrapped(toy(), autocast=torch.bfloat16), wrapped(toy().to(torch.bfloat16))):
+        network.check()
 
 
 def failing(error: Exception) -> Callable[[Tensor], Tensor]:
@@ -109,12 +108,11 @@ def test_an_exception_of_the_network_is_told_as_its_own(run: str) -> None:
     assert said.value.__cause__ is cause
 
 
-class Broken(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        raise ValueError("a bad gate")
-
-
 def test_the_layer_at_fault_is_named() -> None:
+    class Broken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise ValueError("a bad gate")
+
     module = seeded(Net)
     module.between = nn.BatchNorm2d(8, track_running_stats=False).eval()
     with pytest.raises(NetworkError, match=r"'between' \(BatchNorm2d\) keeps no running statis"):
@@ -186,14 +184,14 @@ def test_a_tensor_kept_from_the_first_forward_can_be_differentiated() -> None:
     ("given", "message"),
     [
         ({"network": nn.Identity()}, "network is a Identity"),
-        ({"network": "torchvision:resnet18", "weights": 3}, "weights is a int"),
-        ({"network": "torchvision:resnet18", "size": 3.5}, r"size = 3\.5; give"),
-        ({"network": "torchvision:resnet18", "autocast": "int8"}, "known: off, bf16, fp16"),
+        ({"weights": 3}, "weights is a int"),
+        ({"size": 3.5}, r"size = 3\.5; give"),
+        ({"autocast": "int8"}, "known: off, bf16, fp16"),
     ],
 )
 def test_networks_by_name_of_a_wrong_type(given: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        load_network(**given)
+        load_network(**{"network": "torchvision:resnet18", **given})
 
 
 def test_torchvision_transforms_as_preprocess() -> None:
@@ -206,13 +204,10 @@ def test_torchvision_transforms_as_preprocess() -> None:
     old = transforms.Compose(
         [transforms.Grayscale(), transforms.Resize((8, 6)), transforms.ToTensor()]
     )
-    grey = from_transform(old)
-    assert isinstance(grey, Preprocess)
-    assert (grey.size, grey.mean, grey.std) == ((8, 6), (0.0,), (1.0,))
+    assert from_transform(old) == Preprocess((8, 6), mean=(0.0,), std=(1.0,))
     steps = [v2.Resize((8, 6)), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
     new = from_transform(v2.Compose([*steps, v2.Normalize([0.5] * 3, [0.25] * 3)]))
-    assert isinstance(new, Preprocess)
-    assert (new.size, new.mean, new.std) == ((8, 6), (0.5,) * 3, (0.25,) * 3)
+    assert new == Preprocess((8, 6), mean=(0.5,) * 3, std=(0.25,) * 3)
     flips = transforms.Compose([transforms.RandomHorizontalFlip(), transforms.ToTensor()])
     with pytest.raises(InputError, match="without random steps"):
         EmbeddingNetwork(seeded(Net), "relu", preprocess=flips)
@@ -234,8 +229,7 @@ def test_hugging_face_processors_as_preprocess() -> None:
     squashed = from_transform(Processor({"height": 8, "width": 6}))
     assert squashed == Preprocess((8, 6), "squash", None, "bicubic", (0.5,) * 3, (0.25,) * 3)
     cropped = from_transform(Processor({"shortest_edge": 10}, side))
-    assert isinstance(cropped, Preprocess)
-    assert (cropped.size, cropped.resize, cropped.resize_to) == ((8, 8), "crop", 10)
+    assert cropped == Preprocess((8, 8), "crop", 10, "bicubic", (0.5,) * 3, (0.25,) * 3)
     more = from_transform(Processor(side, do_pad=True))
     assert isinstance(more, CustomPreprocess)
     assert more(Image.new("RGB", (5, 4))).shape == (3, 8, 8)
@@ -335,23 +329,13 @@ def test_a_copy_is_equal_and_independent(named: bool) -> None:
     assert other.head_pass(x).vjp(c).any()
 
 
-@pytest.mark.parametrize("prefix", ["model.", "net.", "model.backbone.", "module.", "a._orig_mod."])
-def test_prefixes_of_checkpoints(tmp_path: Path, prefix: str) -> None:
-    module, other = seeded(Net), seeded(Net, 1)
-    state = {prefix + key: value for key, value in other.state_dict().items()}
-    content = {"epoch": 3, "state_dict": state, "hyper_parameters": {"lr": 0.1}}
-    torch.save(content, tmp_path / "last.ckpt")
-    load_state(module, read_state(tmp_path / "last.ckpt"), [], "weights last.ckpt")
-    torch.testing.assert_close(module.linear.weight, other.linear.weight)
-
-
 def test_what_lies_beside_a_prefix_is_left_out_aloud() -> None:
     state = {f"net.{key}": value for key, value in seeded(Net, 1).state_dict().items()}
     with pytest.warns(NetworkWarning, match=r"1 entries beside 'net\.' are left out \(loss\.w\)"):
         load_state(seeded(Net), {**state, "loss.w": torch.ones(1)}, [], "weights")
 
 
-@pytest.mark.parametrize("name", ["xcit_nano_12_p16_224", "cait_xxs24_224", "convit_tiny"])
+@pytest.mark.parametrize("name", ["xcit_nano_12_p16_224", "cait_xxs24_224"])
 def test_timm_networks_with_ways_of_their_own(name: str) -> None:
     pytest.importorskip("timm")
     network = load_network(f"timm:{name}", weights="random")
@@ -383,8 +367,6 @@ def test_a_network_that_changes_its_input_in_place_leaves_the_caller_s(parts: bo
 
 
 class _MuteError(Exception):
-    """Fails when asked what it says."""
-
     def __str__(self) -> str:
         raise ZeroDivisionError
 
@@ -410,16 +392,13 @@ def test_an_output_function_that_fails() -> None:
         network.forward(images())
 
 
-@pytest.mark.parametrize(
-    ("change", "kind"), [(torch.fft.fft2, "complex64"), (lambda a: (a * 9).long(), "int64")]
-)
-def test_layers_that_are_no_real_numbers(change: Callable[[Tensor], Tensor], kind: str) -> None:
+def test_layers_that_are_no_real_numbers() -> None:
     class Changing(nn.Module):
         def forward(self, maps: Tensor) -> Tensor:
-            return change(maps)
+            return torch.fft.fft2(maps)
 
     module = nn.Sequential(nn.Conv2d(3, 4, 3), Changing()).eval()
-    with pytest.raises(NetworkError, match=rf"layer '1' returned a tensor of {kind}; expected"):
+    with pytest.raises(NetworkError, match="layer '1' returned a tensor of complex64; expected"):
         wrapped(module, "1").forward(images())
 
 
@@ -468,7 +447,7 @@ def test_a_layer_inside_vmap_is_refused() -> None:
         def forward(self, x: Tensor) -> Any:
             return torch.func.vmap(lambda one: Net.forward(self, one[None])[0])(x)
 
-    with pytest.raises(NetworkError, match=r"layer 'relu' runs inside torch\.vmap"):
+    with pytest.raises(NetworkError, match=r"layer 'relu' returned a tensor inside torch\.vmap"):
         wrapped(seeded(Mapped)).forward(images())
 
 

@@ -162,7 +162,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"grid": (0, 3)}, r"grid = \(0, 3\); give"),
     ({"prefix_tokens": 1.5}, r"prefix_tokens = 1\.5"),
     ({"prefix_tokens": -1}, "prefix_tokens = -1; give a whole"),
-    ({"output": 1.5}, r"output=1.5 cannot choose"),
+    ({"output": 1.5}, r"output=1.5; give a name, a position"),
     ({"preprocess": 3}, "expected a transform, given 3"),
     ({"preprocess": Preprocess}, "given the class Preprocess; give an instance"),
     ({"preprocess": lambda picture: picture.nothing}, "failed with AttributeError.*nothing"),

@@ -83,9 +83,7 @@ def test_a_block_and_a_layer_inside_it() -> None:
         ([], InputError, r"give a list of layers, such as"),
         ("three", InputError, r"give a list of layers, such as"),
         (["one", "three", "one"], InputError, r"a layer is given twice among one, three, one"),
-        (["one", "thre"], NetworkError, r"no layer 'thre'; did you mean three"),
         (["one", "act"], NetworkError, r"layer 'act' is called 2 times in one forward"),
-        (["unused", "one"], NetworkError, r"layer 'unused' is never called"),
         (["one", "linear"], NetworkError, r"'linear' returned a tensor \[2, 4\]"),
     ],
 )
@@ -97,26 +95,20 @@ def test_what_is_refused_leaves_no_hook(layers: Any, error: type[Exception], mes
     assert_same_state(before, state_of(module))
 
 
-@pytest.mark.parametrize("layers", [["off"], ["off", "one"]])
-def test_a_layer_that_reaches_nothing_is_named(layers: list[str]) -> None:
-    with (
-        several_pass(EmbeddingNetwork(seeded(Stages), "three"), images(), layers) as made,
-        pytest.raises(NetworkError, match="'off' never reaches the embedding"),
-    ):
-        made.vjp(torch.ones(2, 4))
-
-
-def test_networks_without_other_layers_or_gradients() -> None:
+def test_layers_that_tell_nothing_and_networks_without_others() -> None:
     parts = EmbeddingNetwork.from_parts(nn.Conv2d(3, 4, 1), lambda a: a.mean((2, 3)))
+    assert several_pass(parts, images(), ["trunk"]).depth == [0]
     with torch.inference_mode():
         constant = EmbeddingNetwork(toy(), "relu")
-    for network, layer, message in (
-        (parts, "one", "no layer 'one'"),
-        (parts, "trunk", "given as trunk and head, so no other layer"),
-        (constant, "relu", r"made inside torch\.inference_mode"),
+    stages = EmbeddingNetwork(seeded(Stages), "three")
+    for network, layers, message in (
+        (parts, ["one"], "given as trunk and head, so no other layer"),
+        (constant, ["relu"], r"made inside torch\.inference_mode"),
+        (stages, ["off"], "'off' never reaches the embedding"),
+        (stages, ["off", "one"], "'off' never reaches the embedding"),
     ):
         with pytest.raises(NetworkError, match=message):
-            several_pass(network, images(), [layer])
+            several_pass(network, images(), layers)
 
 
 @pytest.mark.parametrize("kind", [None, torch.float16])
@@ -125,8 +117,8 @@ def test_patch_tokens_that_reach_nothing_are_refused(kind: torch.dtype | None) -
     network = EmbeddingNetwork(seeded(small_vit), VIT_LAYER, autocast=kind)
     said = rf"patch tokens of layer '{last}' never reach.*before its attention, '{VIT_LAYER}'"
     for layers in ([last], ["conv_proj", last], [last, VIT_LAYER]):
-        with several_pass(network, x, layers) as made, pytest.raises(NetworkError, match=said):
-            made.vjp(torch.randn(1, 10))
+        with pytest.raises(NetworkError, match=said):
+            several_pass(network, x, layers)
     # Where the cotangent says nothing, zeros are the answer.
     with several_pass(network, x, ["conv_proj", VIT_LAYER]) as made:
         assert not any(gradient.any() for gradient in made.vjp(torch.zeros(1, 10)))

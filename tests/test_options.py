@@ -5,14 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from embedcam._options import (
-    add_options,
-    check,
-    checked_values,
-    chosen,
-    from_tables,
-    setting,
-)
+from embedcam._options import add_options, check, checked_values, chosen, from_tables, setting
 from embedcam.cli.parser import parser
 from embedcam.errors import EmbedcamError, InputError, RecipeError
 from embedcam.evaluate.settings import Settings
@@ -109,54 +102,40 @@ def test_tables_hold_settings_by_their_entries() -> None:
         checked_values(Kinds, {"wohle": 1}, "t")
 
 
-@dataclass(frozen=True)
-class MoreRecipe(recipes.Recipe):
-    """The recipe with one declaration more."""
-
-    glow: float = setting(0.5, "X", "how much it glows", above=0, table="weights")
-
-
-@dataclass(frozen=True)
-class MoreSettings(Settings):
-    """Evaluation settings with one declaration more."""
-
-    glow: float = setting(0.5, "X", "how much it glows", above=0)
-
-
-@dataclass(frozen=True)
-class MoreLimits(limits.Limits):
-    """Limits with one declaration more."""
-
-    glow: float = setting(0.5, "X", "how much it glows", above=0)
+def glowing(record: type, table: str = "") -> type:
+    """Return a class of settings with one declaration more."""
+    glow = setting(0.5, "X", "how much it glows", above=0, table=table)
+    more = {"__annotations__": {"glow": float}, "glow": glow}
+    return dataclass(frozen=True)(type(f"More{record.__name__}", (record,), more))
 
 
 @pytest.mark.parametrize(
-    ("kind", "command", "place", "words"),
+    ("record", "place", "words"),
     [
-        (MoreRecipe, "build", "embedcam.recipe.choices.Choices", ["build", "i"]),
-        (MoreSettings, "evaluate", "embedcam.evaluate.settings.Settings",
-         ["evaluate", "i", "--images", "p"]),
-        (MoreLimits, "serve", "embedcam.service.limits.Limits", ["serve", "i"]),
+        (recipes.Recipe, "embedcam.recipe.choices.Choices", ["build", "i"]),
+        (Settings, "embedcam.evaluate.settings.Settings", ["evaluate", "i", "--images", "p"]),
+        (limits.Limits, "embedcam.service.limits.Limits", ["serve", "i"]),
     ],
-)  # fmt: skip
+)
 def test_one_declaration_more_is_an_option_a_value_and_an_error(
-    kind, command, place, words, monkeypatch, capsys
+    record, place, words, monkeypatch, capsys
 ) -> None:
+    kind = glowing(record, "weights" if record is recipes.Recipe else "")
     monkeypatch.setattr(place, kind)
     said = parser().parse_args([*words, "--glow", "0.75"])
     assert kind(**chosen(said, kind)).glow == 0.75
-    with pytest.raises(SystemExit):
-        parser().parse_args([*words, "--glow", "0"])
-    assert "argument --glow: '0' is not a number above 0" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        parser().parse_args([command, "--help"])
-    assert "--glow X" in capsys.readouterr().out
+    for more in (["--glow", "0"], ["--help"]):
+        with pytest.raises(SystemExit):
+            parser().parse_args([*words, *more])
+    told = capsys.readouterr()
+    assert "argument --glow: '0' is not a number above 0" in told.err
+    assert "--glow X" in told.out
     with pytest.raises(EmbedcamError, match="glow = 0; give a number above 0"):
         kind(glow=0)
 
 
 def test_a_recipe_s_new_entry_is_read_from_toml(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(recipes, "Recipe", MoreRecipe)
+    monkeypatch.setattr(recipes, "Recipe", glowing(recipes.Recipe, "weights"))
     (tmp_path / "r.toml").write_text("[weights]\nglow = 0.25\n")
     assert recipes.read_toml(tmp_path / "r.toml")[0].glow == 0.25
     (tmp_path / "r.toml").write_text("[weights]\nglwo = 0.25\n")

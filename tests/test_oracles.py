@@ -213,17 +213,6 @@ def check_box(o: ModuleType) -> None:
     np.testing.assert_allclose(got, [[0.5, 1.0, 0.0], [0.0, 0.0, 0.0]])
 
 
-def check_recall(o: ModuleType) -> None:
-    rows = np.array([[0.0], [1.0], [1.5], [9.0]])
-    assert o.recall_at(rows, ["a", "a", "b", "b"], 1) == 0.5
-    assert o.recall_at(rows, ["a", "a", "b", "b"], 2) == 0.75
-    assert o.recall_at(rows, ["a", "a", "b", "b"], 3) == 1.0
-
-
-def check_pearson(o: ModuleType) -> None:
-    assert o.pearson(np.array([1.0, 2, 3]), np.array([5.0, 3, 4])) == pytest.approx(-0.5)
-
-
 def check_semihard(o: ModuleType) -> None:
     rows = np.array([[0.0], [1.0], [1.05], [2.0], [0.5]])
     labels = ["a", "a", "b", "b", "b"]
@@ -302,9 +291,6 @@ BREAKS = [
     ("energy_in_mask", "/ (H * W)", "", check_energy),
     ("energy_in_mask", "* float(mask[i, j])", "* (float(mask[i, j]) > 0)", check_energy),
     ("box_mask", "_overlap(x0, x1, j, j + 1)", "1", check_box),
-    ("recall_at", "if i != q", "", check_recall),
-    ("recall_at", "[:k]", "[:1]", check_recall),
-    ("pearson", "(u - mx) * (v - my)", "u * v", check_pearson),
     ("semihard_allows", "d_p < d[i] < d_p + delta", "d[i] < d_p + delta", check_semihard),
     ("semihard_allows", "d_p < d_n < d_p + delta", "d_n < d_p + delta", check_semihard),
     ("semihard_allows", "d_n == min(beyond)", "True", check_semihard),

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from build_samples import dense, pictures, quicken, toy
 from page_client import FLAGS, Page, browser_path, scenes_index, served, wide
+from rounding import stretch
 from service_client import built, data_of, picture
 
 from embedcam import Explainer, PairExplainer, build_index
-from embedcam.render.overlay import colormap, stretch
+from embedcam.render.overlay import colormap
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = browser_path()
@@ -616,10 +617,10 @@ def test_a_service_that_is_busy_or_gone(look, explainer):
     with served(explainer) as service:
         page = look(service, refused=True)
         page.page.wait_for_load_state("networkidle")  # the pictures to try have come
-        limit = service.app.state.pipeline.concurrency
+        pipeline = service.app.state.pipeline
         with ExitStack() as places:
             for _ in range(16):
-                places.enter_context(limit.place())
+                places.enter_context(pipeline.place())
             page.pick(QUERY)
             page.page.wait_for_selector("#problem")
             assert page.text("#problem-text").startswith("16 requests are being worked on")

@@ -249,11 +249,11 @@ def test_links_are_drawn_from_the_middles_of_cells(monkeypatch) -> None:
     receipt.plot(links=3)
     links = receipt.links(3)
     assert len(given["links"]) == len(links) > 0
-    for mark, link in zip(given["links"], links, strict=True):
+    for (start, end), link in zip(given["links"], links, strict=True):
         (row, column), (down, across) = link.query, link.result
         x, y = 10 + 40 * (column + 0.5) / 4, 20 + 40 * (row + 0.5) / 4
-        assert mark.start == pytest.approx((x / 100, y / 80))
-        assert mark.end == pytest.approx(((across + 0.5) / 4, (down + 0.5) / 4))
+        assert start == pytest.approx((x / 100, y / 80))
+        assert end == pytest.approx(((across + 0.5) / 4, (down + 0.5) / 4))
 
 
 def test_a_cell_costs_one_pass_however_often_it_is_asked_for(monkeypatch) -> None:

@@ -1,31 +1,14 @@
 """examples/prepare_data.py on tiny downloads made here, in the official layouts."""
 
 import csv
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 from PIL import Image
 from scipy.io import savemat
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "prepare_data.py"
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["prepare_data"] = module
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        del sys.modules["prepare_data"]
-    return module
+from examples import prepare_data as script
 
 
 def picture(path: Path, size: tuple[int, int], mode: str = "RGB") -> None:
@@ -87,7 +70,7 @@ def box(row: dict[str, str]) -> list[float]:
     return [float(row[name]) for name in ("x0", "y0", "x1", "y1")]
 
 
-def test_birds(script: ModuleType, birds: Path, tmp_path: Path) -> None:
+def test_birds(birds: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert script.main(["birds", str(birds), str(out), "--quiet"]) == 0
     first, second, third = table(out)
@@ -119,7 +102,6 @@ def test_birds(script: ModuleType, birds: Path, tmp_path: Path) -> None:
     ],
 )
 def test_classes(
-    script: ModuleType,
     birds: Path,
     tmp_path: Path,
     wanted: list[str],
@@ -133,7 +115,7 @@ def test_classes(
     assert [row["label"] for row in table(out)] == labels
 
 
-def test_objects(script: ModuleType, objects: Path, tmp_path: Path) -> None:
+def test_objects(objects: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert script.main(["objects", str(objects), str(out), "--quiet"]) == 0
     plane, crab = table(out)
@@ -154,7 +136,7 @@ def test_objects(script: ModuleType, objects: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose([columns.max(), rows.max()], [147.5, 97.5], atol=1)
 
 
-def test_a_second_run_keeps_and_repairs(script: ModuleType, objects: Path, tmp_path: Path) -> None:
+def test_a_second_run_keeps_and_repairs(objects: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run = ["objects", str(objects), str(out), "--quiet"]
     script.main(run)
@@ -173,7 +155,7 @@ def test_a_second_run_keeps_and_repairs(script: ModuleType, objects: Path, tmp_p
     assert box(table(out)[1]) == [5.0, 10.0, 15.0, 20.0]
 
 
-def fails(script: ModuleType, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     assert script.main([str(argument) for argument in arguments] + ["--quiet"]) == 1
     message = capsys.readouterr().err
     assert message.startswith("error: ")
@@ -182,29 +164,28 @@ def fails(script: ModuleType, capsys: pytest.CaptureFixture[str], *arguments: ob
 
 
 def test_errors_are_one_sentence(
-    script: ModuleType,
     birds: Path,
     objects: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
-    assert "no images.txt" in fails(script, capsys, "birds", tmp_path / "none", out)
-    assert "no class 'owl'" in fails(script, capsys, "birds", birds, out, "--classes", "owl")
+    assert "no images.txt" in fails(capsys, "birds", tmp_path / "none", out)
+    assert "no class 'owl'" in fails(capsys, "birds", birds, out, "--classes", "owl")
     (birds / "bounding_boxes.txt").write_text("1 60.0 27.0 325.0 304.0\n")
-    assert "disagree about image 2" in fails(script, capsys, "birds", birds, out)
+    assert "disagree about image 2" in fails(capsys, "birds", birds, out)
     annotation = objects / "Annotations/crab/annotation_0001.mat"
     annotation.write_bytes(b"not a matrix")
-    assert "not an annotation" in fails(script, capsys, "objects", objects, out)
+    assert "not an annotation" in fails(capsys, "objects", objects, out)
     annotation.unlink()
-    assert "no such annotation" in fails(script, capsys, "objects", objects, out)
+    assert "no such annotation" in fails(capsys, "objects", objects, out)
     assert not out.exists()
 
 
 def test_an_unreadable_picture_is_named(
-    script: ModuleType, birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (birds / "images/002.Auklet/b_1.jpg").write_bytes(b"")
-    message = fails(script, capsys, "birds", birds, tmp_path / "out")
+    message = fails(capsys, "birds", birds, tmp_path / "out")
     assert "b_1.jpg: cannot be read as an image" in message
     assert not (tmp_path / "out" / "annotations.csv").exists()

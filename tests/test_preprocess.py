@@ -144,15 +144,15 @@ def test_a_thread_of_a_picture_is_refused_before_it_fills_the_memory():
         ({"size": (224, True)}, "whole number"),
         ({"size": "22"}, "size is '22'"),
         ({"resize": "stretch"}, "unknown; .*known: squash, crop"),
-        ({"resize": "crop"}, "needs resize_to"),
-        ({"resize_to": 256}, "resize_to=256 has no meaning"),
+        ({"resize": "crop"}, "'crop' .* with resize_to=None; 'crop' needs resize_to"),
+        ({"resize_to": 256}, "'squash' .* with resize_to=256; .*'squash' takes none"),
         ({"interpolation": "cubic"}, "'cubic' is unknown; .*known: nearest, box, bilinear"),
         ({"mean": (0.5, 0.5)}, "mean is .* three finite numbers"),
         ({"mean": 0.5}, "three finite numbers"),
-        ({"mean": (0.5,)}, "mean is of 1 channels and std of 3"),
+        ({"mean": (0.5,)}, r"mean is \(0.5,\) and std .* three finite numbers"),
         ({"mean": "abc"}, "three finite numbers"),
-        ({"std": (0.5, float("nan"), 0.5)}, "std is .* three finite numbers"),
-        ({"std": (0.5, 0.0, 0.5)}, "each must be above 0"),
+        ({"std": (0.5, float("nan"), 0.5)}, "std .*nan.* three finite numbers"),
+        ({"std": (0.5, 0.0, 0.5)}, "std above 0"),
     ],
 )
 def test_settings_that_cannot_be_used(settings, message):
@@ -203,17 +203,17 @@ def test_custom_transforms():
 
 
 @pytest.mark.parametrize(
-    ("output", "message"),
+    "output",
     [
-        (np.zeros((4, 4, 3)), r"expected an array \[C H W\].*\[4, 4, 3\]"),
-        (np.zeros((1, 3, 4, 4)), r"\[1, 3, 4, 4\]"),
-        (np.full((3, 4, 4), np.nan), "NaN or infinity"),
-        (np.full((3, 1, 1), "a"), "expected numbers"),
-        ("picture", "of shape"),
+        np.zeros((4, 4, 3)),
+        np.zeros((1, 3, 4, 4)),
+        np.full((3, 4, 4), np.nan),
+        np.full((3, 1, 1), "a"),
+        "picture",
     ],
 )
-def test_custom_transforms_that_return_something_else(output, message):
-    with pytest.raises(InputError, match=message):
+def test_custom_transforms_that_return_something_else(output):
+    with pytest.raises(InputError, match=r"mine: .* of shape .*; expected an array \[C H W\] of"):
         custom(lambda image: output, name="mine")(Image.new("RGB", (4, 4)))
 
 

@@ -78,15 +78,13 @@ def test_the_digest_tells_every_choice_apart() -> None:
         "gradcam++", "centred", "around", "hard", 7, False, 0.3, 1, (), "mean", {"a": 1},
         "dense", 9, 8, "magnitude", "float32", "HNSW8", "ip", "numbers", 0.2, 0.3,
     )  # fmt: skip
-    digests = {Recipe().digest()}
-    for entry in fields(Recipe):
-        if entry.name not in ("hinge", "layers", "fill"):
-            digests.add(replace(Recipe(), **{entry.name: getattr(other, entry.name)}).digest())
-    digests.add(Recipe(hinge=True).digest())
-    # Several layers go with a method of several layers only.
-    digests.add(Recipe(method="polycam", layers=("a", "b")).digest())
-    digests.add(Recipe(method="polycam", layers=("a", "c")).digest())
-    # A fill with a method that masks only.
+    names = [
+        entry.name for entry in fields(Recipe) if entry.name not in ("hinge", "layers", "fill")
+    ]
+    digests = {replace(Recipe(), **{name: getattr(other, name)}).digest() for name in names}
+    digests |= {Recipe().digest(), Recipe(hinge=True).digest()}
+    # Several layers go with a method of several layers only, a fill with one that masks.
+    digests |= {Recipe("polycam", layers=pair).digest() for pair in (("a", "b"), ("a", "c"))}
     digests |= {Recipe("scorecam", fill=fill).digest() for fill in ("mean", "black", "blur")}
     assert len(digests) == len(fields(Recipe)) + 4
     assert Recipe(margin=1).digest() == Recipe(margin=1.0).digest()
@@ -94,18 +92,15 @@ def test_the_digest_tells_every_choice_apart() -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_the_recipes_that_come_along_can_be_read(path) -> None:
-    recipe, images, network = read_toml(path)
-    assert (images, network) == ({}, {})
-    expected = {
-        "default": Recipe(),
-        "paper": Recipe(
-            target="margin", sampling="random", triplets=50, encoding="top-m", m=50, by="signed"
-        ),
-        "unlabelled": Recipe(target="centred", norm="around"),
-    }
-    assert recipe == expected.get(path.stem, recipe)
-    assert {"default", "paper", "unlabelled"} <= {p.stem for p in RECIPES}
-    assert Recipe.paper(triplets=50) == Recipe.paper() == expected["paper"]
+    paper = Recipe(
+        target="margin", sampling="random", triplets=50, encoding="top-m", m=50, by="signed"
+    )
+    unlabelled = Recipe(target="centred", norm="around")
+    expected = {"default": Recipe(), "paper": paper, "unlabelled": unlabelled}
+    recipe, *others = read_toml(path)
+    assert (recipe, others) == (expected.get(path.stem, recipe), [{}, {}])
+    assert expected.keys() <= {p.stem for p in RECIPES}
+    assert Recipe.paper(triplets=50) == Recipe.paper() == paper
 
 
 @pytest.mark.parametrize(
@@ -182,19 +177,13 @@ def test_files_that_cannot_be_read(tmp_path) -> None:
 
 
 def test_a_fill_and_a_methods_own_options_are_kept(tmp_path) -> None:
-    text = """
-    recipe_version = 1
-    [weights]
-    method = "scorecam"
-    fill = "blur"
-    options = { temperature = 0.1, weights = "softmax" }
-    """
+    text = '[weights]\nmethod = "scorecam"\nfill = "blur"\n'
+    text += 'options = { temperature = 0.1, weights = "softmax" }'
     recipe, _, _ = read(tmp_path, text)
-    assert recipe == Recipe(
-        "scorecam", fill="blur", options={"weights": "softmax", "temperature": 0.1}
-    )
+    options = {"weights": "softmax", "temperature": 0.1}
+    assert recipe == Recipe("scorecam", fill="blur", options=options)
     assert recipe.to_dict()["fill"] == "blur"
-    assert recipe.to_dict()["options"] == {"temperature": 0.1, "weights": "softmax"}
+    assert recipe.to_dict()["options"] == options
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     assert hash(recipe) != hash(Recipe("scorecam"))
 
@@ -222,10 +211,7 @@ def test_the_target_is_the_distinctive_where_nothing_else_is_asked_for() -> None
 
 def test_images_and_network_pass_through_and_unknown_entries_do_not(tmp_path) -> None:
     text = "[images]\npath = 'photos'\n[network]\nnetwork = 'torchvision:resnet50'\nsize = 224"
-    assert read(tmp_path, text) == (
-        Recipe(),
-        {"path": "photos"},
-        {"network": "torchvision:resnet50", "size": 224},
-    )
+    network = {"network": "torchvision:resnet50", "size": 224}
+    assert read(tmp_path, text) == (Recipe(), {"path": "photos"}, network)
     with pytest.raises(RecipeError, match="stored has an unknown entry 'tripletts'; did you mea"):
         Recipe.from_dict({"tripletts": 3}, "stored")

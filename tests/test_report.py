@@ -204,7 +204,7 @@ def test_a_query_without_an_embedding_stops_nothing(tmp_path):
 
 def test_notes_of_maps_that_are_empty_or_not_trusted(explainer, queries, source):
     look = Look(side=48, long=True)
-    opened = open_query(source, 0, explainer.preprocess, 48)
+    opened = open_query(source, explainer.preprocess, 48, 0)
     found = explainer.explain(queries / "0/0.png")
     shown = finished(source, look, False, 0, opened, replace(found, trust=0.31, trust_low=0.2))
     assert "below 0.20 with a map computed on the query itself." in shown.row
@@ -357,7 +357,8 @@ def test_another_report_is_never_mixed_in(built, network, queries, tmp_path):
         before = everything(out)
         with pytest.raises(InputError) as caught:
             report(*given, **asked)
-        assert str(caught.value) == f"{out}: holds {message}; give a new folder, or delete this one"
+        assert str(caught.value).startswith(f"{out}: holds {message}")
+        assert str(caught.value).endswith("; give a new folder, or delete this one")
         assert everything(out) == before
 
     report(batch_size=2)
@@ -373,21 +374,21 @@ def test_another_report_is_never_mixed_in(built, network, queries, tmp_path):
     )
     extra = own / "0/extra.png"
     picture(0, 90).save(extra)
-    refused("a report of 8 queries, and 9 are given now")
+    refused("a report with queries count = 8, and 9 is asked for")
     extra.unlink()
     before = (own / "0/0.png").stat()
     os.utime(own / "0/0.png", ns=(0, 0))
-    refused("a report of other queries, or of the same before their files changed")
+    refused("a report with queries sha256 = ")
     os.utime(own / "0/0.png", ns=(before.st_atime_ns, before.st_mtime_ns))
     assert report().n_new == 0
     remove(index, ["2/3.png"])
-    refused("a report of generation 1 of the index, which is at generation 2")
+    refused("a report with index generation = 1, and 2 is asked for")
     write_photos(tmp_path / "photos", labels=2)
     other = build(tmp_path / "photos", tmp_path / "other", network)
-    refused("a report of another index", other)
+    refused("a report with index sha256 = ", other)
     mark = json.loads((out / "report.json").read_text())
     (out / "report.json").write_text(json.dumps({**mark, "embedcam": "0.0.1"}))
-    with pytest.raises(InputError, match=r"holds a report of embedcam 0\.0\.1, and this is "):
+    with pytest.raises(InputError, match=r"with embedcam = '0\.0\.1', and "):
         write_report(Explainer(built, network, n_neighbors=3), find_images(own, "none"), out)
 
 
@@ -505,11 +506,11 @@ def test_what_is_at_fault_for_every_query_stops_the_report(
         raise ImageError("a picture of 9 x 9 pixels is too long and thin")
 
     monkeypatch.setattr(type(CROP), "extent", thin)
-    opened = open_query(source, 0, explainer.preprocess, 48)
+    opened = open_query(source, explainer.preprocess, 48, 0)
     assert opened == f"{queries}/0/0.png: a picture of 9 x 9 pixels is too long and thin"
     wrong = custom(lambda image: np.zeros((2, 3)), name="wrong")
     with pytest.raises(InputError, match=r"0\.png: preprocess wrong: expected an array \[C H W\]"):
-        open_query(source, 0, wrong, 48)
+        open_query(source, wrong, 48, 0)
     monkeypatch.undo()
 
     def broken(self, *given, **asked):

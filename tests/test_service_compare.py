@@ -387,7 +387,7 @@ def test_a_path_that_climbs_is_not_followed(tmp_path, monkeypatch, service):
 
 def test_it_takes_a_place_and_a_time(index, monkeypatch, service):
     made = service(explainer(index), limits=Limits(concurrency=1))
-    with made.state.pipeline.concurrency.place():
+    with made.state.pipeline.place():
         assert post(made, target(IDS[0]), QUERY).error == (503, "busy")
     slow = service(explainer(index), limits=Limits(seconds=0.01))
 

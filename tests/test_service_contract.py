@@ -39,7 +39,7 @@ def app(tmp_path_factory):
         quicken(patch)
         index = built(tmp_path_factory.mktemp("contract"))
     made = create_app(explainer(index))
-    made.state.pipeline.set_ready(True)
+    made.state.pipeline.ready = True
     yield made
     made.state.pipeline.close()
 

@@ -4,7 +4,6 @@ import asyncio
 import threading
 import time
 from concurrent.futures import CancelledError
-from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -57,15 +56,15 @@ def test_a_bad_picture_fails_alone(index, service):
 def test_a_picture_the_network_cannot_embed_fails_alone(index, service):
     """Only the batch as a whole tells: each of it is tried again by itself."""
     why = explainer(index)
-    forward, sizes = why.network.forward, list[int]()
+    embed, sizes = why.network.embed, list[int]()
 
-    def picky(images, **options):
+    def picky(images, layers=None):
         sizes.append(len(images))
         if any(float(image[0].std()) == 0 for image in images):
             raise NetworkError("the embedding of image 1 is zero")
-        return forward(images, **options)
+        return embed(images, layers)
 
-    why.network.forward = picky
+    why.network.embed = picky
     app = service(why, limits=Limits(batch=3, batch_seconds=30))
     flat = data_of(picture().point(lambda _: 9))
     for _ in range(9):  # on a busy machine one may be read after the others have gone
@@ -108,8 +107,8 @@ class Recorder:
 
 
 def submitted(batcher, answer, settings, number):
-    with batcher.announced() as submit:
-        return submit(answer, settings, np.array(number))
+    with batcher.announced():
+        return batcher.submit(answer, settings, np.array(number))
 
 
 def test_one_alone_does_not_wait():
@@ -123,12 +122,12 @@ def test_one_alone_does_not_wait():
 def test_one_waits_for_what_was_announced_and_no_longer():
     recorder = Recorder()
     batcher = Batcher(8, seconds=60)
-    with ExitStack() as open_ones:
-        submit = open_ones.enter_context(batcher.announced())
+    with batcher.announced():
         first = submitted(batcher, recorder, "a", 1)
         with pytest.raises(TimeoutError):
             first.result(0.05)
-        assert submit(recorder, "a", np.array(2)).result(20) == 4
+        second = batcher.submit(recorder, "a", np.array(2))
+    assert second.result(20) == 4
     assert recorder.batches == [("a", [1, 2])]
     with batcher.announced():  # one that never comes: its picture could not be read
         second = submitted(batcher, recorder, "a", 3)
@@ -184,7 +183,7 @@ def test_closing_answers_what_waits():
     hold.set()
     closing.join(20)
     assert [one.result(0) for one in waiting] == [0, 2, 4]
-    with pytest.raises(RuntimeError, match="closed"):
+    with pytest.raises(RuntimeError, match="shutdown"):
         submitted(batcher, recorder, "a", 1)
     batcher.close()
 

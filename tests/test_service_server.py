@@ -11,6 +11,7 @@ import threading
 import time
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -522,16 +523,18 @@ def test_names_the_service_goes_by(options, hosts):
         assert _hosts(said, bound) == hosts
 
 
-def test_numpy_has_one_thread_while_it_serves():
-    def threads():
+def test_numpy_has_one_thread_while_it_serves(monkeypatch):
+    def threads(sockets=()):
         found = threadpoolctl.threadpool_info()
-        return {one["num_threads"] for one in found if one["user_api"] == "blas"}
+        seen.append({one["num_threads"] for one in found if one["user_api"] == "blas"})
 
+    seen: list[set[int]] = []
+    monkeypatch.setattr(server.uvicorn, "Server", lambda config: SimpleNamespace(run=threads))
     with threadpoolctl.threadpool_limits(limits=2, user_api="blas"):
-        before = threads()
-        with server._one_blas_thread():
-            assert threads() == {1}
-        assert threads() == before
+        threads()
+        server.serve(empty, server.bind("127.0.0.1", 0), seconds=1)
+        threads()
+    assert seen == [seen[0], {1}, seen[0]]
 
 
 def test_addresses_are_for_a_browser():
@@ -547,8 +550,6 @@ def test_hanging_up_loads_the_index_again(caplog):
     with server._signals(done.set):
         os.kill(os.getpid(), signal.SIGHUP)
         assert done.wait(20)
-    with server._signals(None):  # and does no harm where nothing can be loaded again
-        os.kill(os.getpid(), signal.SIGHUP)
 
     def fail():
         raise InputError("the index is gone")

@@ -239,7 +239,7 @@ def test_a_functions_derivative_is_autograds_and_works_without_gradients() -> No
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda e: e, r"the target returned \[3, 5\] for embeddings \[3, 5\]; expected one score"),
+        (lambda e: e, r"the target returned \[3, 5\] for embeddings \[3, 5\]; expected one sco"),
         (lambda e: e.sum(), r"the target returned \[\] for .* a tensor \[3\]"),
         (lambda e: e.sum(1, keepdim=True), r"the target returned \[3, 1\]"),
         (lambda e: e.detach().numpy().sum(1), "the target returned ndarray"),

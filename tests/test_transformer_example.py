@@ -1,49 +1,20 @@
 """The example for CLIP and DINOv2, with small random networks."""
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from toys import by_full_autograd
 
 pytest.importorskip("transformers")
+from examples import transformer as example
 
 KINDS = ("dinov2", "clip")
 
 
-@pytest.fixture(scope="module")
-def example() -> ModuleType:
-    path = Path(__file__).parents[1] / "examples" / "transformer.py"
-    spec = importlib.util.spec_from_file_location("transformer_example", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_are_those_of_full_autograd(example: ModuleType, kind: str) -> None:
-    network = example.random_network(kind)
-    x = network.probe_images(2)
-    with network.head_pass(x) as made:
-        c = torch.randn_like(made.features.embedding)
-        gradients = by_full_autograd(
-            network.module, [network.layer], torch.from_numpy(x), c, lambda o: o[network.output]
-        )
-        # The class token first, then 4 x 4 patches of 14 pixels.
-        raw = gradients[network.layer][1]
-        expected = raw[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
-        assert float(expected.abs().max()) > 0
-        torch.testing.assert_close(made.vjp(c), expected, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_map_is_grad_cam_of_the_cosine_similarity(example: ModuleType, kind: str) -> None:
+def test_the_map_is_grad_cam_of_the_cosine_similarity(kind: str) -> None:
     network = example.random_network(kind)
     query, other = network.probe_images(2)
     found = example.explain(network, query, other)
@@ -62,7 +33,7 @@ def test_the_map_is_grad_cam_of_the_cosine_similarity(example: ModuleType, kind:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_patches_behind_the_last_attention_are_refused(example: ModuleType, kind: str) -> None:
+def test_patches_behind_the_last_attention_are_refused(kind: str) -> None:
     from embedcam.errors import NetworkError
     from embedcam.network import EmbeddingNetwork
 
@@ -82,7 +53,7 @@ def test_patches_behind_the_last_attention_are_refused(example: ModuleType, kind
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_program_writes_a_picture(
-    example: ModuleType, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     generator = np.random.default_rng(0)
     for name in ("query.png", "other.png"):

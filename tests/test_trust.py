@@ -50,13 +50,8 @@ def literal_evidence(
 def test_the_evidence_is_the_literal_one(n: int, kind: str) -> None:
     generator = np.random.default_rng(n)
     raw = generator.normal(size=(n, 3, 4))
-    raw = {
-        "mixed": raw,
-        "positive": abs(raw),
-        "negative": -abs(raw),
-        "flat": np.ones_like(raw),
-        "zero": 0 * raw,
-    }[kind]
+    kinds = {"mixed": raw, "positive": abs(raw), "negative": -abs(raw), "flat": raw**0}
+    raw = kinds.get(kind, 0 * raw)
     shares, distances = generator.random(n), generator.random(n)
     found = evidence(raw, shares, 0.7, distances)
     np.testing.assert_allclose(found, literal_evidence(raw, shares, 0.7, distances), atol=1e-12)
@@ -138,10 +133,10 @@ def test_a_calibration_survives_json(width: int) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mean": None}, "mean should hold finite numbers"),
-        ({"mean": [1.0, "2", 3.0]}, "mean should hold finite numbers"),
-        ({"intercept": math.nan}, "intercept should hold finite numbers"),
-        ({"images": True}, "images should hold finite numbers"),
+        ({"mean": None}, "mean is None, not of type list"),
+        ({"mean": [1.0, "2", 3.0]}, r"mean\[1\] is '2'; expected a number"),
+        ({"intercept": math.nan}, "intercept is nan; expected a number"),
+        ({"images": True}, "images is True, not of type int"),
         ({"scale": [1.0, 0.0, 1.0]}, "do not fit together"),
         ({"linear": [1.0]}, "do not fit together"),
         ({"scores": [1.0, 0.0, 2.0]}, "do not fit together"),
@@ -150,30 +145,26 @@ def test_a_calibration_survives_json(width: int) -> None:
         ({"lows": [0.1, 0.4]}, "do not fit together"),
         ({"lows": [0.3, 0.2, 0.4]}, "do not fit together"),
         ({"lows": [-0.1, 0.2, 0.4]}, "do not fit together"),
-        ({"lows": None}, "lows should hold finite numbers"),
         ({"scores": [], "correlations": [], "lows": []}, "do not fit together"),
         ({"largest_distance": -1.0}, "do not fit together"),
         ({"neighbors": 5}, "do not fit together"),
-        ({"neighbors": 2.5}, "neighbors should be a whole number from 1"),
-        ({"images": 0}, "images should be a whole number from 1"),
-        ({"intercept": 10**400}, "intercept should hold finite numbers"),
+        ({"neighbors": 2.5}, "neighbors is 2.5, not of type int"),
+        ({"images": 0}, "images = 0 is impossible"),
+        ({"intercept": 10**400}, "intercept is 1000.*; expected a number"),
     ],
 )
 def test_a_calibration_that_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Calibration.from_dict({**some().to_dict(), **changes})
-    with pytest.raises(InputError, match="finite numbers"):
-        Calibration.from_dict([1])  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="not of type dict"):
+        Calibration.from_dict([1])
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"scale": (1e-300,) * 3}, {"linear": (1e308, -1e308, 1e308), "scale": (1e-9,) * 3}],
-    ids=["scale", "coefficients"],
-)
-def test_what_a_forged_calibration_makes_overflow_is_still_a_share(changes: dict[str, Any]) -> None:
-    expected, low = some(**changes).trust(np.array([3.0, -7.0, 5.0]), 0.1)
-    assert 0 <= low <= expected <= 1
+def test_what_a_forged_calibration_makes_overflow_is_still_a_share() -> None:
+    for linear, scale in ((some().linear, 1e-300), ((1e308, -1e308, 1e308), 1e-9)):
+        made = some(linear=linear, scale=(scale,) * 3)
+        expected, low = made.trust(np.array([3.0, -7.0, 5.0]), 0.1)
+        assert 0 <= low <= expected <= 1
 
 
 def known(n: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -327,9 +318,8 @@ def test_an_image_has_no_part_in_the_answers_to_itself() -> None:
     expected = anchors.of(np.searchsorted(without, one.near)).values
     np.testing.assert_allclose(one.codes, expected, rtol=1e-5, atol=1e-6)
     # With it they are others, as weights of an index that holds it would be.
-    every = AnchorCotangents(
-        Recipe(), vectors, np.array([int(name[1]) for name in labels]), vectors.mean(0)
-    )
+    codes = np.array([int(name[1]) for name in labels])
+    every = AnchorCotangents(Recipe(), vectors, codes, vectors.mean(0))
     assert np.abs(every.of(one.near).values - expected).max() > 1e-2
 
 

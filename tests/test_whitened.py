@@ -132,11 +132,8 @@ def test_an_older_index_keeps_the_target_that_auto_stood_for() -> None:
 
 def test_on_a_query_its_neighbors_stand_for_the_label() -> None:
     made_of = toy("affine")
-    batch = (
-        np.random.default_rng(1)
-        .normal(size=(1, *made_of.network.probe_images().shape[1:]))
-        .astype(np.float32)
-    )
+    shape = made_of.network.probe_images().shape[1:]
+    batch = np.random.default_rng(1).normal(size=(1, *shape)).astype(np.float32)
     own = made_of.network.forward(batch).embedding[0].numpy().astype(np.float64)
     generator = np.random.default_rng(0)
     others = generator.normal(size=(9, len(own)))
@@ -146,9 +143,8 @@ def test_on_a_query_its_neighbors_stand_for_the_label() -> None:
     mean = others.mean(0)
     covariance = (others - mean).T @ (others - mean) / 9
     load = 10 * np.trace(covariance) / len(own)
-    white = np.linalg.solve(
-        covariance + load * np.eye(len(own)), 2 * (positives.mean(0) - negatives.mean(0))
-    )
+    apart = 2 * (positives.mean(0) - negatives.mean(0))
+    white = np.linalg.solve(covariance + load * np.eye(len(own)), apart)
     kind = white - 0.5 * (white @ own) * own
     cotangent = unit(kind) + 0.2 * unit(own - mean)
     matrix = made_of.network.head_kind.matrix

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from oracles import bilinear, min_max
+from oracles import bilinear, gradcam_weights, min_max
 from oracles import cam as cam_map
 from torch import Tensor, nn
 from zoo_cases import Case, Expected
@@ -13,16 +13,9 @@ from zoo_cases import Case, Expected
 Array = np.ndarray
 
 
-def mean_of(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
 def cells(grid: Array) -> list[float]:
     """All numbers of one channel, row by row."""
     return [float(value) for row in grid for value in row]
-
-
-weighted_map = cam_map
 
 
 def cam(case: Case) -> Expected:
@@ -37,8 +30,7 @@ def cam(case: Case) -> Expected:
 
 def gradcam(case: Case) -> Expected:
     """alpha_k = (1/Z) sum_ij G_ij (Selvaraju et al. 2017, eq. 1)."""
-    _, G = case.gradient(case.image)
-    return Expected(np.array([mean_of(cells(G[k])) for k in range(len(G))]))
+    return Expected(gradcam_weights(case.gradient(case.image)[1]))
 
 
 def gradcam_plus_plus(case: Case) -> Expected:
@@ -99,9 +91,8 @@ def integrated_gradcam(case: Case, *, steps: int = 20, baseline: Tensor | None =
     alphas, maps = [], []
     for step in range(1, steps + 1):
         A, G = case.gradient(start + step / steps * (case.image - start))
-        alpha = np.array([mean_of(cells(G[k])) for k in range(len(G))])
-        alphas.append(alpha)
-        maps.append(weighted_map(alpha, A - A0))
+        alphas.append(gradcam_weights(G))
+        maps.append(cam_map(alphas[-1], A - A0))
     return Expected(np.mean(alphas, axis=0), np.mean(maps, axis=0))
 
 
@@ -188,12 +179,9 @@ def guided_backprop(case: Case) -> Expected:
 
 def guided_gradcam(case: Case) -> Expected:
     """Guided Backpropagation * U(Grad-CAM) (Selvaraju et al. 2017, section 3.2)."""
-    A, _ = case.gradient(case.image)
+    A, G = case.gradient(case.image)
     pixels = guided_backprop(case).map
-    weights = gradcam(case).weights
-    assert pixels is not None
-    assert weights is not None
-    return Expected(map=pixels * bilinear(weighted_map(weights, A), *pixels.shape))
+    return Expected(map=pixels * bilinear(cam_map(gradcam_weights(G), A), *pixels.shape))
 
 
 ORACLES: dict[str, Callable[[Case], Expected]] = {

@@ -143,11 +143,6 @@ def importance(x: Array, fin: nn.Sequential, pool: Callable[[Array], float] = np
     return softmax(np.array([pool(one) for one in x]))
 
 
-def weighted(weights: Array, activations: Array) -> Array:
-    """ReLU(sum_k w_k A_k)."""
-    return relu(sum(w * one for w, one in zip(weights, activations, strict=True)))
-
-
 def attended(activations: Array, attention: Array) -> Array:
     """A' = A (1 + M), channel by channel."""
     return np.stack([one * (1 + attention) for one in activations])
@@ -167,10 +162,8 @@ def numbers(case: Case) -> tuple[Array, Array]:
 
 
 def lficam(case: Case) -> Expected:
-    """S, and ReLU(sum_k S_k A_k)."""
-    image, activations = numbers(case)
-    weights = importance(stacked(image, activations), case.module.fin)
-    return Expected(weights, weighted(weights, activations))
+    """S."""
+    return Expected(importance(stacked(*numbers(case)), case.module.fin))
 
 
 def abn(case: Case) -> Expected:

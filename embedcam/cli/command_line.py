@@ -8,15 +8,15 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
+from .. import errors
 from ..errors import (
     EmbedcamError,
+    EmbeddingError,
     ImageError,
     IndexFormatError,
     NetworkError,
-    reason,
     say,
     show,
-    told,
 )
 from .interrupts import INTERRUPTED, INTERRUPTS
 
@@ -41,6 +41,13 @@ _FOR_COMMAND_LINE = (
     (r"\bimages= \(--images\)", "--images"),
     (r"\bmax_pixels\b=?", "--max-pixels"),
     (r"\bexclude=", "--exclude"),
+    (r"\babove = '([^']*)'", r"--above \1"),
+    (r"\bgive result\b", "give --result"),
+    # With what else comes up to a mistyped id.
+    (
+        r"^(the index has no image .*?)(?:; see `index\.ids`)?$",
+        r"\1; `embedcam info INDEX --ids` lists those it has",
+    ),
 )
 """Arguments that messages name to callers from Python, and what the command line has for them."""
 
@@ -68,6 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     from .parser import COMMANDS, parser
 
+    if any("\0" in word for word in arguments or ()):
+        say("embedcam: an argument holds a NUL, which no name can")
+        return EXIT_CODES[EmbedcamError]
     try:
         options = parser().parse_args(arguments)
     except SystemExit as stop:  # argparse has said what is wrong, or has printed the help
@@ -97,7 +107,7 @@ def _run(arguments: Sequence[str] | None) -> int:
                 return _interrupted(options)
             if options.debug:
                 raise
-            return _say(told(error, vars(options)))
+            return _say(errors.told(error, vars(options)), _way_out(error, options))
     return 0
 
 
@@ -116,46 +126,50 @@ def _interrupted(options: Namespace) -> int:
 
 def _is_kept(options: Namespace) -> bool:
     """Return whether running the command again finds work that was done before."""
-    from pathlib import Path
+    from pathlib import Path  # no time for it where only help is printed
 
-    def unfinished(index: Path) -> bool:
-        return any(index.glob(".building/*/arrays.json"))
-
-    if options.command in ("build", "add"):
-        return unfinished(Path(options.index))
-    if options.command == "demo":
-        stages = Path(options.folder) / "stages.json"
-        recorded = stages.read_text(encoding="utf-8").strip() if stages.is_file() else "{}"
-        return recorded != "{}" or any(map(unfinished, Path(options.folder).glob("*/")))
-    return bool(options.resumes)
+    if options.command not in ("build", "add", "demo"):
+        return "report" in options and options.report is not None
+    folder = Path(options.folder if options.command == "demo" else options.index)
+    stages = folder / "stages.json"
+    recorded = stages.read_text(encoding="utf-8").strip() if stages.is_file() else "{}"
+    return recorded != "{}" or any(folder.glob("**/.building/*/arrays.json"))
 
 
-def _say(error: BaseException) -> int:
+def _way_out(error: BaseException, options: Namespace) -> str:
+    """Return words on the option that leaves out a broken image among many."""
+    if options.command not in ("build", "add", "evaluate") or "the build again" in str(error):
+        return ""
+    # Of a probe picture, which is no file, there is nothing to leave out.
+    of_file = isinstance(error, EmbeddingError) and error.is_named
+    left_out = "; --on-unreadable skip leaves such files out"
+    broken = of_file or isinstance(error, ImageError)
+    return left_out if broken and options.on_unreadable != "skip" else ""
+
+
+def _say(error: BaseException, way_out: str = "") -> int:
     """Print one sentence about an error; return its exit code."""
     code = next((c for kind, c in EXIT_CODES.items() if isinstance(error, kind)), UNEXPECTED)
-    text = str(error)  # embedcam's own is one line
-    if not isinstance(error, EmbedcamError):
-        text = " ".join(text.split()) or type(error).__name__
-    text = for_command_line(text)
-    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("embedcam"):
+    name, text = type(error).__name__, str(error)
+    if isinstance(error, EmbedcamError):  # one line already
+        text = for_command_line(text)
+        if code == EXIT_CODES[EmbedcamError] and isinstance(error.__cause__, OSError):
+            code = EXIT_CODES[OSError]
+    elif isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("embedcam"):
         # Installed for answering queries only, with --no-deps.
         code = EXIT_CODES[NetworkError]
-        text = (
-            f"this takes {error.name}, which is not installed; run pip install embedcam, or "
-            "explain with --onnx FILE"
-        )
-    if code == EXIT_CODES[EmbedcamError] and isinstance(error.__cause__, OSError):
-        code = EXIT_CODES[OSError]
-    if isinstance(error, OSError) and error.strerror:
+        text = f"this takes {error.name}, which is not installed; run pip install embedcam, or "
+        text += "explain with --onnx FILE"
+    elif isinstance(error, OSError) and error.strerror:
         text = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
     elif isinstance(error, SystemExit):  # the only code that is not embedcam's own
-        code = EXIT_CODES[NetworkError]
-        text = (
-            f"the network's own code ended the program ({reason(error)}); it should raise an error"
-        )
-    elif code == UNEXPECTED:
-        text = f"unexpected {type(error).__name__}: {text}; run again with --debug and report it"
-    say(f"embedcam: {text}")
+        code, why = EXIT_CODES[NetworkError], errors.reason(error)
+        text = f"the network's own code ended the program ({why}); it should raise an error"
+    else:
+        text = " ".join(text.split()) or name
+        if code == UNEXPECTED:
+            text = f"unexpected {name}: {text}; run again with --debug and report it"
+    say(f"embedcam: {text}{way_out}")
     return code
 
 

@@ -3,14 +3,17 @@
 import os
 from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from .._options import chosen
 from ..errors import InputError, show, show_json
 from .networks import torch_network
-from .online import check_folder
-from .output import columns, images_of, naming_skip, note
+from .online import check_file, check_folder
+from .output import columns, images_of, note
+
+if TYPE_CHECKING:
+    from ..evaluate.settings import Record
+    from ..render import Table
 
 
 def evaluate(options: Namespace) -> None:
@@ -22,37 +25,38 @@ def evaluate(options: Namespace) -> None:
     from ..index import Index
 
     # Whatever can be refused is refused before the network is loaded.
-    _check_files(options)
+    for file in filter(None, (options.html, options.csv)):
+        check_file(file, options.images, options.boxes)
+    if (
+        options.html
+        and options.csv
+        and os.path.realpath(options.html) == os.path.realpath(options.csv)
+    ):
+        raise InputError(f"--html and --csv both name {options.csv}; give each its own file")
+    check_folder("--indexed", options.indexed)
     settings = Settings(**chosen(options, Settings))
-    methods, recipes = options.methods or (), options.recipes or ()
-    named_methods(methods)
-    named_recipes(recipes)
-    if options.indexed is not None and not Path(options.indexed).is_dir():
-        raise InputError(f"--indexed {options.indexed}: there is no such folder")
-    source = images_of(options, options.images, options.labels or "auto")
-    if options.boxes and options.masks:
-        raise InputError("give --boxes or --masks, not both")
+    named_methods(options.methods)
+    named_recipes(options.recipes)
+    source = images_of(options, options.images)
     if options.boxes:
         of_boxes(options.boxes, source)
     if options.masks:
         of_masks(options.masks, source)
     with Index.open(options.index) as index:
-        network = torch_network(options, index.manifest)
-        with naming_skip(options):
-            evaluation = evaluate_index(
-                index,
-                source,
-                network,
-                boxes=options.boxes,
-                masks=options.masks,
-                indexed=options.indexed,
-                methods=methods,
-                recipes=recipes,
-                settings=settings,
-                on_unreadable=options.on_unreadable or "fail",
-                workers=options.workers,
-                progress=False if options.quiet else None,
-            )
+        evaluation = evaluate_index(
+            index,
+            source,
+            torch_network(options, index.manifest),
+            boxes=options.boxes,
+            masks=options.masks,
+            indexed=options.indexed,
+            methods=options.methods,
+            recipes=options.recipes,
+            settings=settings,
+            on_unreadable=options.on_unreadable or "fail",
+            workers=options.workers,
+            progress=options.progress,
+        )
     # Files first: a reader that goes away (`| head`) ends the command.
     for what, file, save in (
         ("page", options.html, evaluation.save_html),
@@ -68,22 +72,7 @@ def evaluate(options: Namespace) -> None:
         show(*_lines(summary, intro(summary), tables(summary)))
 
 
-def _check_files(options: Namespace) -> None:
-    """Refuse to write where nothing can be, or over what is read or written besides."""
-    written = [file for file in (options.html, options.csv) if file is not None]
-    for file in written:
-        if Path(file).is_dir():
-            raise InputError(f"{file} is a folder; give the name of a file in it")
-        check_folder(Path(file))
-        for other in (options.images, options.boxes):
-            there = other is not None and Path(file).exists() and Path(other).exists()
-            if there and Path(file).samefile(other):
-                raise InputError(f"{file} is read, and would be replaced; write somewhere else")
-    if len({os.path.realpath(file) for file in written}) < len(written):
-        raise InputError(f"--html and --csv both name {options.csv}; give each its own file")
-
-
-def _lines(summary: dict[str, Any], intro: str, tables: Sequence[Any]) -> list[str]:
+def _lines(summary: "Record", intro: str, tables: "Sequence[Table]") -> list[str]:
     from ..evaluate.report import ON_ONE_OBJECT
 
     lines = [intro]

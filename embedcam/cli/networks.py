@@ -5,11 +5,11 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .._checks import check_sides
-from .._options import checked_values, chosen, setting
-from ..errors import InputError, NetworkError, reason, short
+from .._options import Values, checked_values, chosen, setting
+from ..errors import InputError, NetworkError, Plain, reason, short
 
 if TYPE_CHECKING:
     from ..index import Manifest
@@ -28,19 +28,19 @@ def sides_of(text: str) -> tuple[int, int]:
     return int(sides[0]), int(sides[-1])
 
 
-def _sides(name: str, value: Any) -> Any:
+def _sides(name: str, value: Plain) -> Plain:
     return value if type(value) is int and value > 0 else check_sides(name, value)
 
 
-def _text_or_number(name: str, value: Any) -> str | int:
+def _text_or_number(name: str, value: Plain) -> Plain:
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise InputError(f"{name} = {short(value)}; give a text or a whole number")
     return value
 
 
-def _patterns(name: str, value: Any) -> Any:
-    patterns = [value] if isinstance(value, str) else value
-    if not isinstance(patterns, list) or not all(isinstance(one, str) for one in patterns):
+def _patterns(name: str, value: Plain) -> Plain:
+    patterns = value if isinstance(value, list) else [value]
+    if not all(isinstance(one, str) for one in patterns):
         raise InputError(f"{name} = {short(value)}; give a text or a list of texts")
     return value
 
@@ -98,11 +98,9 @@ class ImageSettings:
 
 def check_onnx(options: argparse.Namespace) -> None:
     """Refuse beside an ONNX file what takes the network as torch has it."""
-    if options.onnx is None:
-        return
-    flags = [f"--{name.replace('_', '-')}" for name in chosen(options, NetworkSettings)]
-    flags += [f"--{name}" for name in ("method", "fallback") if getattr(options, name, None)]
-    if flags:
+    others = [name for name in ("method", "fallback") if getattr(options, name, None)]
+    flags = [f"--{name.replace('_', '-')}" for name in [*chosen(options, NetworkSettings), *others]]
+    if flags and options.onnx is not None:
         raise InputError(
             f"--onnx takes the whole network from {options.onnx}, without torch; leave out "
             f"{', '.join(flags).replace('--normalize', '--no-normalize')}"
@@ -125,7 +123,7 @@ def query_network(
     return OnnxNetwork(options.onnx)
 
 
-def network_of_index(manifest: "Manifest", asked: Mapping[str, Any]) -> dict[str, Any]:
+def network_of_index(manifest: "Manifest", asked: Mapping[str, Plain]) -> Values:
     """Return how an index's network is loaded again: as for its build, but for what is `asked`."""
     if manifest.network is None:
         raise InputError(
@@ -156,7 +154,7 @@ def network_of_index(manifest: "Manifest", asked: Mapping[str, Any]) -> dict[str
     return {**loading, **asked}
 
 
-def load_named(settings: Mapping[str, Any]) -> "EmbeddingNetwork":
+def load_named(settings: Mapping[str, Plain]) -> "EmbeddingNetwork":
     """Load the network that settings name, or raise InputError or NetworkError."""
     arguments = checked_values(NetworkSettings, settings, "[network]")
     name = arguments.pop("network", None)
@@ -175,18 +173,14 @@ def load_named(settings: Mapping[str, Any]) -> "EmbeddingNetwork":
         sys.path.append(os.getcwd())
     from ..network import load_network
 
-    if "device" in arguments:
-        _check_device(arguments["device"])
+    if device := arguments.get("device"):
+        import torch
+
+        try:
+            torch.empty(1, device=device)
+        # What is missing decides what torch raises: RuntimeError, AssertionError, and others.
+        except Exception as error:
+            raise InputError(
+                f"--device {device} cannot be used here ({reason(error)}); try cpu"
+            ) from error
     return load_network(name, **arguments)
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    try:
-        torch.empty(1, device=device)
-    # What is missing decides what torch raises: RuntimeError, AssertionError, and others.
-    except Exception as error:
-        raise InputError(
-            f"--device {device} cannot be used here ({reason(error)}); try cpu"
-        ) from error

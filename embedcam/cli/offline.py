@@ -4,40 +4,27 @@ import sys
 from argparse import Namespace
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .._files import refuse_device
-from .._options import checked_values, chosen
+from .._options import Values, checked_values, chosen
 from ..errors import InputError, RecipeError, printable, reason, show_json
 from ..images.progress import progress_of
 from ..recipe import WHITENED, Recipe
 from ..recipe.recipe import read_toml, shipped_recipe
 from .networks import ImageSettings, NetworkSettings, load_named, network_of_index, torch_network
-from .output import (
-    counted,
-    emit,
-    fidelity_lines,
-    images_of,
-    listing_ids,
-    naming_skip,
-    note,
-    size_text,
-    some_of,
-)
+from .output import counted, emit, fidelity_lines, images_of, note, size_text, some_of
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ..offline import BuildReport
-
-
-def _shown(options: Namespace) -> bool | None:
-    """Return what shows progress: on a terminal, unless nothing but results is to be printed."""
-    return False if options.quiet else None
+    from ..offline.report import Changes
 
 
 def build(options: Namespace) -> None:
     """Build an index from images, or from features."""
-    exists = (Path(options.index) / "manifest.json").exists()
-    again = options.refit and exists
+    again = options.refit and (Path(options.index) / "manifest.json").exists()
     recipe, images, network = _choices(options, again)
     if options.embeddings or options.pooled:
         report = _build_features(options, recipe, network)
@@ -52,67 +39,58 @@ def build(options: Namespace) -> None:
         )
 
 
+def _work(options: Namespace, on_unreadable: str = "fail") -> Values:
+    """Return how work is done, for `build_index` and `add_images`."""
+    names = ("batch_size", "workers", "scratch_gb", "progress")
+    asked = {name: getattr(options, name) for name in names}
+    return {**asked, "on_unreadable": options.on_unreadable or on_unreadable}
+
+
 def add(options: Namespace) -> None:
     """Add images to an index."""
     from ..index import ADD_INSTEAD, Index
     from ..offline import BuildReport, add_images
 
-    if options.update and options.skip_existing:
-        raise InputError("--update looks at the existing images; leave out --skip-existing")
-    source = images_of(options, options.images, options.labels or "auto")
+    source = images_of(options, options.images)
     with Index.open(options.index) as index:
         index.refuse_prototypes(ADD_INSTEAD)  # before a network is loaded
         network = network_of_index(index.manifest, chosen(options, NetworkSettings))
         known = index.find_live(source.ids) if options.skip_existing else ()
     if known:
         note(options, f"{counted(len(known), 'image')} left out: in the index already")
-    if options.skip_existing:
         source = source.only([row for row, name in enumerate(source.ids) if name not in known])
-    if options.skip_existing and not len(source):
+    if known and not len(source):
         report = BuildReport(Path(options.index), 0, [], left_out=source.left_out)
-        return _report(options, report, "added to")
-    with naming_skip(options):
-        report = add_images(
-            source,
-            load_named(network),
-            options.index,
-            update=options.update,
-            batch_size=options.batch_size,
-            workers=options.workers,
-            on_unreadable=options.on_unreadable or "fail",
-            scratch_gb=options.scratch_gb,
-            progress=_shown(options),
-        )
-    _report(options, report, "added to")
+        return _report(options, report, "added")
+    loaded = load_named(network)
+    report = add_images(source, loaded, options.index, update=options.update, **_work(options))
+    _report(options, report, "added")
 
 
 def remove(options: Namespace) -> None:
     """Remove images by id."""
-    from ..index import REMOVED, Index
+    from ..index import REMOVED
     from ..index import remove as remove_ids
 
     ids = [*options.ids, *(_lines_of(options.file) if options.file else [])]
     if not ids:
         raise InputError("no id was given; name some, or give a file of them with --from")
-    # A folder without an index is refused before a lock file appears in it.
-    Index.open(options.index, with_faiss=False).close()
+    before = _n_images(options.index)
     try:
-        with listing_ids(options.index):
-            removed = remove_ids(options.index, ids)
+        removed = remove_ids(options.index, ids)
     except InputError as error:
         known, gone, _ = str(error).partition(REMOVED)
         if not gone:
             raise
         step = "nothing to do" if len(ids) == 1 else "leave it out; nothing was removed"
         raise InputError(f"{known}{gone}; {step}") from error
-    left = _n_images(options.index)
-    text = (
-        f"{counted(removed, 'image')} removed, {left:,} left; `embedcam compact` drops their bytes"
-    )
-    emit(options, {"removed": removed, "images": left}, f"{options.index}: {text}")
+    left = before - removed
+    told = f"{counted(removed, 'image')} removed, {left:,} left; `embedcam compact` drops their"
+    emit(options, {"removed": removed, "images": left}, f"{options.index}: {told} bytes")
 
 
 def _n_images(path: str) -> int:
+    """Count images; a folder without an index is refused before a lock file appears in it."""
     from ..index import Index
 
     with Index.open(path, with_faiss=False) as index:
@@ -131,16 +109,13 @@ def _lines_of(path: str) -> list[str]:
 
 def compact(options: Namespace) -> None:
     """Drop the bytes of removed images."""
-    from ..index import Index
     from ..index import compact as compact_parts
 
-    Index.open(options.index, with_faiss=False).close()  # as in `remove`
-    again = options.rebuild_faiss
-    with progress_of("compacting", shown=_shown(options)):
-        dropped = compact_parts(options.index, rebuild_faiss=again is not None and (again or True))
-    left = _n_images(options.index)
-    text = f"compact; {counted(dropped, 'removed image')} dropped, {left:,} left"
-    emit(options, {"dropped": dropped, "images": left}, f"{options.index}: {text}")
+    images = _n_images(options.index)
+    with progress_of("compacting", shown=options.progress):
+        dropped = compact_parts(options.index, rebuild_faiss=options.rebuild_faiss)
+    text = f"compact; {counted(dropped, 'removed image')} dropped, {images:,} left"
+    emit(options, {"dropped": dropped, "images": images}, f"{options.index}: {text}")
 
 
 def compress(options: Namespace) -> None:
@@ -149,7 +124,7 @@ def compress(options: Namespace) -> None:
 
     asked = {name: getattr(options, name) for name in ("per_class", "seed", "replace")}
     places = options.index, options.output, options.prototypes
-    report = compress_index(*places, **asked, progress=_shown(options))
+    report = compress_index(*places, **asked, progress=options.progress)
     about = report.compressed
     lines = [
         f"{report.path}: {counted(report.n_prototypes, 'prototype')} of "
@@ -174,7 +149,7 @@ def calibrate(options: Namespace) -> None:
         images=options.images,
         batch_size=options.batch_size,
         workers=options.workers,
-        progress=_shown(options),
+        progress=options.progress,
     )
     told = ", ".join(f"{name} calibrated on {counted(n, 'image')}" for name, n in counts.items())
     emit(options, counts, f"{options.index}: {told}")
@@ -187,12 +162,11 @@ def export(options: Namespace) -> None:
     from ..export import check_packages, check_target, export_onnx
     from ..index import Index
 
-    # Whatever can be refused is refused before the network is loaded.
-    check_packages()
+    check_packages()  # before the network is loaded, as what cannot be written
     check_target(options.output)
     with Index.open(options.index, with_faiss=False) as index:
         network = torch_network(options, index.manifest)
-        report = export_onnx(index, network, options.output, progress=_shown(options))
+        report = export_onnx(index, network, options.output, progress=options.progress)
     text = f"{size_text(report.bytes)}, layer {', '.join(report.layers)}, {report.head} head"
     text += f"; off from torch by {report.difference:.1g}; {report.seconds:.1f} s"
     emit(options, {**asdict(report), "path": str(report.path)}, f"{report.path}: {text}")
@@ -202,18 +176,18 @@ def demo(options: Namespace) -> None:
     """Run the main job, end to end, on handwritten digits."""
     from ..demo import run_demo
 
-    shown = not (options.quiet or options.json)
+    shown = options.progress is None and not options.json
     summary = run_demo(options.folder, seed=options.seed, progress=shown)
     if options.json:
         show_json(summary, indent=2)
 
 
-def _choices(options: Namespace, again: bool) -> tuple[Recipe, dict[str, Any], dict[str, Any]]:
+def _choices(options: Namespace, again: bool) -> tuple[Recipe, Values, Values]:
     """Return the recipe with the command line's choices over it, and its images and network.
 
     The recipe is the one named, or, where an index is built `again`, its own.
     """
-    recipe, images, network = Recipe(), dict[str, Any](), dict[str, Any]()
+    recipe, images, network = Recipe(), Values(), Values()
     if options.recipe:
         recipe, images, network = read_toml(shipped_recipe(options.recipe))
         images = checked_values(ImageSettings, images, "[images]")
@@ -248,7 +222,7 @@ def _choices(options: Namespace, again: bool) -> tuple[Recipe, dict[str, Any], d
 
 
 def _build_images(
-    options: Namespace, recipe: Recipe, images: dict[str, Any], network: dict[str, Any], again: bool
+    options: Namespace, recipe: Recipe, images: Values, network: Values, again: bool
 ) -> "BuildReport":
     from ..images import MAX_PIXELS
     from ..index import Index
@@ -275,31 +249,26 @@ def _build_images(
             "in the recipe"
         )
     if path is not None:
-        kept = {name: images[name] for name in ("exclude", "max_pixels") if name in images}
-        source = images_of(options, path, options.labels or images.get("labels", "auto"), **kept)
+        kept = ("labels", "exclude", "max_pixels")
+        source = images_of(options, path, **{k: images[k] for k in kept if k in images})
     loaded = load_named(network)
     if network.get("layer") is None:
         name = loaded.name or network["network"]
         note(options, f"{name}: explaining layer {loaded.layer} (--layer takes another)")
-    with naming_skip(options):
-        return build_index(
-            source,
-            loaded,
-            options.index,
-            recipe,
-            batch_size=options.batch_size,
-            workers=options.workers,
-            on_unreadable=options.on_unreadable or images.get("on_unreadable", "fail"),
-            triplets=_given_triplets(options),
-            own_maps=own_maps,
-            trust=not options.no_trust,
-            scratch_gb=options.scratch_gb,
-            replace=options.refit,
-            progress=_shown(options),
-        )
+    return build_index(
+        source,
+        loaded,
+        options.index,
+        recipe,
+        triplets=_given_triplets(options),
+        own_maps=own_maps,
+        trust=not options.no_trust,
+        replace=options.refit,
+        **_work(options, images.get("on_unreadable", "fail")),
+    )
 
 
-def _build_features(options: Namespace, recipe: Recipe, network: dict[str, Any]) -> "BuildReport":
+def _build_features(options: Namespace, recipe: Recipe, network: Values) -> "BuildReport":
     from ..offline.features import build_from_features, read_array, read_head
 
     if not (options.embeddings and options.pooled and options.grid):
@@ -325,11 +294,11 @@ def _build_features(options: Namespace, recipe: Recipe, network: dict[str, Any])
         triplets=_given_triplets(options),
         network=load_named(network) if network.get("network") else None,
         replace=options.refit,
-        progress=_shown(options),
+        progress=options.progress,
     )
 
 
-def _given_triplets(options: Namespace) -> Any:
+def _given_triplets(options: Namespace) -> "np.ndarray | None":
     if not isinstance(options.triplets, str):
         return None
     from ..offline.features import read_array
@@ -373,14 +342,13 @@ def _report(options: Namespace, report: "BuildReport", verb: str) -> None:
         text = f"{_changes(options, report.changes)} {took}"
     elif not report.n_images:
         text = "holds these images already; nothing to do"
-    elif verb == "built":
-        text = f"built, {counted(report.n_images, 'image')} {took}"
     else:
-        text = f"{counted(report.n_images, 'image')} added {took}"
+        images = counted(report.n_images, "image")
+        text = f"{f'built, {images}' if verb == 'built' else f'{images} added'} {took}"
     emit(options, {**asdict(report), "path": str(report.path)}, f"{report.path}: {text}")
 
 
-def _changes(options: Namespace, changes: Any) -> str:
+def _changes(options: Namespace, changes: "Changes") -> str:
     """Return what an update did."""
     if changes.n_unmarked:
         note(
@@ -388,7 +356,7 @@ def _changes(options: Namespace, changes: Any) -> str:
             f"note: {counted(changes.n_unmarked, 'image')} of the index without a mark of the "
             "file, so whether one changed cannot be told; `embedcam build --refit` adds marks",
         )
-    kinds = {what: getattr(changes, what) for what in ("new", "changed", "vanished")}
+    kinds = {"new": changes.new, "changed": changes.changed, "vanished": changes.vanished}
     told = [f"{len(ids):,} {what} ({some_of(ids)})" for what, ids in kinds.items() if ids]
     same = f"{changes.n_same:,} as before"
     return f"{', '.join(told)}; {same}," if told else f"nothing to update, {same},"

@@ -6,62 +6,57 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .._files import write_whole
+from .._options import Values
 from ..errors import ImageError, InputError, printable, show, show_json
 from ..images import MAX_PIXELS, ImageSource, Item
 from ..images.reading import why_missing
+from ..index.search import check_rival
 from ..ops import attended
 from ..recipe import Recipe
 from ..recipe.registry import LayersMethod, Method, find_method
 from .networks import check_onnx, query_network
-from .output import columns, counted, images_of, listing_ids, note, some_of
+from .output import columns, counted, images_of, note, some_of
 
 if TYPE_CHECKING:
     from ..explain import Explainer, Explanation
-    from ..images.sources import Labels
     from ..index import Index
+    from ..network import EmbeddingNetwork
+    from ..onnx import OnnxNetwork
 
 
 def explain(options: Namespace) -> None:
     """Explain query images against an index."""
-    from ..explain.explainer import Explainer
     from ..index import Index
 
     # Whatever can be refused is refused before the network is loaded.
     queries = _report_queries(options)
-    options.resumes = queries is not None
     if queries is None:
-        _check_queries(options.queries)
+        for query in options.queries:
+            _check_query(query)
     pictures = _plan_pictures(options.output, options.queries)
-    _check_page(options.html, options.queries)
-    check_images(options.images)
+    if options.html is not None:
+        check_file(options.html, *options.queries)
+    check_folder("--images", options.images)
     method = _method(options)
     check_onnx(options)
     with Index.open(options.index) as index:
         asked = _asked(options, index)
         _note_shared(options, index)
         network = query_network(options, index.manifest)
-        explainer = Explainer(
-            index,
-            network,
-            transfer=options.transfer,
-            images=options.images,
-            max_pixels=options.max_pixels or MAX_PIXELS,
-            detail=options.detail,
-            **trust_options(options, index, network),
-        )
+        pixels = options.max_pixels or MAX_PIXELS
+        explainer = explainer_of(options, index, network, index, pixels)
         if queries is not None:
             return _write_report(options, explainer, queries, asked)
         explanations = (explainer.explain(query, **asked) for query in options.queries)
         if method is not None:
             pairs = zip(explanations, options.queries, strict=True)
-            explanations = (_by_method(options, index, network, method, *pair) for pair in pairs)
+            explanations = (_by_method(options, explainer, method, *pair) for pair in pairs)
         _tell(options, explanations, pictures)
 
 
@@ -77,39 +72,35 @@ def _tell(
     results, lost, changed = dict[str, None](), dict[str, None](), dict[str, None]()
     for query, picture, explanation in zip(options.queries, pictures, explanations, strict=True):
         _note_doubts(options, query, explanation)
-        rivals = [] if explanation.rival is None else [explanation.rival.id]
-        results.update(dict.fromkeys(explanation.ids + explanation.explained + rivals))
+        results.update(dict.fromkeys(one.id for one in explanation.results()))
         lost.update(dict.fromkeys(explanation.not_found()))
         changed.update(dict.fromkeys(explanation.changed()))
         if picture is not None:
             picture.parent.mkdir(parents=True, exist_ok=True)
             explanation.save(picture, scale=options.scale, title=Path(query).name)
         if options.html:
-            tile, tiles = explanation.tiles()
-            rows.append(Row(tile, tiles, title=Path(query).name))
+            rows.append(Row(*explanation.tiles(), title=Path(query).name))
         if options.json:
-            saved = {} if picture is None else {"picture": str(picture)}
             # A small map can be drawn large again; fifty thousand numbers fill the terminal.
             small = small_size(explanation.cam.shape)
+            saved = {} if picture is None else {"picture": str(picture)}
             record = explanation.to_dict(small, features=options.features)
             records.append({"query": query, **saved, **record})
         else:
-            show(*_lines(query, picture, explanation))
+            show(*_lines(query if picture is None else f"{query} -> {picture}", explanation))
+    draws = options.output is not None or options.html is not None
     if options.html:
         text = page(rows, title="Why did these come back?", scale=options.scale)
         write_whole(options.html, text)
         note(options, f"page: {options.html}")
     if options.json:
         show_json(records)
-    draws = options.output is not None or options.html is not None
-    if not draws and not options.json:
+    elif not draws:
         note(options, "note: no picture was written; -o why.png draws one")
     if draws and lost:
-        note(
-            options,
-            f"note: {len(lost):,} of {counted(len(results), 'indexed picture')} were not found "
-            f"under {explanation.root}; --images FOLDER says where they are",
-        )
+        found = f"{len(lost):,} of {counted(len(results), 'indexed picture')} were not found"
+        advice = "--images FOLDER says where they are"
+        note(options, f"note: {found} under {explanation.root}; {advice}")
     if changed:
         advice = f"`embedcam add --update {options.index} IMAGES` takes the new ones in"
         if explanation.prototypes:
@@ -123,20 +114,20 @@ def _tell(
 
 def _note_doubts(options: Namespace, query: str, explanation: "Explanation") -> None:
     """Say what is not trusted, what was done about it, and why a map is empty."""
-    whose = "neighbours that came back" if explanation.asked is None else "result you named"
+    named = explanation.asked is not None
+    whose = f"the {'result you named' if named else 'neighbours that came back'}, right or wrong"
+    low = f"correlates below {explanation.trust_low or 0:.2f} with"
     if explanation.trusted is False:
         note(
             options,
-            f"note: {query}: its map is not to be trusted: one in ten such maps correlates below "
-            f"{explanation.trust_low:.2f} with one computed on the query; --fallback computes "
-            f"that one, which answers for the {whose}, right or wrong",
+            f"note: {query}: its map is not to be trusted: one in ten such maps {low} one "
+            f"computed on the query; --fallback computes that one, which answers for {whose}",
         )
     if explanation.direct:
         note(
             options,
-            f"note: {query}: computed on the query itself, for one in ten transferred maps "
-            f"correlates below {explanation.trust_low:.2f} with that; it answers for the {whose}, "
-            "right or wrong",
+            f"note: {query}: computed on the query itself, for one in ten transferred maps {low} "
+            f"that; it answers for {whose}",
         )
     if explanation.empty:
         more = "more neighbours (-n) or an index built with --norm around may say more"
@@ -152,33 +143,25 @@ def _note_shared(options: Namespace, index: "Index") -> None:
     shared = shared_of(index.manifest) if options.method is None else None
     if options.result is None or not shared:
         return
-    ids = [name for name in (options.result, options.above) if name is not None]
-    labels = index.select(index.positions(ids)).labels
-    query = options.queries[0] if len(options.queries) == 1 else "QUERY"
-    if None in labels or len(set(labels)) < len(labels):
-        return  # Where both are of one label, the note on the empty map says so.
-    speaks_for = " rather than ".join(map(str, labels))
     compared, what = options.result, "matches this one image"
     if options.above is not None:
         compared, what = f"{compared} --above {options.above}", "puts the one above the other"
+    ids = [name for name in (options.result, options.above) if name is not None]
+    labels = [str(one) for one in index.select(index.positions(ids)).labels if one is not None]
+    if len(set(labels)) < len(ids):
+        return  # Where both are of one label, the note on the empty map says so.
+    query = options.queries[0] if len(options.queries) == 1 else "QUERY"
     note(
         options,
         f"note: by this index's target the images of a label share {shared}: what speaks for "
-        f"{speaks_for}; `embedcam compare {options.index} {query} {compared}` "
+        f"{' rather than '.join(labels)}; `embedcam compare {options.index} {query} {compared}` "
         f"says what {what}",
     )
 
 
-def _asked(options: Namespace, index: "Index") -> dict[str, Any]:
-    """Return what `Explainer.explain` is asked for, ids checked."""
-    if options.neighbors and options.n_neighbors:
-        raise InputError("--neighbors names the results and -n searches for them; give one")
-    if options.above is not None and options.result is None:
-        raise InputError(
-            f"--above {options.above} is a rival, and no result was named; give --result, the "
-            "image that is to be told from it"
-        )
-    _check_above(options)
+def _asked(options: Namespace, index: "Index") -> Values:
+    """Return what is asked of every query, ids checked."""
+    check_rival(options.result, options.above)
     if options.above is not None and options.fallback:
         raise InputError(
             "--fallback computes maps of low trust, and a map with a rival has no trust; leave out "
@@ -186,26 +169,18 @@ def _asked(options: Namespace, index: "Index") -> dict[str, Any]:
         )
     names = ("n_neighbors", "result", "above", "exclude_query")
     asked = {name: getattr(options, name) for name in names}
-    with listing_ids(options.index):
-        index.positions([name for name in (options.result, options.above) if name is not None])
-        if options.neighbors:
-            asked["neighbors"] = list(_ids(index, options.neighbors))
-            index.positions(asked["neighbors"])
+    index.positions([name for name in (options.result, options.above) if name is not None])
+    if options.neighbors:
+        asked["neighbors"] = list(_ids(index, options.neighbors))
+        index.positions(asked["neighbors"])
     return asked
 
 
 def _ids(index: "Index", words: Sequence[str]) -> Iterator[str]:
     """Yield ids separated by commas; an id that holds one itself is recognised as a whole."""
     for text in words:
-        if text in index.find_live([text]):
-            yield text
-        else:
-            yield from (name for name in text.split(",") if name)
-
-
-def _check_above(options: Namespace) -> None:
-    if options.above is not None and options.result == options.above:
-        raise InputError(f"--above {options.above} is the result itself; name another image")
+        whole = index.find_live([text])
+        yield from whole or filter(None, text.split(","))
 
 
 def _method(options: Namespace) -> Method | None:
@@ -225,8 +200,16 @@ def _method(options: Namespace) -> Method | None:
     return method
 
 
-def trust_options(options: Namespace, index: "Index", network: Any) -> dict[str, Any]:
-    """Return what `Explainer` is told of trust; an index without a calibration has none."""
+def explainer_of(
+    options: Namespace,
+    index: "Index",
+    network: "EmbeddingNetwork | OnnxNetwork",
+    place: "Index | str",
+    max_pixels: int,
+) -> "Explainer":
+    """Return what explains by the index, open or to be opened at `place`, as the options say."""
+    from ..explain.explainer import TRUSTED_FROM, Explainer
+
     asked = options.fallback or options.trusted_from is not None
     if asked and index.manifest.trust_calibration is None:
         raise InputError(
@@ -234,19 +217,27 @@ def trust_options(options: Namespace, index: "Index", network: Any) -> dict[str,
             "fewer than 40 images, or of prototypes), so no transfer is found wanting; leave out "
             f"--fallback and --trusted-from, or run embedcam calibrate {index.path}"
         )
-    threshold = options.trusted_from
-    trust: dict[str, Any] = {} if threshold is None else {"trusted_from": threshold}
+    fallback = None
     if options.fallback:
         from ..methods import DirectWeights
 
-        trust["fallback"] = DirectWeights(network, Recipe.of_index(index.manifest))
-    return trust
+        fallback = DirectWeights(network, Recipe.of_index(index.manifest))  # type: ignore[arg-type]
+    return Explainer(
+        place,
+        network,
+        n_neighbors=options.n_neighbors or 5,
+        transfer=options.transfer,
+        trusted_from=TRUSTED_FROM if options.trusted_from is None else options.trusted_from,
+        fallback=fallback,
+        images=options.images,
+        max_pixels=max_pixels,
+        detail=options.detail,
+    )
 
 
 def _by_method(
     options: Namespace,
-    index: "Index",
-    network: Any,
+    explainer: "Explainer",
     method: Method,
     explanation: "Explanation",
     query: str,
@@ -257,8 +248,11 @@ def _by_method(
     mean); with a rival, how much farther that is.
     """
     from ..methods import cam_for
+    from ..network import EmbeddingNetwork
     from ..targets import ClassProxy, Similarity, Target, TripletMargin
 
+    index, network = explainer.index, explainer.network
+    assert isinstance(network, EmbeddingNetwork)  # beside an ONNX file a method is refused
     vectors = np.asarray(index.embeddings(index.positions(explanation.explained)))
     target: Target = Similarity(vectors[0] if len(vectors) == 1 else ClassProxy(vectors).proxy)
     if explanation.rival is not None:
@@ -272,17 +266,12 @@ def _by_method(
                 f"{method.title} draws with several layers and this index has one; call "
                 "embedcam.cam_for(..., layers=[...])"
             )
+    progress, limit = options.progress, explanation.max_pixels
     direct = cam_for(
-        network,
-        query,
-        target,
-        method.name,
-        progress=False if options.quiet else None,
-        max_pixels=explanation.max_pixels,
-        **more,
+        network, query, target, method.name, progress=progress, max_pixels=limit, **more
     )
-    inputs = network.preprocess(explanation.image)[None]
-    activations = network.forward(inputs).activations[0].cpu().numpy()
+    _, inputs = explainer.prepared(query)
+    activations = network.embed(inputs[None]).activations[0][0]
     return replace(
         explanation,
         cam=np.maximum(direct.cam, 0),
@@ -297,76 +286,67 @@ def _by_method(
     )
 
 
-def check_images(folder: str | None) -> None:
-    """Refuse a folder of the indexed images that is none."""
+def check_folder(option: str, folder: str | None) -> None:
+    """Refuse a folder of images that is none."""
     if folder is not None and not Path(folder).is_dir():
         raise InputError(
-            f"--images {folder}: there is no such folder; give the one the indexed images lie in"
+            f"{option} {folder}: there is no such folder; give the one the indexed images lie in"
         )
 
 
-def check_folder(file: Path) -> None:
-    """Refuse a file in a folder that is not there."""
+def check_file(file: str | Path, *read: str | None) -> None:
+    """Refuse to write where nothing can be, or over what is `read`."""
+    file = Path(file)
+    if file.is_dir():
+        raise InputError(f"{file} is a folder; give the name of a file in it")
     if not file.parent.is_dir():
         raise InputError(f"{file}: there is no folder {file.parent}; make it first")
+    for other in filter(None, read):
+        if file.exists() and Path(other).exists() and file.samefile(other):
+            raise InputError(f"{file} is read, and would be replaced; write somewhere else")
 
 
-def _check_there(query: str) -> None:
+def _check_query(query: str, many: bool = False) -> None:
+    """Refuse a query that is not there, and a folder: one of many queries, or of pictures."""
+    if Path(query).is_dir() and many:
+        raise InputError(f"{query}: is a folder; give one folder, one CSV or pictures")
+    if Path(query).is_dir():
+        example = Path(query) / "*.jpg"
+        raise ImageError(
+            f"{query}: is a folder; name the pictures in it, as in {example}, or give "
+            "--report FOLDER"
+        )
     if not Path(query).exists():
         raise ImageError(f"{query}: {why_missing(query)}")
 
 
-def _check_queries(queries: Sequence[str]) -> None:
-    for query in queries:
-        if Path(query).is_dir():
-            example = _pattern_in(Path(query))
-            if example is None:
-                raise ImageError(f"{query}: is a folder without a picture in it; name pictures")
-            raise ImageError(
-                f"{query}: is a folder; name the pictures in it, as in {example}, or give "
-                "--report FOLDER"
-            )
-        _check_there(query)
-
-
-def _pattern_in(folder: Path) -> str | None:
-    """Return what a shell would find some of a folder's pictures by: queries/*.jpg."""
-    from ..images import EXTENSIONS
-
-    for depth in ("*", "*/*"):
-        for file in sorted(islice(folder.glob(depth), 1000)):
-            if file.suffix.lower() in EXTENSIONS:
-                return str(folder / f"{depth}{file.suffix}")
-    return None
-
-
-def _plan_pictures(output: str | None, queries: Sequence[str]) -> list[Path | None]:
+def _plan_pictures(output: str | None, queries: Sequence[str]) -> Sequence[Path | None]:
     """Return where each query's picture goes: the file named, or one a query in a folder."""
     if output is None:
         return [None] * len(queries)
     from ..explain.drawing import check_picture_name
 
     where = Path(output)
-    folder = where.is_dir() or output.endswith("/") or not where.suffix
-    if not folder and len(queries) > 1:
-        raise InputError(
-            f"-o {output} is one file and there are {len(queries)} queries; give a folder, or "
-            "--html FILE for one page with all of them"
-        )
-    if folder:
-        # Not made before there are pictures: what fails leaves nothing behind.
-        there = next(one for one in (where, *where.absolute().parents) if one.exists())
-        number = 0 if os.access(there, os.W_OK | os.X_OK) else errno.EACCES
-        if number := number if there.is_dir() else errno.EEXIST:
-            error = OSError(number, os.strerror(number))
-            raise InputError(f"-o {output}: not a folder ({error.strerror})") from error
-    else:
+    if not where.is_dir() and not output.endswith("/") and where.suffix:
+        if len(queries) > 1:
+            raise InputError(
+                f"-o {output} is one file and there are {len(queries)} queries; give a folder, or "
+                "--html FILE for one page with all of them"
+            )
         check_picture_name(where)
-        check_folder(where)
-    planned = [where / name for name in picture_names(queries)] if folder else [where]
-    for picture in planned:
-        _refuse_query(picture, queries)
-    return list(planned)
+        check_file(where, *queries)
+        return [where]
+    # Not made before there are pictures: what fails leaves nothing behind.
+    there = next(one for one in (where, *where.absolute().parents) if one.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        error = OSError(
+            number := errno.EACCES if there.is_dir() else errno.EEXIST, os.strerror(number)
+        )
+        raise InputError(f"-o {output}: not a folder ({error.strerror})") from error
+    planned = [where / name for name in picture_names(queries)]
+    for picture in planned if where.is_dir() else ():
+        check_file(picture, *queries)
+    return planned
 
 
 def picture_names(queries: Sequence[str]) -> list[str]:
@@ -384,110 +364,79 @@ def picture_names(queries: Sequence[str]) -> list[str]:
     return list(unique.values())
 
 
-def _check_page(page: str | None, queries: Sequence[str]) -> None:
-    if page is None:
-        return
-    if Path(page).is_dir():
-        raise InputError(f"--html {page} is a folder; give a file, such as {Path(page)}/why.html")
-    check_folder(Path(page))
-    _refuse_query(Path(page), queries)
-
-
-def _refuse_query(file: Path, queries: Sequence[str]) -> None:
-    if file.exists() and any(file.samefile(query) for query in queries if Path(query).exists()):
-        raise InputError(f"{file} is a query itself and would be replaced; write somewhere else")
-
-
-def _lines(query: str, picture: Path | None, explanation: "Explanation") -> list[str]:
+def _lines(head: str, explanation: "Explanation") -> list[str]:
     """Return the query, and below it a table of its results."""
     from ..render import CHANGED
 
-    labels = [label or "" for label in explanation.labels]
-    remarks = dict.fromkeys(explanation.changed(), CHANGED)
-    named = [("rival", explanation.rival), ("asked", explanation.asked)]
-    extra = list[tuple[object, float, str, str]]()
-    for word, one in named:
-        if one is not None and one.id in explanation.ids:
-            remarks[one.id] = ", ".join(filter(None, (word, remarks.get(one.id))))
-        elif one is not None:
-            extra.insert(0, (word, one.distance, one.id, one.label or ""))
-    places = zip(count(1), explanation.distances, explanation.ids, labels, strict=False)
-    # Three places, so that a column can be compared; a tiny distance by its first digits.
-    table = [
-        [str(word), f"{away:.3f}" if away == 0 or away >= 1e-3 else f"{away:.3g}", name, label,
-         remarks.get(name, "")]
-        for word, away, name, label in [*extra, *places]
-    ]  # fmt: skip
-    header = ["", "distance", "result", "label" if any(row[3] for row in table) else "", ""]
-    shown = columns([header, *table], right=(0, 1))
-    head = query if picture is None else f"{query} -> {picture}"
+    changed, ids = explanation.changed(), explanation.ids
+    named = {one.id: "rival" for one in [explanation.rival] if one is not None}
+    named |= {one.id: "asked" for one in [explanation.asked] if one is not None}
+    far = [(named.pop(one.id), one) for one in explanation.results() if one.id not in ids]
+    near = [(str(place), one) for place, one in enumerate(explanation.neighbors(), 1)]
+    table = [["", "distance", "result", "label" if any(explanation.labels) else "", ""]]
+    for place, one in [*far, *near]:
+        # Three places, so that a column can be compared; a tiny distance by its first digits.
+        away = f"{one.distance:{'.3f' if one.distance == 0 or one.distance >= 1e-3 else '.3g'}}"
+        remarks = ", ".join(filter(None, (named.get(one.id), CHANGED * (one.id in changed))))
+        table.append([place, away, one.id, one.label or "", remarks])
     if explanation.told_apart is not None:
         head += f" (what speaks for {' rather than '.join(explanation.told_apart)})"
-    elif explanation.explained != explanation.ids:
+    elif explanation.explained != ids:
         label = explanation.speaks_for
         what = f"matched {explanation.explained[0]}" if label is None else f"speaks for {label}"
         head += f" (what {what})"
-    match = explanation.match_in_words
+    lines = [*columns(table, right=(0, 1)), explanation.match_in_words]
     # What casts doubt on all that follows is read first.
-    lines = (match, *shown) if explanation.doubtful else (*shown, match)
+    lines = [*lines[-1:], *lines[:-1]] if explanation.doubtful else lines
     return [head, *(f"  {line}" for line in filter(None, (*lines, explanation.trust_in_words)))]
 
 
 def _report_queries(options: Namespace) -> ImageSource | None:
     """Return the queries of a report, what makes no sense refused; None where none is asked for."""
+    of_source = {"--exclude": options.exclude, "--labels": options.labels}
     if options.report is None:
-        if options.batch_size is not None:
-            raise InputError("--batch-size is of a report; give --report FOLDER, or leave it out")
-        for name in ("exclude", "labels"):
-            if getattr(options, name):
-                raise InputError(f"--{name} is of a report's folder; give --report FOLDER too")
+        for name, given in {"--batch-size": options.batch_size, **of_source}.items():
+            if given:
+                raise InputError(f"{name} is of a report; give --report FOLDER, or leave it out")
         if options.features and not options.json:
             raise InputError("--features goes with --json or --report FOLDER; give one of them")
         return None
     from ..report import check_folder as check_report_folder
 
-    for name, value in (("-o", options.output), ("--html", options.html), ("--json", options.json)):
-        if value:
+    apart = {"-o": options.output, "--html": options.html, "--json": options.json}
+    for name, given in {**apart, f"--method {options.method}": options.method}.items():
+        if given:
             raise InputError(
-                "--report writes index.html and explanations.jsonl into its folder; leave out "
-                f"{name}"
+                "--report writes index.html and explanations.jsonl into its folder, with the "
+                f"index's own maps; leave out {name}"
             )
-    if options.method is not None:
-        raise InputError(
-            f"a report's maps are the index's; leave out --method {options.method}, or explain the "
-            "queries with --html"
-        )
     check_report_folder(options.report)
     first = Path(options.queries[0])
     if len(options.queries) == 1 and (first.is_dir() or first.suffix.lower() == ".csv"):
         # The folders of queries are rarely their labels; a column named so is.
-        usual: Labels = "none" if first.is_dir() else "auto"
-        return images_of(options, first, options.labels or usual)
-    for name in ("exclude", "labels"):
-        if getattr(options, name):
-            raise InputError(f"--{name} goes with one folder or CSV; leave it out, or the pictures")
+        return images_of(options, first, labels="none" if first.is_dir() else "auto")
+    for name, given in of_source.items():
+        if given:
+            raise InputError(f"{name} goes with one folder or CSV; leave it out, or the pictures")
     for query in options.queries:
-        if Path(query).is_dir():
-            raise InputError(f"{query}: is a folder; give one folder, one CSV or pictures")
-        _check_there(query)
+        _check_query(query, many=True)
     items = [Item(query, query) for query in options.queries]
     return ImageSource(items, max_pixels=options.max_pixels or MAX_PIXELS)
 
 
 def _write_report(
-    options: Namespace, explainer: "Explainer", queries: ImageSource, asked: dict[str, Any]
+    options: Namespace, explainer: "Explainer", queries: ImageSource, asked: Values
 ) -> None:
     from ..report import write_report
 
-    if options.batch_size is not None:
-        asked["batch_size"] = options.batch_size
     report = write_report(
         explainer,
         queries,
         options.report,
         scale=options.scale,
         features=options.features,
-        progress=False if options.quiet else None,
+        batch_size=options.batch_size or 16,
+        progress=options.progress,
         **asked,
     )
     for name, reason in report.unreadable:
@@ -498,17 +447,13 @@ def _write_report(
         (report.n_changed, "with a result whose picture changed since the build"),
     ):
         if number:
-            note(options, f"note: {_queries_of(number)} {what}")
-    if report.n_new == 0:
-        show(f"{report.path}: all {_queries_of(report.n_queries)} explained before; nothing to do")
-        return
-    before = report.n_queries - report.n_new
-    resumed = f", {before:,} of them before" if before else ""
-    show(f"{report.path}: {_queries_of(report.n_queries)}{resumed}")
-
-
-def _queries_of(number: int) -> str:
-    return f"{number:,} quer{'y' if number == 1 else 'ies'}"
+            note(options, f"note: {counted(number, 'query')} {what}")
+    told, before = counted(report.n_queries, "query"), report.n_queries - report.n_new
+    if not report.n_new:
+        told = f"all {told} explained before; nothing to do"
+    elif before:
+        told += f", {before:,} of them before"
+    show(f"{report.path}: {told}")
 
 
 def compare(options: Namespace) -> None:
@@ -520,13 +465,12 @@ def compare(options: Namespace) -> None:
     # Whatever can be refused is refused before the network is loaded.
     check_onnx(options)
     (picture,) = _plan_pictures(options.output, [options.query])
-    check_images(options.images)
-    _check_there(options.query)
+    check_folder("--images", options.images)
+    _check_query(options.query)
+    check_rival(options.result, options.above)
     ids = [name for name in (options.result, options.above) if name is not None]
     with Index.open(options.index) as index:
-        with listing_ids(options.index):
-            index.positions(ids)
-        _check_above(options)
+        index.positions(ids)
         network = query_network(options, index.manifest)
         pixels = options.max_pixels or MAX_PIXELS
         explainer = Explainer(index, network, images=options.images, max_pixels=pixels)
@@ -541,11 +485,8 @@ def compare(options: Namespace) -> None:
             head += f", above {options.above}"
             total = ["more similar by", f"{pair.score:+.3f}"]
         if index.manifest.is_compressed:
-            note(
-                options,
-                "note: a prototype is the mean of several images; what is compared is the picture "
-                "in its middle",
-            )
+            what = "the mean of several images; what is compared is the picture in its middle"
+            note(options, f"note: a prototype is {what}")
         if changed := [name for name in ids if explainer.file_state(name) == "changed"]:
             note(
                 options,

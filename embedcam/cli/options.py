@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .._options import Setting, add_options
+from ..errors import Plain
 from .networks import ImageSettings, NetworkSettings
 
 WHOLE = Setting(kind=int, least=0).from_text
@@ -12,38 +13,44 @@ POSITIVE = Setting(kind=int, least=1).from_text
 AMOUNT = Setting(kind=float, least=0).from_text
 SHARE = Setting(kind=float, least=0, most=1).from_text
 NAMES = Setting(kind=tuple).from_text
+INDEX = "index INDEX", "folder of the index"
+MOVED = "--images FOLDER", "where the indexed images lie now"
 
 
-def path(text: str) -> str:
-    """Return a path, not empty."""
+def _name(text: str) -> str:
     if not text:
         raise ArgumentTypeError("an empty name was given")
     return text
 
 
-def adder(group: _ActionsContainer) -> Callable[..., None]:
+def _adder(group: _ActionsContainer) -> Callable[..., None]:
     """Return what adds options "-o --output PNG", and arguments "images IMAGES", to a parser.
 
     Without a word for its value an option is true where it is given.
     """
 
-    def add(names: str, text: str, read: Any = None, **more: Any) -> None:
+    def add(names: str, text: str, read: Callable[[str], Plain] = _name, **more: Any) -> None:
         *flags, last = names.split()
         if flags and not last.startswith("-"):
             more |= {"metavar": last, "type": read}
         else:
             flags.append(last)
             # The first choice is the default.
-            first = {"default": more["choices"][0]} if "choices" in more else {}
-            more |= first or {"action": "store_true"}
+            more |= {"default": more["choices"][0]} if "choices" in more else {}
+            more = more or {"action": "store_true"}
         group.add_argument(*flags, help=text, **more)
 
     return add
 
 
-def _index(command: ArgumentParser) -> Callable[..., None]:
-    add = adder(command)
-    add("index INDEX", "folder of the index", path)
+def _common(command: ArgumentParser, *arguments: tuple[str, str]) -> Callable[..., None]:
+    add = _adder(command)
+    add("--json", "print JSON for machines; > FILE keeps it")
+    # False shows no progress, None shows it where it is seen.
+    add("--quiet", "no progress, no notes", dest="progress", action="store_const", const=False)
+    add("--debug", "show the traceback of an error")
+    for argument in arguments:
+        add(*argument)
     return add
 
 
@@ -53,26 +60,22 @@ def _network(command: ArgumentParser) -> None:
 
 def _work(command: ArgumentParser) -> None:
     group = command.add_argument_group("work")
-    add = adder(group)
+    add = _adder(group)
     add("--batch-size N", "images a pass (default 32)", POSITIVE, default=32)
     add("--workers N", "threads that decode images", WHOLE)
     add_options(group, ImageSettings, "on_unreadable")
     add("--scratch-gb GB", "disk for activations kept meanwhile (default 50)", AMOUNT, default=50.0)
 
 
-def _online(command: ArgumentParser) -> None:
-    add = adder(command)
-    add("--images FOLDER", "where the indexed images lie now")
-    add("--onnx FILE", "the network as `embedcam export` wrote it, run without torch", path)
+def _online(add: Callable[..., None]) -> None:
+    add(*MOVED)
+    add("--onnx FILE", "the network as `embedcam export` wrote it, run without torch")
 
 
 def _transfer(add: Callable[..., None]) -> None:
     add("--transfer", "how neighbours count (default mean)", choices=("mean", "distance"))
-    add(
-        "--trusted-from T",
-        "correlation that nine in ten such maps must reach to count as trusted (default 0.5)",
-        SHARE,
-    )
+    text = "correlation that nine in ten such maps must reach to count as trusted (default 0.5)"
+    add("--trusted-from T", text, SHARE)
     add("--fallback", "where the transfer is not trusted, compute the weights on the query itself")
 
 
@@ -80,12 +83,11 @@ def build(command: ArgumentParser) -> None:
     """Declare the options of `embedcam build`."""
     from ..recipe.choices import Choices
 
-    adder(command)("images IMAGES", "folder or CSV", path, nargs="?")
-    add = _index(command)
-    add(
-        "--recipe NAME|FILE",
-        "default, paper, unlabelled, or a TOML file; other options win over it",
-    )
+    add = _common(command)
+    add("images IMAGES", "folder or CSV", nargs="?")
+    add(*INDEX)
+    text = "default, paper, unlabelled, or a TOML file; other options win over it"
+    add("--recipe NAME|FILE", text)
     add_options(command, ImageSettings, "labels", "exclude", "max_pixels")
     add("--refit", "redo a finished index")
     _network(command)
@@ -94,11 +96,11 @@ def build(command: ArgumentParser) -> None:
     add_options(group, Choices, tables=("weights",))
     group = command.add_argument_group("storage")
     add_options(group, Choices)
-    adder(group)("--no-own-maps", "keep no maps of the images")
-    adder(group)("--no-trust", "calibrate neither trust nor match")
+    _adder(group)("--no-own-maps", "keep no maps of the images")
+    _adder(group)("--no-trust", "calibrate neither trust nor match")
     _work(command)
     title = "from features instead of images", "the layer's HxW is given by --grid"
-    add = adder(command.add_argument_group(*title))
+    add = _adder(command.add_argument_group(*title))
     add("--embeddings FILE", ".npy [N D]")
     add("--pooled FILE", ".npy [N K]: mean activations")
     add("--positive-pooled FILE", ".npy [N K]: mean of max(A, 0)")
@@ -107,13 +109,11 @@ def build(command: ArgumentParser) -> None:
 
 def add(command: ArgumentParser) -> None:
     """Declare the options of `embedcam add`."""
-    add = _index(command)
-    add("images IMAGES", "folder or CSV", path)
+    _common(command, INDEX, ("images IMAGES", "folder or CSV"))
+    add = _adder(command.add_mutually_exclusive_group())
     add("--skip-existing", "leave out images that INDEX holds already")
-    add(
-        "--update",
-        "IMAGES is all that INDEX was built from: take in what is new, changed and vanished",
-    )
+    text = "IMAGES is all that INDEX was built from: take in what is new, changed and vanished"
+    add("--update", text)
     add_options(command, ImageSettings, "labels", "exclude", "max_pixels")
     _network(command)
     _work(command)
@@ -121,55 +121,44 @@ def add(command: ArgumentParser) -> None:
 
 def remove(command: ArgumentParser) -> None:
     """Declare the options of `embedcam remove`."""
-    add = _index(command)
+    add = _common(command, INDEX)
     add("ids ID", "ids of images", nargs="*")
     add("--from FILE", "ids, one a line; - for stdin", dest="file")
 
 
 def calibrate(command: ArgumentParser) -> None:
     """Declare the options of `embedcam calibrate`."""
-    add = _index(command)
-    add("--no-trust", "match alone: no pictures, no network")
-    add("--images FOLDER", "where the indexed images lie now")
+    _common(command, INDEX, ("--no-trust", "match alone: no pictures, no network"), MOVED)
     _network(command)
     _work(command)
 
 
 def compact(command: ArgumentParser) -> None:
     """Declare the options of `embedcam compact`."""
-    _index(command)(
-        "--rebuild-faiss FACTORY",
-        "make the FAISS file again; FACTORY another one than it had",
-        nargs="?",
-        const="",
-    )
+    text = "make the FAISS file again; FACTORY another one than it had"
+    _common(command, INDEX)("--rebuild-faiss FACTORY", text, nargs="?", const=True, default=False)
 
 
 def compress(command: ArgumentParser) -> None:
     """Declare the options of `embedcam compress`."""
-    add = _index(command)
-    add("output OUTPUT", "folder of the new index", path)
+    add = _common(command, INDEX, ("output OUTPUT", "folder of the new index"))
     add("--prototypes N", "how many, at most the number of images", POSITIVE, required=True)
     add("--per-class", "N for each label, each with its label")
     add("--replace", "swap an index of prototypes that OUTPUT holds for the new one")
-    add(
-        "--seed N",
-        "of k-means and of the images that the loss is measured on (default 0)",
-        WHOLE,
-        default=0,
-    )
+    text = "of k-means and of the images that the loss is measured on (default 0)"
+    add("--seed N", text, WHOLE, default=0)
 
 
 def compare(command: ArgumentParser) -> None:
     """Declare the options of `embedcam compare`."""
-    add = _index(command)
-    add("query IMAGE", "query picture", path)
+    add = _common(command, INDEX)
+    add("query IMAGE", "query picture")
     add("result RESULT", "id of an image of the index")
     add("--above ID", "why the result came above this image")
-    add("-o --output PNG", "picture", path)
+    add("-o --output PNG", "picture")
     add("--lines N", "channels listed (default 10)", POSITIVE, default=10)
     add("--not-centred", "do not put apart what the average image of the index shares")
-    _online(command)
+    _online(add)
     add_options(command, ImageSettings, "max_pixels")
     _network(command)
 
@@ -178,55 +167,33 @@ def explain(command: ArgumentParser) -> None:
     """Declare the options of `embedcam explain`."""
     from ..recipe.choices import Choices
 
-    add = _index(command)
-    add("queries IMAGE", "query pictures", path, nargs="+")
-    add("-o --output PNG", "picture; a folder for many queries", path)
-    add("--html FILE", "one self-contained page with all queries", path)
-    add(
-        "--report FOLDER",
-        "all queries (IMAGE may be a folder or a CSV) as FOLDER/index.html and JSON lines",
-        path,
-    )
-    add(
-        "--features",
-        "the activations averaged under each map, K numbers: with --json in its "
-        "records; with --report in its lines, and as FOLDER/features.npy, a row a line",
-    )
+    add = _common(command, INDEX)
+    add("queries IMAGE", "query pictures", nargs="+")
+    add("-o --output PNG", "picture; a folder for many queries")
+    add("--html FILE", "one self-contained page with all queries")
+    text = "all queries (IMAGE may be a folder or a CSV) as FOLDER/index.html and JSON lines"
+    add("--report FOLDER", text)
+    text = "the activations averaged under each map, K numbers: with --json in its records; with "
+    add("--features", f"{text}--report in its lines, and as FOLDER/features.npy, a row a line")
     add("--batch-size N", "of a report: queries a pass (default 16)", POSITIVE)
-    add_options(
-        command,
-        ImageSettings,
-        "labels",
-        help="of a report, which begins with results of another label: {}",
-    )
-    add("-n --n-neighbors N", "results a query (default 5)", POSITIVE)
+    text = "of a report, which begins with results of another label: {}"
+    add_options(command, ImageSettings, "labels", help=text)
+    one_way = _adder(command.add_mutually_exclusive_group())
+    one_way("-n --n-neighbors N", "results a query (default 5)", POSITIVE)
     _transfer(add)
     add("--result ID", "explain by this one image of the index")
-    add(
-        "--detail",
-        "2 draws a finer map: the query is shown once more at twice the side, for "
-        "about four more embeddings",
-        type=int,
-        choices=(1, 2),
-    )
+    text = "2 draws a finer map: the query is shown once more at twice the side, for about four "
+    add("--detail", f"{text}more embeddings", type=int, choices=(1, 2))
     add("--above ID", "with --result: what speaks for the result rather than for this image")
-    add(
-        "--method NAME",
-        "compute the query's map itself, by any method (scorecam, rise, ...), in "
-        "place of transferred weights",
-    )
+    text = "compute the query's map itself, by any method (scorecam, rise, ...), in place of "
+    add("--method NAME", f"{text}transferred weights")
     add_options(command, Choices, "fill", "options")
-    add(
-        "--neighbors IDS",
-        "ids found elsewhere, comma-separated or repeated, instead of a search",
-        action="append",
-    )
-    add(
-        "--exclude-query",
-        "where INDEX holds IMAGE, the same file and not a copy, leave it out of the results",
-    )
+    text = "ids found elsewhere, comma-separated or repeated, instead of a search"
+    one_way("--neighbors IDS", text, action="append")
+    text = "where INDEX holds IMAGE, the same file and not a copy, leave it out of the results"
+    add("--exclude-query", text)
     add("--scale", "of the results' colours (default joint)", choices=("joint", "each"))
-    _online(command)
+    _online(add)
     add_options(command, ImageSettings, "exclude", "max_pixels")
     _network(command)
 
@@ -235,18 +202,15 @@ def serve(command: ArgumentParser) -> None:
     """Declare the options of `embedcam serve`."""
     from ..service.limits import Limits
 
-    add = _index(command)
-    add("--host NAME", "default 127.0.0.1", path, default="127.0.0.1")
+    command.set_defaults(detail=1)
+    add = _common(command, INDEX)
+    add("--host NAME", "default 127.0.0.1", default="127.0.0.1")
     add("--port N", "0 takes a free one (default 8000)", WHOLE, default=8000)
-    add(
-        "--allow-host NAME",
-        "a name that requests may call this service by, such as a proxy's; may be repeated",
-        path,
-        action="append",
-    )
+    text = "a name that requests may call this service by, such as a proxy's; may be repeated"
+    add("--allow-host NAME", text, action="append")
     add("-n --n-neighbors N", "results a query (default 5)", POSITIVE)
     _transfer(add)
-    _online(command)
+    _online(add)
     group = command.add_argument_group(
         "limits",
         "Besides: 10 s for the head of a request, of 64 KiB at most; 20 s for a client to read\n"
@@ -260,60 +224,50 @@ def evaluate(command: ArgumentParser) -> None:
     """Declare the options of `embedcam evaluate`."""
     from ..evaluate.settings import Settings
 
-    add = _index(command)
-    add("--images IMAGES", "query images: folder or CSV", path, required=True)
+    add = _common(command, INDEX)
+    add("--images IMAGES", "query images: folder or CSV", required=True)
     add("--indexed FOLDER", "where the indexed images lie now")
     add_options(command, ImageSettings, "labels", "exclude", "max_pixels")
-    add("--boxes CSV", "where the objects are", path)
-    add("--masks FOLDER", "the same, as masks", path)
-    add("--html FILE", "one self-contained page", path)
-    add("--csv FILE", "the numbers of each image", path)
+    objects = _adder(command.add_mutually_exclusive_group())
+    objects("--boxes CSV", "where the objects are")
+    objects("--masks FOLDER", "the same, as masks")
+    add("--html FILE", "one self-contained page")
+    add("--csv FILE", "the numbers of each image")
     group = command.add_argument_group("what is measured")
     add_options(group, Settings, "measures")
-    add = adder(group)
-    add(
-        "--methods NAMES",
-        "methods that draw on the query itself, a column each, such as gradcam,xgradcam",
-        NAMES,
-    )
-    add(
-        "--recipes FILES",
-        "TOML recipes, a column each; weights are computed for the index's own pictures",
-        NAMES,
-    )
+    add = _adder(group)
+    text = "methods that draw on the query itself, a column each, such as gradcam,xgradcam"
+    add("--methods NAMES", text, NAMES, default=())
+    text = "TOML recipes, a column each; weights are computed for the index's own pictures"
+    add("--recipes FILES", text, NAMES, default=())
     add_options(group, Settings, "controls", "limit", "faithfulness", "scenes", "fidelity")
     add_options(group, Settings, tables=("",))
     _network(command)
     group = command.add_argument_group("work")
     add_options(group, Settings)
-    adder(group)("--workers N", "threads that decode images", WHOLE)
+    _adder(group)("--workers N", "threads that decode images", WHOLE)
     add_options(group, ImageSettings, "on_unreadable")
 
 
 def export(command: ArgumentParser) -> None:
     """Declare the options of `embedcam export`."""
-    _index(command)("-o --output FILE", "ONNX file to write", path, required=True)
+    _common(command, INDEX)("-o --output FILE", "ONNX file to write", required=True)
     _network(command)
 
 
 def info(command: ArgumentParser) -> None:
     """Declare the options of `embedcam info`."""
-    _index(command)("--ids", "list the ids of its images, one a line")
+    _common(command, INDEX)("--ids", "list the ids of its images, one a line")
 
 
 def verify(command: ArgumentParser) -> None:
     """Declare the options of `embedcam verify`."""
-    _index(command)
+    _common(command, INDEX)
 
 
 def demo(command: ArgumentParser) -> None:
     """Declare the options of `embedcam demo`."""
-    add = adder(command)
-    add(
-        "folder FOLDER",
-        "where everything is written (default demo-output)",
-        path,
-        nargs="?",
-        default="demo-output",
-    )
+    add = _common(command)
+    text = "where everything is written (default demo-output)"
+    add("folder FOLDER", text, nargs="?", default="demo-output")
     add("--seed N", "of scenes and training", WHOLE, default=0)

@@ -4,30 +4,18 @@ import logging
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import (
-    EmbeddingError,
-    ImageError,
-    InputError,
-    NetworkError,
-    as_json,
-    printable,
-    say,
-    sentence,
-    show,
-    show_json,
-)
+from ..errors import Plain, as_json, printable, say, sentence, show, show_json
 from ..images.progress import progress_of
 from ..recipe import METHODS
 from .command_line import for_command_line
 
 if TYPE_CHECKING:
     from ..images import ImageSource
-    from ..images.sources import Labels
     from ..index import Index, Manifest
 
 _JOBS = ("embedcam.offline.shard", "embedcam.progress")
@@ -38,27 +26,31 @@ _PIECE = 1 << 16
 
 def note(options: Namespace, text: str) -> None:
     """Print something worth knowing on the error stream, so that output stays clean."""
-    if not options.quiet:
+    if options.progress is None:
         say(for_command_line(text))
 
 
 @contextmanager
-def logged_as_notes(options: Namespace) -> Iterator[None]:
-    """Print warnings, and how far a job is, as notes; a service's log has all of it already."""
-    if options.command == "serve":
-        yield
-        return
-    notes, log = _Notes(options), logging.getLogger("embedcam")
-    levels = {name: logging.getLogger(name).level for name in _JOBS}
-    log.addHandler(notes)
-    for name in _JOBS:
-        logging.getLogger(name).setLevel(logging.INFO)
+def attached(handler: logging.Handler, levels: Mapping[str, int]) -> Iterator[None]:
+    """Let a handler have embedcam's log, and loggers other levels, meanwhile."""
+    log, before = logging.getLogger("embedcam"), {}
+    log.addHandler(handler)
+    for name, level in levels.items():
+        before[name] = logging.getLogger(name).level
+        logging.getLogger(name).setLevel(level)
     try:
         yield
     finally:
-        log.removeHandler(notes)
-        for name, level in levels.items():
+        log.removeHandler(handler)
+        for name, level in before.items():
             logging.getLogger(name).setLevel(level)
+
+
+def logged_as_notes(options: Namespace) -> AbstractContextManager[None]:
+    """Print warnings, and how far a job is, as notes; a service's log has all of it already."""
+    if options.command == "serve":
+        return nullcontext()
+    return attached(_Notes(options), dict.fromkeys(_JOBS, logging.INFO))
 
 
 class _Notes(logging.Handler):
@@ -76,7 +68,7 @@ class _Notes(logging.Handler):
         note(self._options, record.getMessage())
 
 
-def emit(options: Namespace, values: Mapping[str, Any], *lines: str) -> None:
+def emit(options: Namespace, values: Mapping[str, Plain], *lines: str) -> None:
     """Print JSON where asked for, else the lines."""
     if options.json:
         show_json(values, indent=2)
@@ -85,8 +77,9 @@ def emit(options: Namespace, values: Mapping[str, Any], *lines: str) -> None:
 
 
 def counted(number: int, what: str) -> str:
-    """Return "1 image", "2,000 images"."""
-    return f"{number:,} {what}" + ("" if number == 1 else "s")
+    """Return "1 image", "2,000 images", "3 queries"."""
+    several = f"{what[:-1]}ies" if what.endswith("y") else f"{what}s"
+    return f"{number:,} {what if number == 1 else several}"
 
 
 def some_of(names: Sequence[str]) -> str:
@@ -117,45 +110,17 @@ def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[st
     ]
 
 
-@contextmanager
-def naming_skip(options: Namespace) -> Iterator[None]:
-    """Let errors of a broken image among many name the option that leaves it out."""
-    try:
-        yield
-    except (ImageError, EmbeddingError) as error:
-        # Of a probe picture, which is no file, there is nothing to leave out.
-        of_probe = isinstance(error, EmbeddingError) and not error.is_named
-        if options.on_unreadable == "skip" or of_probe or "run the build again" in str(error):
-            raise
-        kind = ImageError if isinstance(error, ImageError) else NetworkError
-        raise kind(f"{error}; --on-unreadable skip leaves such files out") from error
-
-
-@contextmanager
-def listing_ids(index: str) -> Iterator[None]:
-    """Let errors of ids name the command that lists them, not what Python has for it."""
-    try:
-        yield
-    except InputError as error:
-        text = str(error)
-        if not text.startswith("the index has no image"):
-            raise
-        text = text.removesuffix("; see `index.ids`")
-        raise InputError(f"{text}; `embedcam info {index} --ids` lists those it has") from error
-
-
-def images_of(
-    options: Namespace, path: str | Path, labels: "Labels", **otherwise: Any
-) -> "ImageSource":
+def images_of(options: Namespace, path: str | Path, **otherwise: Any) -> "ImageSource":
     """Return the images of a folder or a CSV, and say at once what looks wrong.
 
     `otherwise` are arguments of `find_images` for which the options are silent.
     """
     from ..images import find_images
 
-    asked = {"exclude": options.exclude, "max_pixels": options.max_pixels}
-    asked = {name: value for name, value in asked.items() if value is not None}
-    source = find_images(path, labels, **{**otherwise, **asked})
+    for name in ("labels", "exclude", "max_pixels"):
+        if getattr(options, name) is not None:
+            otherwise[name] = getattr(options, name)
+    source = find_images(path, **otherwise)
     options.said = source.notes
     for text in source.notes:
         note(options, f"note: {text}")
@@ -182,12 +147,9 @@ def info(options: Namespace) -> None:
             return _list_ids(options, index)
         manifest = index.manifest
         evidence = _evidence(index)
-    bytes_all, bytes_image, bytes_mark = _bytes(manifest)
     raw = manifest.to_dict()
-    summary = {key: raw.get(key) for key in _TOLD}
-    size = {"bytes": bytes_all, "bytes_an_image": bytes_image, "bytes_a_mark": bytes_mark}
-    summary |= {**evidence, **size}
-    emit(options, summary, options.index, *_lines(manifest, {**evidence, **size}))
+    summary = {**{key: raw.get(key) for key in _TOLD}, **evidence}
+    emit(options, summary, options.index, *_lines(manifest, evidence))
 
 
 def _list_ids(options: Namespace, index: "Index") -> None:
@@ -206,7 +168,7 @@ def verify(options: Namespace) -> None:
     """Check every promise of an index; the error names the file and what is wrong."""
     from ..index import Index
 
-    shown = False if options.quiet else None
+    shown = options.progress
     with Index.open(options.index) as index, progress_of("verifying", shown=shown):
         checks = index.verify()
         n_live = len(index)
@@ -217,28 +179,29 @@ def verify(options: Namespace) -> None:
     )
 
 
-def _evidence(index: "Index") -> dict[str, int]:
-    """Count labels, images alone in their class, and images without a triplet that counted."""
-    live = index.live_positions()
-    sizes, numbers = Counter(index.labels[live]), index.manifest.near_share is not None
+def _evidence(index: "Index") -> dict[str, float]:
+    """Count labels, images alone in their class, and those without a triplet that counted; bytes.
+
+    An image's bytes are those beyond id, label, path, embedding and mark.
+    """
+    live, manifest = index.live_positions(), index.manifest
+    sizes, numbers = Counter(index.labels[live]), manifest.near_share is not None
     unlabelled = sizes.pop(None, 0)
+    parts = [file for part in manifest.parts for file in part.files.items()]
+    known = ("ids.", "labels.", "paths.", "embeddings.", "marks.")
+    kept = sum(entry.bytes for name, entry in parts if not name.startswith(known))
+    marks = sum(entry.bytes for name, entry in parts if name.startswith("marks."))
+    rows = max(manifest.counts.rows, 1)
     return {
         "labels": len(sizes),
         "unlabelled_images": unlabelled,
         # A number needs no other image that has it.
         "labels_of_one_image": sum(size == 1 for size in sizes.values()) * (not numbers),
         "images_without_evidence": int((index.triplets_used(live) == 0).sum()),
+        "bytes": manifest.named_bytes,
+        "bytes_an_image": round(kept / rows, 1),
+        "bytes_a_mark": round(marks / rows, 1),
     }
-
-
-def _bytes(manifest: "Manifest") -> tuple[int, float, float]:
-    """Return all bytes; an image's, beyond id, label, path, embedding, mark; and its mark's."""
-    parts = [file for part in manifest.parts for file in part.files.items()]
-    known = ("ids.", "labels.", "paths.", "embeddings.", "marks.")
-    kept = sum(entry.bytes for name, entry in parts if not name.startswith(known))
-    marks = sum(entry.bytes for name, entry in parts if name.startswith("marks."))
-    rows = max(manifest.counts.rows, 1)
-    return manifest.named_bytes, round(kept / rows, 1), round(marks / rows, 1)
 
 
 def _lines(manifest: "Manifest", numbers: Mapping[str, float]) -> list[str]:

@@ -4,6 +4,7 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -14,28 +15,15 @@ from ..errors import cut, say
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, and names the nearest option there is."""
 
-    def __init__(self, **settings: Any) -> None:
-        # An abbreviation that works today means something else once an option is added.
-        super().__init__(
-            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings
-        )
-
     def error(self, message: str) -> NoReturn:
         say(f"{self.prog}: {cut(message, 1500)}; see `{self.prog} --help`")
         self.exit(2)
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse as argparse does, but refuse what no argument of a process can hold."""
-        if args is not None and any("\0" in one for one in args):
-            self.error("an argument holds a NUL, which no name can")
-        return super().parse_args(args, namespace)
-
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
-        if action.nargs == argparse.PARSER and arg_strings:
-            known = list(action.choices or ())
-            if arg_strings[0] not in known:
-                hint = _nearest(arg_strings[0], known) or f"known: {', '.join(known)}"
-                self.error(f"there is no command {arg_strings[0]!r}; {hint}")
+        known = list(action.choices or ())
+        if action.nargs == argparse.PARSER and arg_strings[0] not in known:
+            hint = _nearest(arg_strings[0], known) or f"known: {', '.join(known)}"
+            self.error(f"there is no command {arg_strings[0]!r}; {hint}")
         if action.option_strings and arg_strings == ["--"]:  # argparse would make a list of it
             self.error(f"argument {'/'.join(action.option_strings)}: expected a value, not '--'")
         return super()._get_values(action, arg_strings)
@@ -44,10 +32,14 @@ class _Parser(argparse.ArgumentParser):
 class _Command(_Parser):
     """A command: its options are declared once it is named, and may stand anywhere."""
 
-    declare: Callable[["_Command"], None] | None = None
+    declare: Callable[[argparse.ArgumentParser], None] | None = None
     _mixing = False
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(  # type: ignore[override]
+        self,
+        args: Sequence[str] | None = None,
+        namespace: argparse.Namespace | None = None,
+    ) -> tuple[argparse.Namespace, list[str]]:
         """Parse as argparse does, but refuse what is unknown, and take options anywhere."""
         if self.declare is not None:
             declare, self.declare = self.declare, None
@@ -83,63 +75,53 @@ def examples() -> dict[str, str]:
 
 def parser() -> argparse.ArgumentParser:
     """Return the whole command line."""
-    epilogs = examples()
+    # An abbreviation that works today means something else once an option is added.
+    usual: dict[str, Any] = {
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+        "allow_abbrev": False,
+    }
+    epilogs, about = examples(), "Class activation maps for embedding networks."
     top = _Parser(
-        prog="embedcam",
-        description="Why did this image come back? Class activation maps for embedding networks.",
+        "embedcam",
+        description=f"Why did this image come back? {about}",
         epilog=epilogs[""],
+        **usual,
     )
     top.add_argument("--version", action="version", version=f"embedcam {__version__}")
     commands = top.add_subparsers(metavar="COMMAND", dest="command", parser_class=_Command)
-    for name, (where, positionals, summary) in COMMANDS.items():
+    for name, (module, positionals, summary) in COMMANDS.items():
         command: _Command = commands.add_parser(
             name,
             usage=f"embedcam {name} [options] {positionals}",
             help=summary,
             description=f"{summary[0].upper()}{summary[1:]}.",
             epilog=epilogs[name],
+            **usual,
         )
-        command.set_defaults(run=_deferred(where), resumes=name in ("build", "add", "demo"))
-        command.declare = _declaration(name)
+        command.set_defaults(run=partial(_run, module, name))
+        # What only one command needs is not made for `embedcam --help`.
+        command.declare = partial(_run, "options", name)
     return top
 
 
 COMMANDS = {
-    "build": ("offline.build", "[IMAGES] INDEX", "build an index of CAM weights"),
-    "add": ("offline.add", "INDEX IMAGES", "add images to an index"),
-    "remove": ("offline.remove", "INDEX ID ...", "remove images by id"),
-    "compact": ("offline.compact", "INDEX", "drop removed images' bytes"),
-    "compress": ("offline.compress", "INDEX OUTPUT", "merge an index into prototypes"),
-    "explain": ("online.explain", "INDEX IMAGE ...", "explain query images"),
-    "serve": ("serving.serve", "INDEX", "explain over HTTP"),
-    "compare": ("online.compare", "INDEX IMAGE RESULT", "why two images match"),
-    "evaluate": ("evaluation.evaluate", "INDEX --images IMAGES", "measure how good the maps are"),
-    "export": ("offline.export", "INDEX -o FILE", "write the network as an ONNX file"),
-    "calibrate": ("offline.calibrate", "INDEX", "calibrate trust and match for what it holds now"),
-    "info": ("output.info", "INDEX", "say what an index holds"),
-    "verify": ("output.verify", "INDEX", "check every promise of an index"),
-    "demo": ("offline.demo", "[FOLDER]", "the main job on handwritten digits"),
+    "build": ("offline", "[IMAGES] INDEX", "build an index of CAM weights"),
+    "add": ("offline", "INDEX IMAGES", "add images to an index"),
+    "remove": ("offline", "INDEX ID ...", "remove images by id"),
+    "compact": ("offline", "INDEX", "drop removed images' bytes"),
+    "compress": ("offline", "INDEX OUTPUT", "merge an index into prototypes"),
+    "explain": ("online", "INDEX IMAGE ...", "explain query images"),
+    "serve": ("serving", "INDEX", "explain over HTTP"),
+    "compare": ("online", "INDEX IMAGE RESULT", "why two images match"),
+    "evaluate": ("evaluation", "INDEX --images IMAGES", "measure how good the maps are"),
+    "export": ("offline", "INDEX -o FILE", "write the network as an ONNX file"),
+    "calibrate": ("offline", "INDEX", "calibrate trust and match for what it holds now"),
+    "info": ("output", "INDEX", "say what an index holds"),
+    "verify": ("output", "INDEX", "check every promise of an index"),
+    "demo": ("offline", "[FOLDER]", "the main job on handwritten digits"),
 }
-"""Each command's module and function, its arguments, and what it does."""
+"""Each command's module, with a function of its name, its arguments, and what it does."""
 
 
-def _deferred(where: str) -> Callable[[argparse.Namespace], None]:
-    module, function = where.split(".")
-
-    def run(options: argparse.Namespace) -> None:
-        getattr(import_module(f"{__package__}.{module}"), function)(options)
-
-    return run
-
-
-def _declaration(name: str) -> Callable[[_Command], None]:
-    def declare(command: _Command) -> None:
-        from . import options  # what only one command needs is not made for `embedcam --help`
-
-        common = options.adder(command)
-        common("--json", "print JSON for machines; > FILE keeps it")
-        common("--quiet", "no progress, no notes")
-        common("--debug", "show the traceback of an error")
-        getattr(options, name)(command)
-
-    return declare
+def _run(module: str, name: str, given: argparse.Namespace | argparse.ArgumentParser) -> None:
+    getattr(import_module(f"{__package__}.{module}"), name)(given)

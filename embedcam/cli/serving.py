@@ -4,22 +4,20 @@ import logging
 import socket
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 
 from .._options import chosen
 from ..errors import printable, sentence, show, show_json
 from ..images import MAX_PIXELS
 from ..service import check_installed
 from .networks import check_onnx, query_network
-from .online import check_images, trust_options
-from .output import counted, note
+from .online import check_folder, explainer_of
+from .output import attached, counted, note
 
 
 def serve(options: Namespace) -> None:
     """Explain over HTTP until a signal."""
     check_installed()
-    from ..explain.explainer import Explainer
     from ..index import Index
     from ..service import server
     from ..service.app import create_app
@@ -27,23 +25,24 @@ def serve(options: Namespace) -> None:
 
     # Whatever can be refused is refused before the network is loaded.
     check_onnx(options)
-    check_images(options.images)
+    check_folder("--images", options.images)
     limits = Limits(**chosen(options, Limits))
+    log = logging.StreamHandler(sys.stderr)
+    log.setFormatter(PrintableLines("%(asctime)s %(message)s"))
+    # A line a request; with --quiet only what goes wrong.
+    level = logging.INFO if options.progress is None else logging.WARNING
     with ExitStack() as stack:
         with Index.open(options.index, with_faiss=False) as index:
             bound = stack.enter_context(closing(server.bind(options.host, options.port)))
             network = query_network(options, index.manifest)
-            settings = trust_options(options, index, network)
-        if options.n_neighbors is not None:
-            settings["n_neighbors"] = options.n_neighbors
-        # Of an indexed picture: what the index was let hold may be larger than an upload.
-        settings["max_pixels"] = max(options.max_pixels or 0, MAX_PIXELS)
-        settings |= {"transfer": options.transfer, "images": options.images}
-        # Its own to open: after a reload the old version is let go of.
-        explainer = stack.enter_context(Explainer(options.index, network, **settings))
+            # Of an indexed picture: what the index was let hold may be larger than an upload.
+            pixels = max(options.max_pixels or 0, MAX_PIXELS)
+            # Its own to open: after a reload the old version is let go of.
+            explainer = explainer_of(options, index, network, options.index, pixels)
+            stack.enter_context(explainer)
         app = create_app(explainer, limits=limits, hosts=_hosts(options, bound))
         _announce(options, bound, len(explainer.index))
-        with _logged(options):
+        with attached(log, {"embedcam": level}):
             server.serve(app, bound, seconds=limits.seconds, reload=app.state.pipeline.reload)
 
 
@@ -54,21 +53,6 @@ def _hosts(options: Namespace, bound: socket.socket) -> list[str] | None:
     if options.allow_host:
         return [*options.allow_host, *LOOPBACK]
     return [options.host, *LOOPBACK] if is_loopback(bound) else None
-
-
-@contextmanager
-def _logged(options: Namespace) -> Iterator[None]:
-    """Print a line a request on the error stream; with --quiet only what goes wrong."""
-    log, shown = logging.getLogger("embedcam"), logging.StreamHandler(sys.stderr)
-    shown.setFormatter(PrintableLines("%(asctime)s %(message)s"))
-    before = log.level
-    log.addHandler(shown)
-    log.setLevel(logging.WARNING if options.quiet else logging.INFO)
-    try:
-        yield
-    finally:
-        log.removeHandler(shown)
-        log.setLevel(before)
 
 
 def _announce(options: Namespace, bound: socket.socket, images: int) -> None:

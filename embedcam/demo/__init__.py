@@ -3,17 +3,18 @@
 Importing this package loads neither torch nor scikit-learn.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .run import run_demo
+else:
+
+    def __getattr__(name):
+        if name != "run_demo":
+            raise AttributeError(f"module 'embedcam.demo' has no attribute {name!r}")
+        from .run import run_demo
+
+        return run_demo
+
 
 __all__ = ["run_demo"]
-
-
-def __getattr__(name: str) -> Any:
-    if name != "run_demo":
-        raise AttributeError(f"module 'embedcam.demo' has no attribute {name!r}")
-    from .run import run_demo
-
-    return run_demo

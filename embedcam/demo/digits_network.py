@@ -6,8 +6,7 @@ widens: training begins on windows just larger than the digit and ends on whole 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -105,8 +104,12 @@ def train(settings: DemoSettings, progress: bool = True) -> DigitsNetwork:
     network = initialise(settings.channels, settings.embedding_size, settings.seed)
     # The layout of the batches too: an eighth faster.
     network.to(memory_format=torch.channels_last)
-    with _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
         descend(network.train(), batches, settings, lambda images: [network(images)], progress)
+    finally:
+        torch.set_num_threads(before)
     return network.eval()
 
 
@@ -137,16 +140,6 @@ def descend(
             losses.append(loss.detach())
             advance(1)
     return torch.stack(losses)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def triplet_loss(embeddings: Tensor, labels: Tensor, margin: float) -> Tensor:
@@ -182,13 +175,11 @@ class Batches:
 
     def draw(self, view: float) -> Tensor:
         """Draw normalized images `[B 3 v v]`, class by class; v is `view` of the scene's side."""
-        side = round(view * self._size)
+        side, numbers = round(view * self._size), range(len(self._pixels))
         windows = [
-            self._window(int(number), side)
+            self._window(number, side)
             for digit in range(10)
-            for number in self._rng.choice(
-                np.arange(digit, len(self._pixels), 10), self._per_class, replace=False
-            )
+            for number in self._rng.choice(numbers[digit::10], self._per_class, replace=False)
         ]
         images = torch.from_numpy(np.stack(windows)).permute(0, 3, 1, 2)
         return (images.float() / 255 - MEAN) / STD
@@ -196,12 +187,11 @@ class Batches:
     def _window(self, number: int, side: int) -> np.ndarray:
         """Cut a random window `[v v 3]` that holds the whole digit, its colours shuffled."""
         x0, y0, x1, y1 = self._boxes[number]
-        left = self._start(x0, x1, side)
-        top = self._start(y0, y1, side)
+        left, top = self._start(x0, x1, side), self._start(y0, y1, side)
         window = self._pixels[number][top : top + side, left : left + side]
         return window[..., self._rng.permutation(3)]
 
     def _start(self, low: int, high: int, side: int) -> int:
-        first, last = max(high - side, 0), min(low, self._size - side)
         # A digit larger than the window is cut.
-        return int(self._rng.integers(min(first, last), max(first, last) + 1))
+        first, last = sorted((max(high - side, 0), min(low, self._size - side)))
+        return int(self._rng.integers(first, last + 1))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -27,6 +28,9 @@ from .digits_network import LAYER, digits_preprocess, load_weights, save_weights
 from .scenes import SPLITS, TABLE, read_scenes, write_scenes
 from .settings import DemoSettings
 
+if TYPE_CHECKING:
+    from ..evaluate.settings import Record
+
 _RECORD = "stages.json"
 _SCENES = ("seed", "scene_size", "n_gallery", "n_query", "n_pairs")
 _TRAINING = (
@@ -43,8 +47,7 @@ NOTES = (
     "the nearest result's, unless transferred from more; of two digits those of one result."
 )
 _HEADER = ("weights", "box AUC", "energy", "two digits AUC", "share", "right half")
-_IMAGE_SCORES = {"box_auc": "auc", "energy": "energy"}
-_SCENE_SCORES = {"side_auc": "objects_auc", "share": "share", "right": "right"}
+_SCORES = dict(box_auc="auc", energy="energy", side_auc="objects_auc", share="share", right="right")
 
 
 def run_demo(
@@ -52,7 +55,7 @@ def run_demo(
     seed: int = 0,
     progress: bool = True,
     settings: DemoSettings | None = None,
-) -> dict[str, Any]:
+) -> Record:
     """Draw scenes, train a small network, build an index, explain queries, measure the maps.
 
     Stages that an earlier run finished are kept.
@@ -90,7 +93,7 @@ def run_demo(
     )  # fmt: skip
     demo.stage("index", Recipe(seed=seed).digest(), demo.index / "manifest.json", demo.build)
     demo.stage("explanations", settings.digest(), demo.summary, demo.explain)
-    summary: dict[str, Any] = json.loads(demo.summary.read_text(encoding="utf-8"))
+    summary: Record = json.loads(demo.summary.read_text(encoding="utf-8"))
     summary["folder"] = str(demo.folder)
     summary["seconds"] = {**demo.seconds, "total": round(time.perf_counter() - begun, 1)}
     if progress:
@@ -104,9 +107,7 @@ class _Demo:
     def __init__(self, folder: Path, settings: DemoSettings, progress: bool) -> None:
         self.folder, self.settings, self.progress = folder, settings, progress
         self.scenes, self.index = folder / "scenes", folder / "index"
-        self.weights = folder / "network.safetensors"
-        self.picture, self.page = folder / "why.png", folder / "why.html"
-        self.summary = folder / "summary.json"
+        self.weights, self.summary = folder / "network.safetensors", folder / "summary.json"
         self.seconds: dict[str, float] = {}
         self._done: dict[str, str] = {}
         self._recorded = self._read()
@@ -130,6 +131,7 @@ class _Demo:
         path = self.folder / _RECORD
         try:
             recorded = json.loads(path.read_text(encoding="utf-8"))
+            return {str(name): str(digest) for name, digest in recorded.items()}
         except FileNotFoundError:
             if self.folder.exists() and any(self.folder.iterdir()):
                 raise InputError(
@@ -137,11 +139,10 @@ class _Demo:
                     "or new folder"
                 ) from None
             return {}
-        except (OSError, ValueError):
-            recorded = None
-        if not isinstance(recorded, dict):
-            raise InputError(f"{path} is damaged; delete the folder and run the demo again")
-        return {str(name): str(digest) for name, digest in recorded.items()}
+        except (OSError, ValueError, AttributeError):
+            raise InputError(
+                f"{path} is damaged; delete the folder and run the demo again"
+            ) from None
 
     def _write(self) -> None:
         write_whole(self.folder / _RECORD, json.dumps({**self._recorded, **self._done}, indent=1))
@@ -166,26 +167,27 @@ class _Demo:
 
     def explain(self) -> None:
         """Measure the maps, explain some queries, and write both."""
-        network = self.network()
+        network, settings = self.network(), self.settings
         with Index.open(self.index) as index:
             rows, recall, scenes = self._measure(index, network)
             summary = {
                 "recall_at_1": recall,
                 "n_gallery": len(index),
-                "n_queries": self.settings.n_query,
-                "n_pairs": self.settings.n_pairs,
+                "n_queries": settings.n_query,
+                "n_pairs": settings.n_pairs,
                 "rows": rows,
-                "settings": asdict(self.settings),
-                "recipe": Recipe(seed=self.settings.seed).to_dict(),
+                "settings": asdict(settings),
+                "recipe": Recipe(seed=settings.seed).to_dict(),
                 "files": {
-                    "panel": self.picture.name,
-                    "page": self.page.name,
+                    "panel": "why.png",
+                    "page": "why.html",
                     "index": self.index.name,
                     "network": self.weights.name,
                     "scenes": self.scenes.name,
                 },
             }
-            self._draw(Explainer(index, network), scenes, summary)
+            shown = list(self._explained(Explainer(index, network), scenes))
+        self._draw(shown, summary)
         write_whole(self.summary, json.dumps(summary, indent=1))
 
     @property
@@ -194,10 +196,12 @@ class _Demo:
 
     def _measure(
         self, index: Index, network: EmbeddingNetwork
-    ) -> tuple[list[dict[str, Any]], float, list[dict[str, Any]]]:
-        source = self._queries()
+    ) -> tuple[list[Record], float, list[Record]]:
+        queries, pairs = (read_scenes(self.scenes, split) for split in SPLITS[2:])
+        items = [Item(path, path, digits[0].label) for path, digits in queries.items()]
+        source = ImageSource([*items, *(Item(path, path) for path in pairs)], self.scenes)
         recipes = _recipes(self.settings)
-        nearest, several = (
+        one, five = (
             evaluate_index(
                 index, source, network, boxes=self.scenes / TABLE, recipes=some,
                 progress=self._bars, n_neighbors=count, controls=False, examples=0, scenes=0,
@@ -205,29 +209,32 @@ class _Demo:
             )
             for count, some in ((1, recipes), (5, {}))
         )  # fmt: skip
-        one, five = ((each.rows, each.scenes) for each in (nearest, several))
-        area = float(np.mean([row["area"] for row in _singles(one[0])]))
+        # Single digits have a label, pairs have none; each score is one of the two's alone.
+        asked, wide = (
+            [row for row in each.rows if row["label"] is not None] + each.scenes
+            for each in (one, five)
+        )
+
+        def line(rows: Sequence[Record], name: str, before: str = "") -> Record:
+            return {"weights": name} | {
+                score: _mean(rows, before + column) for score, column in _SCORES.items()
+            }
+
         rows = [
-            {"weights": "chance (area)", "box_auc": 0.5, "energy": area, "side_auc": 0.5,
-             "share": 0.5, "right": 0.5},
-            *(_row(one, name, f"{name}: ") for name in ("mean activation", *recipes)),
-            _row(one, "transferred from 1 neighbour"),
-            _row(five, "transferred from 5 neighbours"),
-        ]  # fmt: skip
-        recall = float(np.mean([row["recall_1"] for row in _singles(one[0])]))
-        return rows, recall, one[1]
+            {
+                "weights": "chance (area)",
+                **dict.fromkeys(_SCORES, 0.5),
+                "energy": _mean(asked, "area"),
+            },
+            *(line(asked, name, f"{name}: ") for name in ("mean activation", *recipes)),
+            line(asked, "transferred from 1 neighbour"),
+            line(wide, "transferred from 5 neighbours"),
+        ]
+        return rows, _mean(asked, "recall_1"), one.scenes
 
-    def _queries(self) -> ImageSource:
-        queries, pairs = (read_scenes(self.scenes, split) for split in SPLITS[2:])
-        items = [Item(path, path, digits[0].label) for path, digits in queries.items()]
-        return ImageSource([*items, *(Item(path, path) for path in pairs)], self.scenes)
-
-    def _draw(
-        self, explainer: Explainer, scenes: Sequence[dict[str, Any]], summary: dict[str, Any]
-    ) -> None:
-        rows: list[Row] = []
-        for path, digits in list(read_scenes(self.scenes, "pair").items())[:N_DOUBLES]:
-            place = self.settings.n_query + len(rows)
+    def _explained(self, explainer: Explainer, scenes: Sequence[Record]) -> Iterator[Row]:
+        pairs = list(read_scenes(self.scenes, "pair").items())[:N_DOUBLES]
+        for place, (path, digits) in enumerate(pairs, self.settings.n_query):
             results = {row["label"]: row["result"] for row in scenes if row["first"] == place}
             query = Tile(Image.open(self.scenes / path).convert("RGB"), caption=Path(path).stem)
             tiles = []
@@ -237,17 +244,23 @@ class _Demo:
                 tiles.append(why.tiles()[1][0])
                 tiles.append(Tile(query.image, why.cam, why.extent, f"matched this {digit.label}"))
             names = " and ".join(digit.label for digit in digits)
-            rows.append(Row(query, tiles, title=f"One query, two results: {names}"))
+            yield Row(query, tiles, title=f"One query, two results: {names}")
         paths = list(read_scenes(self.scenes, "query"))
         for number in SINGLES:
-            why = explainer.explain(self.scenes / paths[number], n_neighbors=4)
-            query, nearest = why.tiles()
-            rows.append(Row(query, nearest, title=f"A held-out {number} and its nearest images"))
-        _stacked(
-            [panel(row.query, row.results, scale="each", title=row.title) for row in rows],
-            self.picture,
-        )
-        table = _table(summary["rows"])
+            query, nearest = explainer.explain(self.scenes / paths[number], n_neighbors=4).tiles()
+            yield Row(query, nearest, title=f"A held-out {number} and its nearest images")
+
+    def _draw(self, rows: Sequence[Row], summary: Record) -> None:
+        panels = [panel(row.query, row.results, scale="each", title=row.title) for row in rows]
+        size = max(one.width for one in panels), sum(one.height for one in panels)
+        sheet, top = Image.new("RGB", size, "white"), 0
+        for one in panels:
+            sheet.paste(one, (0, top))
+            top += one.height
+        png = io.BytesIO()
+        sheet.save(png, "PNG")
+        write_whole(self.folder / "why.png", png.getvalue())
+        header, *lines = _table(summary["rows"])
         text = page(
             rows,
             title="embedcam: why did this image come back?",
@@ -257,77 +270,43 @@ class _Demo:
                 f"queries: {summary['recall_at_1']:.3f}. The maps were drawn without "
                 "back-propagation, from weights stored with the results."
             ),
-            tables=[Table(table[0], table[1:], "Where the maps lie", NOTES)],
+            tables=[Table(header, lines, "Where the maps lie", NOTES)],
             scale="each",
         )
-        write_whole(self.page, text)
+        write_whole(self.folder / "why.html", text)
 
 
 def _recipes(settings: DemoSettings) -> dict[str, Recipe]:
     count, top = settings.n_triplets, settings.top_m
     triplets = Recipe(target="margin", sampling="random", triplets=count)
+    paper = f"{count} triplets, top {top} of {settings.channels} (the paper)"
     return {
         "one triplet": replace(triplets, triplets=1),
         f"{count} triplets": triplets,
-        f"{count} triplets, top {top} of {settings.channels} (the paper)": Recipe.paper(
-            triplets=count, m=top
-        ),
+        paper: Recipe.paper(triplets=count, m=top),
         f"{count} triplets, Grad-CAM++": replace(triplets, method="gradcam++"),
     }
 
 
-Rows = Sequence[dict[str, Any]]
+def _mean(rows: Sequence[Record], column: str) -> float:
+    return float(np.mean([row[column] for row in rows if column in row]))
 
 
-def _singles(rows: Rows) -> Rows:
-    return [row for row in rows if row["label"] is not None]
+def _table(rows: Sequence[Record]) -> list[list[str]]:
+    cells = ([f"{row[name]:.3f}" for name in list(_SCORES)[:-1]] for row in rows)
+    lines = zip(rows, cells, strict=True)
+    return [[*_HEADER], *([row["weights"], *each, f"{row['right']:.1%}"] for row, each in lines)]
 
 
-def _row(measured: tuple[Rows, Rows], name: str, before: str = "") -> dict[str, Any]:
-    images, scenes = measured
-    columns = [(_singles(images), _IMAGE_SCORES), (scenes, _SCENE_SCORES)]
-    means = {
-        score: float(np.mean([row[before + column] for row in rows]))
-        for rows, scores in columns
-        for score, column in scores.items()
-    }
-    return {"weights": name, **means}
-
-
-def _table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    shown = ("box_auc", "energy", "side_auc", "share")
-    lines = [
-        [row["weights"], *(f"{row[name]:.3f}" for name in shown), f"{row['right']:.1%}"]
-        for row in rows
-    ]
-    return [list(_HEADER), *lines]
-
-
-def _stacked(pictures: Sequence[Image.Image], path: Path) -> None:
-    size = max(one.width for one in pictures), sum(one.height for one in pictures)
-    sheet = Image.new("RGB", size, "white")
-    top = 0
-    for one in pictures:
-        sheet.paste(one, (0, top))
-        top += one.height
-    unfinished = path.with_name("why.part.png")
-    sheet.save(unfinished)
-    unfinished.replace(path)
-
-
-def describe(summary: dict[str, Any]) -> list[str]:
+def describe(summary: Record) -> list[str]:
     """Return the lines that are printed at the end."""
     lines = _table(summary["rows"])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
-        for line in lines
-    ]
-    files = (
-        f"{name:<8}{Path(summary['folder']) / file}" for name, file in summary["files"].items()
-    )
+    first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
+    text = ["  ".join([line[0].ljust(first), *map(str.rjust, line[1:], others)]) for line in lines]
+    folder = Path(summary["folder"])
     return [
         f"Recall@1 on {summary['n_queries']} held-out scenes: {summary['recall_at_1']:.3f}",
-        "", text[0], "-" * len(text[0]), *text[1:], "", NOTES, "", *files,
+        "", text[0], "-" * len(text[0]), *text[1:], "", NOTES, "",
+        *(f"{name:<8}{folder / file}" for name, file in summary["files"].items()),
         f"{summary['seconds']['total']:.0f} seconds",
     ]  # fmt: skip

@@ -8,8 +8,7 @@ is a function of (seed, split, number) alone, so the number of scenes changes no
 from __future__ import annotations
 
 import csv
-import io
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -62,30 +61,27 @@ class SceneMaker:
     def scene(self, split: Split, number: int) -> Scene:
         """Draw scene `number` of `split`; its class is `number % 10`, a pair's is drawn."""
         rng = np.random.default_rng([self.seed, _STREAMS[split], number])
-        canvas = _Canvas(rng, self.size)
-        regions: tuple[tuple[int, int, int], ...]
+        canvas, digits = (
+            _Canvas(rng, self.size),
+            self._digits["query" if split == "pair" else split],
+        )
+        labels, ends = [number % 10], [0, self.size]
         if split == "pair":
-            left, right = rng.permutation(10)[:2]
-            half = self.size // 2
-            regions = ((int(left), 0, half), (int(right), half, self.size))
-        else:
-            regions = ((number % 10, 0, self.size),)
-        shapes = []
-        for label, x0, x1 in regions:
-            shape = _shape(
-                rng, self._sample(rng, split, label), self.size * rng.uniform(0.30, 0.44)
-            )
-            shapes.append((str(label), shape, canvas.place(shape, x0, x1)))
+            labels, ends = rng.permutation(10)[:2].tolist(), [0, self.size // 2, self.size]
+        placed, shapes = [], []
+        for label, x0, x1 in zip(labels, ends, ends[1:], strict=False):
+            sample = digits[label][int(rng.integers(len(digits[label])))]
+            shape = _shape(rng, sample, self.size * rng.uniform(0.30, 0.44))
+            x, y = canvas.place(shape, x0, x1)
+            box = (x, y, x + shape.shape[1], y + shape.shape[0])
+            placed.append(PlacedDigit(str(label), box))
+            shapes.append(shape)
         for _ in range(int(rng.integers(9, 14))):
             doodle = self._doodles[int(rng.integers(_N_DOODLES))]
             canvas.clutter(_shape(rng, doodle, self.size * rng.uniform(0.18, 0.34)))
-        for _, shape, (x, y) in shapes:
-            canvas.draw(shape, x, y, strength=float(rng.uniform(0.85, 1.0)))
-        return Scene(canvas.pixels(), tuple(_placed(*placed) for placed in shapes))
-
-    def _sample(self, rng: np.random.Generator, split: Split, label: int) -> np.ndarray:
-        samples = self._digits["query" if split == "pair" else split][label]
-        return samples[int(rng.integers(len(samples)))]
+        for one, shape in zip(placed, shapes, strict=True):
+            canvas.draw(shape, *one.box[:2])
+        return Scene(canvas.pixels(), tuple(placed))
 
 
 class _Canvas:
@@ -112,11 +108,12 @@ class _Canvas:
             spot = (slice(max(y, 0), y + height), slice(max(x, 0), x + width))
             if not self._taken[spot].any():
                 self._taken[spot] = True
-                self.draw(shape, x, y, strength=float(self._rng.uniform(0.85, 1.0)))
+                self.draw(shape, x, y)
                 return
 
-    def draw(self, shape: np.ndarray, x: int, y: int, strength: float) -> None:
-        """Lay ink on the canvas; what hangs over its edge is cut."""
+    def draw(self, shape: np.ndarray, x: int, y: int) -> None:
+        """Lay ink on the canvas, of some strength; what hangs over its edge is cut."""
+        strength = float(self._rng.uniform(0.85, 1.0))
         shape = shape[max(-y, 0) : self._size - y, max(-x, 0) : self._size - x] * strength
         x, y = max(x, 0), max(y, 0)
         spot = self._ink[y : y + shape.shape[0], x : x + shape.shape[1]]
@@ -127,13 +124,10 @@ class _Canvas:
         rng = self._rng
         hue, tilt = rng.uniform(0, 1, size=2)
         low, high = _color(hue, 0.30, 0.13), _color(hue + 0.08, 0.24, 0.36)
-        paper = _smooth_noise(rng, self._size)[..., None]
-        paper = low + (high - low) * paper
-        ink = _color(hue + 0.45 + 0.1 * tilt, 0.06, 0.92)
-        alpha = self._ink[..., None]
+        paper = low + (high - low) * _smooth_noise(rng, self._size)[..., None]
+        ink, alpha = _color(hue + 0.45 + 0.1 * tilt, 0.06, 0.92), self._ink[..., None]
         picture = paper * (1 - alpha) + ink * alpha
-        pixels: np.ndarray = np.clip(picture * 255 + 0.5, 0, 255).astype(np.uint8)
-        return pixels
+        return np.asarray(np.clip(picture * 255 + 0.5, 0, 255).astype(np.uint8))
 
 
 def _split_digits(seed: int) -> dict[str, list[list[np.ndarray]]]:
@@ -174,11 +168,6 @@ def _shape(rng: np.random.Generator, drawing: np.ndarray, height: float) -> np.n
     return cut.astype(np.float32)
 
 
-def _placed(label: str, shape: np.ndarray, corner: tuple[int, int]) -> PlacedDigit:
-    (height, width), (x, y) = shape.shape, corner
-    return PlacedDigit(label, (x, y, x + width, y + height))
-
-
 def _smooth_noise(rng: np.random.Generator, size: int) -> np.ndarray:
     """Return a cloudy texture `[size size]` in [0, 1]: noise of three scales."""
     total = np.zeros((size, size), np.float32)
@@ -191,32 +180,30 @@ def _smooth_noise(rng: np.random.Generator, size: int) -> np.ndarray:
 def _color(hue: float, saturation: float, value: float) -> np.ndarray:
     """Convert HSV to RGB `[3]` in [0, 1]."""
     wheel = np.clip(np.abs((hue * 6 + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
-    color: np.ndarray = (value * (1 - saturation + saturation * wheel)).astype(np.float32)
-    return color
+    return np.asarray(value * (1 - saturation + saturation * wheel), np.float32)
 
 
 def write_scenes(settings: DemoSettings, folder: Path, progress: bool = True) -> None:
     """Write gallery/, query/ (a folder per class), pairs/ and the table, the table last."""
-    maker = SceneMaker(settings.seed, settings.scene_size)
-    counts: dict[Split, int]
-    counts = {"gallery": settings.n_gallery, "query": settings.n_query, "pair": settings.n_pairs}
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    total, shown = sum(counts.values()), None if progress else False
-    with progress_of("scenes", total, "scenes", shown=shown) as advance:
-        for split, count in counts.items():
-            for number in range(count):
-                scene = maker.scene(split, number)
-                place = "pairs" if split == "pair" else f"{split}/{scene.digits[0].label}"
-                name = f"{place}/{split}-{number:04d}.png"
-                make_folder((folder / name).parent)
-                Image.fromarray(scene.pixels).save(folder / name, compress_level=1)
-                for digit in scene.digits:
-                    size = (settings.scene_size, settings.scene_size)
-                    writer.writerow((name, digit.label, *digit.box, *size, split))
-                advance(1)
-    write_whole(folder / TABLE, table.getvalue())
+    side = settings.scene_size
+    maker, lines = SceneMaker(settings.seed, side), [",".join(COLUMNS)]
+    numbers: list[tuple[Split, int]] = [
+        *(("gallery", number) for number in range(settings.n_gallery)),
+        *(("query", number) for number in range(settings.n_query)),
+        *(("pair", number) for number in range(settings.n_pairs)),
+    ]
+    shown = None if progress else False
+    with progress_of("scenes", len(numbers), "scenes", shown=shown) as advance:
+        for split, number in numbers:
+            scene = maker.scene(split, number)
+            place = "pairs" if split == "pair" else f"{split}/{scene.digits[0].label}"
+            name = f"{place}/{split}-{number:04d}.png"
+            make_folder((folder / name).parent)
+            Image.fromarray(scene.pixels).save(folder / name, compress_level=1)
+            for digit in scene.digits:
+                lines.append(",".join(map(str, (name, digit.label, *digit.box, side, side, split))))
+            advance(1)
+    write_whole(folder / TABLE, "\n".join([*lines, ""]))
 
 
 def read_scenes(folder: Path, split: Split) -> dict[str, list[PlacedDigit]]:
@@ -225,8 +212,9 @@ def read_scenes(folder: Path, split: Split) -> dict[str, list[PlacedDigit]]:
     with (folder / TABLE).open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             if row["split"] == split:
-                box: Box = (int(row["x0"]), int(row["y0"]), int(row["x1"]), int(row["y1"]))
-                scenes.setdefault(row["path"], []).append(PlacedDigit(row["label"], box))
+                x0, y0, x1, y1 = (int(row[edge]) for edge in COLUMNS[2:6])
+                digit = PlacedDigit(row["label"], (x0, y0, x1, y1))
+                scenes.setdefault(row["path"], []).append(digit)
     return scenes
 
 
@@ -244,39 +232,40 @@ def draw_doodle(rng: np.random.Generator) -> np.ndarray:
     if kind in _TURNED:
         bitmap = bitmap.rotate(float(rng.uniform(0, 180)))
     blocks = np.asarray(bitmap, np.float32).reshape(8, _BLOCK, 8, _BLOCK)
-    doodle: np.ndarray = blocks.mean(axis=(1, 3)) / 255
-    return doodle
+    return np.asarray(blocks.mean(axis=(1, 3)) / 255)
+
+
+def _lines(draw: ImageDraw.ImageDraw, width: int, *lines: Sequence[tuple[float, float]]) -> None:
+    for line in lines:
+        draw.line(list(line), 255, width)
 
 
 def _hatching(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
-    count = int(rng.integers(3, 5))
-    for x in np.linspace(5, 26, count):
-        draw.line([(x, rng.uniform(1, 7)), (x, rng.uniform(25, 31))], fill=255, width=3)
+    for x in np.linspace(5, 26, int(rng.integers(3, 5))):
+        _lines(draw, 3, [(x, rng.uniform(1, 7)), (x, rng.uniform(25, 31))])
 
 
 def _cross(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
-    draw.line([(3, 16), (29, 16)], fill=255, width=4)
-    draw.line([(16, 3), (16, 29)], fill=255, width=4)
+    _lines(draw, 4, [(3, 16), (29, 16)], [(16, 3), (16, 29)])
 
 
 def _star(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
     for angle in np.arange(3) * np.pi / 3:
         dx, dy = 14 * np.cos(angle), 14 * np.sin(angle)
-        draw.line([(16 - dx, 16 - dy), (16 + dx, 16 + dy)], fill=255, width=3)
+        _lines(draw, 3, [(16 - dx, 16 - dy), (16 + dx, 16 + dy)])
 
 
 def _zigzag(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
-    turns = int(rng.integers(5, 7))
-    top, bottom = rng.uniform(5, 10), rng.uniform(22, 27)
-    ys = [top if i % 2 else bottom for i in range(turns)]
-    draw.line(list(zip(np.linspace(1, 30, turns), ys, strict=True)), fill=255, width=4)
+    turns, ys = int(rng.integers(5, 7)), (rng.uniform(5, 10), rng.uniform(22, 27))
+    xs = np.linspace(1, 30, turns)
+    _lines(draw, 4, [(x, ys[place % 2 == 0]) for place, x in enumerate(xs)])
 
 
 def _waves(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
     xs = np.linspace(1, 30, 16)
     for y in np.linspace(8, 24, int(rng.integers(2, 4))):
         ys = y + 3 * np.sin(xs / 30 * 4 * np.pi + rng.uniform(0, 1))
-        draw.line(list(zip(xs, ys, strict=True)), fill=255, width=3)
+        _lines(draw, 3, list(zip(xs, ys, strict=True)))
 
 
 def _dots(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
@@ -288,8 +277,7 @@ def _dots(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
 
 def _grid(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
     for at in (10, 22):
-        draw.line([(at, 2), (at, 30)], fill=255, width=3)
-        draw.line([(2, at), (30, at)], fill=255, width=3)
+        _lines(draw, 3, [(at, 2), (at, 30)], [(2, at), (30, at)])
 
 
 def _patch(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
@@ -301,13 +289,9 @@ def _patch(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
 
 
 def _bolt(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
-    for y in (4, 13, 22):
-        draw.line([(5, y), (16, y + 7), (27, y)], fill=255, width=3)
+    _lines(draw, 3, *([(5, y), (16, y + 7), (27, y)] for y in (4, 13, 22)))
 
 
-Doodle = Callable[[ImageDraw.ImageDraw, np.random.Generator], None]
-DOODLES: tuple[Doodle, ...] = (
-    _hatching, _cross, _star, _zigzag, _waves, _dots, _grid, _patch, _bolt,
-)  # fmt: skip
+DOODLES = (_hatching, _cross, _star, _zigzag, _waves, _dots, _grid, _patch, _bolt)
 # A zigzag stood on its end can be read as a 3.
 _TURNED = frozenset(DOODLES) - {_zigzag, _waves}

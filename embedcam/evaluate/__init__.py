@@ -6,20 +6,22 @@ An image that lies in the index never explains itself. (An index of prototypes d
 images were merged into it, and the findings say so.)
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .settings import Settings
 
 if TYPE_CHECKING:
     from .report import Evaluation
     from .run import evaluate_index
+else:
+
+    def __getattr__(name):
+        modules = {"Evaluation": "report", "evaluate_index": "run"}
+        if name not in modules:
+            raise AttributeError(f"module 'embedcam.evaluate' has no attribute {name!r}")
+        from importlib import import_module
+
+        return getattr(import_module(f".{modules[name]}", __name__), name)
+
 
 __all__ = ["Evaluation", "Settings", "evaluate_index"]
-
-
-def __getattr__(name: str) -> Any:
-    modules = {"Evaluation": "report", "evaluate_index": "run"}
-    if name not in modules:
-        raise AttributeError(f"module 'embedcam.evaluate' has no attribute {name!r}")
-    return getattr(import_module(f".{modules[name]}", __name__), name)

@@ -1,8 +1,9 @@
 """Measured images as small pictures: read again at the end, so that none is kept before."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import zip_longest
+from operator import itemgetter
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -15,23 +16,21 @@ from ..render.overlay import scale_box
 from .gallery import sample
 from .maps import Questions
 from .measures import MEAN, TRANSFERRED
-from .work import Row, Rows, Work
+from .settings import Record
+from .work import Rows, Work
 
 SIDE, RESULTS, DASH = 320, 3, 6
 TRUE_BOX, _DARK = (0, 220, 255), (20, 22, 28)
-Score = Callable[[Row], float | None]
-
-
-@dataclass
-class _Shown:
-    """A measured picture as it is shown: small, its true boxes on it, with what was asked of it."""
-
-    picture: Image.Image
-    extent: Extent | None
-    asked: Questions
-    name: str
-    where: str = ""
-    notes: Sequence[str] = ()
+SCORES: dict[str, Callable[[Record], float | None]] = {
+    "the AUC of the object against the other": lambda row: row.get("objects_auc"),
+    "pixel AUC": lambda row: row.get("auc"),
+    "insertion area less deletion area": lambda row: (
+        None if row.get("insertion") is None else row["insertion"] - row["deletion"]
+    ),
+}
+"""What rows are ordered by: the first that any of them has."""
+_Shown = tuple[Tile, Questions, str, str]
+"""A picture, small, its true boxes on it; what was asked of it; where the object is; a note."""
 
 
 class Examples:
@@ -39,142 +38,124 @@ class Examples:
 
     def __init__(self, work: Work) -> None:
         self.work = work
+        self._positions = {item.id: place for place, item in enumerate(work.source.items)}
 
-    def choose(self, rows: Rows, asked: Sequence[Row]) -> list[PageRow]:
+    def choose(self, rows: Rows, asked: Sequence[Record]) -> list[PageRow]:
         """Draw the best and the worst by what tells most of what was measured."""
         pairs = [row for row in asked if not row["empty"]]
-        kinds = [("Two pictures", [row for row in pairs if row["second"] >= 0])]
-        kinds += [("Two objects", [row for row in pairs if row["second"] < 0])]
-        by, score = "the AUC of the object against the other", lambda row: row.get("objects_auc")
-        shown = self._ends(kinds, by, score)
-        by, score = "pixel AUC", lambda row: row.get("auc")
-        if not any(score(row) is not None for row in rows.values()):
-            by, score = "insertion area less deletion area", _insertion_gain
-        ranked = [{**row, "position": place} for place, row in rows.items()]
-        return shown + self._ends([("One picture", ranked)], by, score)
+        kinds: dict[str, Iterable[Record]] = {
+            "Two pictures": (row for row in pairs if row["second"] >= 0),
+            "Two objects": (row for row in pairs if row["second"] < 0),
+            "One picture": rows.values(),
+        }
+        return [row for kind, some in kinds.items() for row in self._ends(kind, list(some))]
 
-    def grid(self, rows: Rows, asked: Sequence[Row]) -> list[PageRow]:
+    def grid(self, rows: Rows, asked: Sequence[Record]) -> list[PageRow]:
         """Draw a tile for each method of a few questions by lot, rather of two objects."""
         rivals, settings = self.work.rivals, self.work.settings
         if not rivals or not settings.examples:
             return []
         each = {(row["first"], row["second"], row["label"]): row for row in asked}
         boxed = [row for row in each.values() if row["second"] < 0]
-        sampled = [
-            {**row, "position": place}
-            for place, row in rows.items()
-            if any(f"{method}: empty" in row for method in rivals)
-        ]
+        sampled = [row for row in rows.values() if any(f"{name}: empty" in row for name in rivals)]
         pool = boxed or list(each.values()) or sampled
         places = sample(len(pool), 2 * settings.examples, settings.seed)
-        drawn = [self._attempt(self._compared, pool[place]) for place in places]
-        return [row for row in drawn if row is not None]
+        return list(self._drawn(self._compared, [pool[place] for place in places]))
 
-    def _ends(self, kinds: Sequence[tuple[str, list[Row]]], by: str, score: Score) -> list[PageRow]:
-        count, shown = self.work.settings.examples, []
-        for kind, rows in kinds:
-            scores = {place: score(row) for place, row in enumerate(rows)}
-            known = {place: value for place, value in scores.items() if value is not None}
-            order = sorted(known, key=lambda place: -known[place])
-            best = order[:count]
-            worst = [place for place in order[::-1][:count] if place not in best]
-            for number, pair in enumerate(zip_longest(best, worst), 1):
-                for end, place in zip(("best", "worst"), pair, strict=True):
-                    row = None if place is None else self._attempt(self._example, rows[place])
-                    if row is not None:
-                        title = f"{kind}, {end if count == 1 else f'{end} {number}'} by {by}"
-                        shown.append(replace(row, title=title, compact=True))
-        return shown
+    def _ends(self, kind: str, rows: Sequence[Record]) -> Iterator[PageRow]:
+        count = self.work.settings.examples
+        for by, score in SCORES.items():
+            scored = [(value, row) for row in rows if (value := score(row)) is not None]
+            order = [row for _, row in sorted(scored, key=itemgetter(0), reverse=True)]
+            ends = order[:count], order[max(count, len(order) - count) :][::-1]
+            for number, pair in enumerate(zip_longest(*ends), 1):
+                for end, row in zip(("best", "worst"), pair, strict=True):
+                    title = f"{kind}, {end if count == 1 else f'{end} {number}'} by {by}"
+                    for drawn in self._drawn(self._example, [] if row is None else [row]):
+                        yield replace(drawn, title=title, compact=True)
+            if order:
+                return
 
-    def _attempt(self, draw: Callable[[Row], PageRow], row: Row) -> PageRow | None:
-        try:
-            return draw(row)
-        except EmbedcamError:  # a file that has gone meanwhile is no reason to lose the numbers
-            return None
+    def _drawn(
+        self, draw: Callable[[Record], PageRow], rows: Sequence[Record]
+    ) -> Iterator[PageRow]:
+        for row in rows:
+            try:
+                yield draw(row)
+            except EmbedcamError:  # a file that has gone meanwhile is no reason to lose the numbers
+                continue
 
-    def _compared(self, row: Row) -> PageRow:
-        shown, about = self._shown(row), "first" in row
-        maps = self.work.draw(shown.asked)
+    def _compared(self, row: Record) -> PageRow:
+        about = "first" in row
+        tile, asked, _, note = self._shown(row)
+        maps = self.work.draw(asked)
         name = "objects_auc" if about else "auc"
         tiles = []
         for method in (TRANSFERRED, *self.work.rivals, MEAN):
             score = row.get(name if method == TRANSFERRED else f"{method}: {name}")
             words = "" if score is None else f"pixel AUC {score:.2f}"
-            drawn = maps[method].drawn[0]
-            tiles.append(Tile(shown.picture, drawn, shown.extent, method, words))
-        title = shown.name + (f", asked for {row['label']}" if about else "")
-        return PageRow(tiles[0], tiles[1:], "; ".join(shown.notes), title, scale="each")
+            tiles.append(Tile(tile.image, maps[method].drawn[0], tile.extent, method, words))
+        title = tile.caption + (f", asked for {row['label']}" if about else "")
+        return PageRow(tiles[0], tiles[1:], note, title, scale="each")
 
-    def _example(self, row: Row) -> PageRow:
-        shown, about = self._shown(row), "first" in row
-        explained = self.work.mapper.transferred(shown.asked.seen, shown.asked.near)[0]
-        words = []
+    def _example(self, row: Record) -> PageRow:
+        about = "first" in row
+        tile, asked, where, note = self._shown(row)
+        explained = self.work.mapper.transferred(asked.seen, asked.near)[0]
+        words = [row["label"] or ""]
         if about:
-            words.append(f"AUC {row['objects_auc']:.2f}, share {row['share']:.2f}{shown.where}")
+            tile.caption = f"asked for {row['label']}"
+            words = [f"AUC {row['objects_auc']:.2f}, share {row['share']:.2f}{where}"]
         else:
-            words += [row["label"]] if row["label"] else []
             if row.get("energy") is not None:
                 words.append(f"pixel AUC {row['auc']:.2f}, energy {row['energy']:.2f}")
             if row.get("insertion") is not None:
                 words.append(f"insertion {row['insertion']:.2f}, deletion {row['deletion']:.2f}")
             if explained.empty:
                 words.append("no positive evidence")
-        caption = f"asked for {row['label']}" if about else shown.name
-        subcaption = "\n".join([*words, *shown.notes])
-        tile = Tile(shown.picture, explained.cam, shown.extent, caption, subcaption)
+        text = "\n".join(filter(None, [*words, note]))
+        query = Tile(tile.image, explained.cam, tile.extent, tile.caption, text)
         _, results = explained.tiles()
-        return PageRow(tile, [_shrunk(one) for one in results[: 1 if about else RESULTS]])
+        return PageRow(query, [_shrunk(one) for one in results[: 1 if about else RESULTS]])
 
-    def _shown(self, row: Row) -> _Shown:
+    def _shown(self, row: Record) -> _Shown:
         work, about = self.work, "first" in row
         near = [np.array([work.mapper.index.position(row["result"])] if about else [])]
         if row.get("second", -1) >= 0:
             return self._pair(row, near)
-        position = row["first"] if about else row["position"]
+        position = row["first"] if about else self._positions[row["id"]]
         picture, item = work.source.open(position), work.source.items[position]
         seen = work.mapper.see(work.preprocess(picture)[None])
         own = work.own_rows.known([position])
         if not about:
             near = work.gallery.nearest(seen.embeddings, own, work.settings.n_neighbors)
         boxes = work.regions.pixels(position, picture.size, row["label"] if about else None)
-        extent = work.preprocess.extent(*picture.size)
-        tile = _shrunk(Tile(picture, extent=extent))
-        small = (tile.image or picture).copy()
+        tile = _shrunk(Tile(picture, extent=work.preprocess.extent(*picture.size)))
+        tile.caption = f"{item.id} {row['label']}" if about else item.id
+        asked = Questions(seen, near, [own.tolist()], [row["label"]], [tile.caption])
+        tile.caption = item.id.rpartition("/")[2]
+        tile.image = small = (tile.image or picture).copy()
         for box in boxes:
             _outline(small, scale_box(box, picture.size, small.size))
         what = row["label"] if about else f"the true box{'es' * (len(boxes) > 1)}"
-        name = f"{item.id} {row['label']}" if about else item.id
-        return _Shown(
-            small,
-            tile.extent,
-            Questions(seen, near, [own.tolist()], [row["label"]], [name]),
-            item.id.rpartition("/")[2],
-            notes=[f"dashed: {what}"] if boxes else [],
-        )
+        return tile, asked, "", f"dashed: {what}" if boxes else ""
 
-    def _pair(self, row: Row, near: list[np.ndarray]) -> _Shown:
+    def _pair(self, row: Record, near: list[np.ndarray]) -> _Shown:
         work, places = self.work, (row["first"], row["second"])
         pictures = [work.source.open(place) for place in places]
         seen = work.mapper.see_pair(np.stack([work.preprocess(one) for one in pictures]))
         height, width = seen.size
         scene = Image.new("RGB", (width, height))
-        for number, one in enumerate(pictures):
+        for left, one in zip((0, width // 2), pictures, strict=True):
             extent = work.preprocess.extent(*one.size)
-            size = (width // 2 if number == 0 else width - width // 2, height)
+            size = ((width + 1) // 2 if left else width // 2, height)
             half = one.transform(size, Image.Transform.EXTENT, extent, Image.Resampling.BILINEAR)
-            scene.paste(half, (number * (width // 2), 0))
-        name = " | ".join(work.source.items[place].id for place in places)
-        left_out = work.own_rows.known(places).tolist()
-        label, other = row["label"], work.source.items[places[1 - row["side"]]].label or ""
+            scene.paste(half, (left, 0))
+        (name, left_out), label = work.of_pictures(row), row["label"]
         asked = Questions(seen, near, [left_out], [label], [f"{name} {label}"])
+        other = work.source.items[places[1 - row["side"]]].label or ""
         where = f", on the {('left', 'right')[row['side']]};\nbeside it {other}"
-        return _Shown(scene, None, asked, name, where)
-
-
-def _insertion_gain(row: Row) -> float | None:
-    if row.get("insertion") is None:
-        return None
-    return float(row["insertion"] - row["deletion"])
+        return Tile(scene, caption=name), asked, where, ""
 
 
 def _shrunk(tile: Tile) -> Tile:

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._checks import as_array
 from ..errors import NetworkError
 from ..methods.masking import fill_like
-from ..methods.subject import inputs_a_pass
 from ..metrics import (
+    cosines,
     curve_area,
     deletion_steps,
     leaves_top,
@@ -23,25 +24,21 @@ from ..metrics import (
     removal_masks,
     score_drops,
 )
-from ..network import EmbeddingNetwork
 from ..ops import normalize
-from .gallery import Gallery
-from .maps import as_float32
-from .measures import Clock, Number
-from .settings import Settings
+from .measures import Number
+from .work import Work
 
 
 class Faithfulness:
     """Runs masked queries through the network; keeps each method's curves `[2 S+1]` a query."""
 
-    def __init__(
-        self, network: EmbeddingNetwork, gallery: Gallery, settings: Settings, clock: Clock
-    ) -> None:
-        self.network, self.gallery, self.settings, self.clock = network, gallery, settings, clock
-        self.batch = settings.batch_size or inputs_a_pass(network.device)
-        self.passes = 0
-        self.curves: dict[str, list[np.ndarray]] = {}
-        self._channels_last = network.device.type == "cpu"
+    def __init__(self, work: Work, curves: dict[str, list[np.ndarray]]) -> None:
+        self.network, self.clock = work.mapper.network, work.mapper.clock
+        self.gallery, self.settings, self.batch = work.gallery, work.settings, work.batch_size
+        self.passes, self.curves = 0, curves
+        # Convolutions on CPUs run up to 1.6 times as fast on it.
+        on_cpu = self.network.device.type == "cpu"
+        self._layout = torch.channels_last if on_cpu else torch.contiguous_format
 
     def __call__(
         self,
@@ -54,18 +51,18 @@ class Faithfulness:
         """Return the measures of each method's map `[H W]` of one query `[3 H W]`."""
         image = torch.from_numpy(np.ascontiguousarray(inputs))
         fill = fill_like(image, self.settings.fill, self.network.preprocess)
-        embeddings = self._embed(self._masked(image, fill, maps))
+        pictures = self._masked(image, fill, maps)
+        chunks = iter(lambda: list(islice(pictures, self.batch)), [])
+        embeddings = np.concatenate([embedding[None], *map(self._embed, chunks)])
         with self.clock("metrics"):
-            target = self.gallery.index.embeddings([result])[0]
-            scores = _cosines(embeddings, target)
-            whole = float(_cosines(embedding[None], target)[0])
-            base, rest = float(scores[0]), scores[1:].reshape(len(maps), -1)
+            target = self.gallery.index.embeddings([result])
+            scores = cosines(embeddings, np.repeat(target, len(embeddings), axis=0))
+            each = scores[2:].reshape(len(maps), -1)
             # The rank drop's picture is the last but two of each method's.
-            removed = embeddings[1:].reshape(len(maps), rest.shape[1], -1)[:, -3]
-            queries = np.concatenate([embedding[None], removed])
-            ranks = self.gallery.ranks(queries, result, own_row)
+            removed = embeddings[2:].reshape(*each.shape, -1)[:, -3]
+            ranks = self.gallery.ranks(np.stack([embedding, *removed]), result, own_row)
             return {
-                method: self._measured(method, whole, base, rest[place], ranks[[0, place + 1]])
+                method: self._measured(method, scores[:2], each[place], ranks[[0, place + 1]])
                 for place, method in enumerate(maps)
             }
 
@@ -79,10 +76,8 @@ class Faithfulness:
                 _, masks = deletion_steps(drawn[None], self.settings.steps)
                 taken = torch.from_numpy(masks[0, 1:-1])
                 top = removal_masks(drawn[None], self.settings.removed)
-            for mask in taken:
-                yield torch.where(mask, fill, image)
-            for mask in taken:
-                yield torch.where(mask, image, fill)
+            yield from (torch.where(mask, fill, image) for mask in taken)
+            yield from (torch.where(mask, image, fill) for mask in taken)
             yield torch.where(torch.from_numpy(top[0]), fill, image)
             with self.clock("metrics"):
                 seed = self.settings.seed
@@ -91,27 +86,23 @@ class Faithfulness:
             soft = torch.from_numpy(np.asarray(normalize(drawn), np.float32))
             yield fill + (image - fill) * soft
 
-    def _embed(self, pictures: Iterator[Tensor]) -> np.ndarray:
-        chunks = iter(lambda: list(islice(pictures, self.batch)), [])
-        return np.concatenate([self._forward(chunk) for chunk in chunks])
-
-    def _forward(self, pictures: list[Tensor]) -> np.ndarray:
+    def _embed(self, pictures: list[Tensor]) -> np.ndarray:
         self.passes += len(pictures)
         with self.clock("forward"):
-            batch = torch.stack(pictures)
-            if self._channels_last:
-                # Convolutions on CPUs run up to 1.6 times as fast on it.
-                turned = batch.contiguous(memory_format=torch.channels_last)
-                try:
-                    return as_float32(self.network.forward(turned, allow_zero=True).embedding)
-                except NetworkError:
-                    self._channels_last = False  # takes views of contiguous memory only
-            return as_float32(self.network.forward(batch, allow_zero=True).embedding)
+            batch = torch.stack(pictures).contiguous(memory_format=self._layout)
+            try:
+                found = self.network.forward(batch, allow_zero=True)
+            except NetworkError:
+                if self._layout == torch.contiguous_format:
+                    raise
+                self._layout = torch.contiguous_format  # it takes views of such memory only
+                found = self.network.forward(batch.contiguous(), allow_zero=True)
+            return as_array(found.embedding, np.float32)
 
     def _measured(
-        self, method: str, whole: float, base: float, scores: np.ndarray, ranks: np.ndarray
+        self, method: str, ends: np.ndarray, scores: np.ndarray, ranks: np.ndarray
     ) -> dict[str, Number]:
-        between = self.settings.steps - 1
+        (whole, base), between = ends, self.settings.steps - 1
         deletion = np.array([whole, *scores[:between], base])
         insertion = np.array([base, *scores[between : 2 * between], whole])
         _, imputed, masked = scores[2 * between :]
@@ -129,11 +120,3 @@ class Faithfulness:
             "drop": float(drops[0]) if counted[0] else None,
             "increase": float(masked > whole),
         }
-
-
-def _cosines(embeddings: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Return the cosine of each `[n D]` to one vector; 0 for a vector of zeros."""
-    wide, other = embeddings.astype(np.float64), target.astype(np.float64)
-    length = np.linalg.norm(wide, axis=1) * np.linalg.norm(other)
-    cosines: np.ndarray = (wide @ other) / np.where(length > 0, length, 1)
-    return cosines

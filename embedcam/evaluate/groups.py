@@ -1,10 +1,11 @@
 """The groups of measures: functions from rows to rows, one after another."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from .._checks import whole
 from ..errors import EmbedcamError, EmbeddingError, InputError
 from ..explain.answer import negatives_for
 from ..images import Batch, load_batches
@@ -12,13 +13,14 @@ from ..methods import DirectWeights
 from ..metrics import correlations, rank_correlations
 from ..metrics.maps import pixel_count
 from ..recipe.recipe import Recipe
-from .baselines import SHUFFLED, WRONG, ShuffledNetwork, mean_activation
 from .faithfulness import Faithfulness
 from .gallery import generator, sample
-from .maps import Maps, Questions, Seen, maps_of
-from .measures import KS, MEAN, TRANSFERRED, columns, retrieved, shares, told_apart
+from .maps import Questions, Seen, maps_of
+from .measures import KS, MEAN, TRANSFERRED, Maps, columns, retrieved, shares, told_apart
 from .regions import Region
-from .work import Row, Rows, Work
+from .rivals import SHUFFLED, WRONG, ShuffledNetwork, mean_activation
+from .settings import Record
+from .work import Rows, Work
 
 LEAST_AREA = 0.02
 """Share of a picture that an object needs alone to be asked about."""
@@ -30,10 +32,10 @@ RESULTS = (BACK, OWN, OTHER)
 """Which results a map is transferred from."""
 
 
-def explained(work: Work, positions: np.ndarray) -> tuple[Rows, list[Row]]:
+def explained(work: Work, positions: np.ndarray) -> tuple[Rows, list[Record]]:
     """Explain images, one forward pass each: a row an image, and a row a question about boxes."""
     rows: Rows = {}
-    questions: list[Row] = []
+    questions: list[Record] = []
     with work.bar(len(positions), "images") as advance:
         for batch, seen in work.seen(positions, advance):
             _check_pixels(work, seen.size)
@@ -55,15 +57,16 @@ def _explained(work: Work, batch: Batch, seen: Seen, placed: list[Region | None]
     maps = {TRANSFERRED: maps_of(explanations)}
     if any(region is not None for region in placed):
         maps[MEAN] = mean_activation(work.mapper, seen)
+    rows: Rows = {}
     with work.mapper.clock("metrics"):
+        retrieval = work.wants("retrieval")
+        labels = [item.label if gallery.labeled else None for item in items]
         precise: list[float | None] = [None] * len(items)
-        if work.wants("retrieval") and gallery.labeled:
-            labels = [item.label for item in items]
+        if retrieval and gallery.labeled:
             precise = gallery.precision_at_r(seen.embeddings, labels, own)
         where = work.located(placed, maps)
-        rows: Rows = {}
         for place, (item, one) in enumerate(zip(items, explanations, strict=True)):
-            row: Row = {
+            row: Record = {
                 "id": item.id,
                 "label": item.label,
                 "indexed": bool(own[place] >= 0),
@@ -73,52 +76,71 @@ def _explained(work: Work, batch: Batch, seen: Seen, placed: list[Region | None]
                 "trust": one.trust,
                 "empty": one.empty,
             }
-            if work.wants("retrieval"):
-                others = [gallery.label_of(int(other)) for other in near[place]]
-                known = item.label if gallery.labeled else None
-                row |= retrieved(known, others) | {"map_at_r": precise[place]}
+            if retrieval:
+                row |= retrieved(labels[place], [gallery.label_of(other) for other in near[place]])
+                row["map_at_r"] = precise[place]
             rows[int(batch.positions[place])] = row | where[place]
     return rows
 
 
 def _check_pixels(work: Work, size: tuple[int, int]) -> None:
     settings, pixels = work.settings, size[0] * size[1]
-    if not work.wants("faithfulness") or not settings.faithfulness:
-        return
-    if settings.steps > pixels:
-        raise InputError(
-            f"steps = {settings.steps}; give a whole number, 1 to {pixels}, the pixels of the input"
-        )
-    if pixel_count(settings.removed, pixels) == pixels:
-        raise InputError(
-            f"removed = {settings.removed} is every one of the {pixels} pixels of the input; "
-            "give a smaller share"
-        )
+    if work.wants("faithfulness") and settings.faithfulness:
+        whole("steps", settings.steps, 1, pixels)
+        if pixel_count(settings.removed, pixels) == pixels:
+            every = f"every one of the {pixels} pixels of the input"
+            raise InputError(f"removed = {settings.removed} is {every}; give a smaller share")
 
 
-def of_boxes(work: Work, seen: Seen, region: Region | None, position: int) -> Iterator[Row]:
+def of_boxes(work: Work, seen: Seen, region: Region | None, position: int) -> Iterator[Record]:
     """Ask about ordered pairs of a picture's known labels, by pixels of one of the two alone."""
     by_label = {} if region is None else region.by_label
-    known = [label for label in by_label if len(work.gallery.of_label(label))]
-    left_out = work.own_rows.known([position]).tolist()
-    for label in known:
-        mine = by_label[label]
+    known = {name: one for name, one in by_label.items() if len(work.gallery.of_label(name))}
+    where = {"first": position, "second": -1, "side": -1}
+    for label, mine in known.items():
         others = [
             theirs
-            for theirs in (by_label[other] for other in known if other != label)
-            if min((mine * (1 - theirs)).mean(), (theirs * (1 - mine)).mean()) >= LEAST_AREA
+            for theirs in known.values()
+            if theirs is not mine
+            and min((mine * (1 - theirs)).mean(), (theirs * (1 - mine)).mean()) >= LEAST_AREA
         ]
-        name = work.source.items[position].id
-        asked = _ask(work, seen, label, left_out, name) if others else None
-        if asked is None:
-            continue
-        for theirs in others:
-            yield _told(work, {"first": position, "second": -1, "side": -1}, asked, mine, theirs)
+        if others:
+            yield from _asked(work, seen, label, where, mine, others)
 
 
-def pasted(work: Work, rows: Rows) -> list[Row]:
+def _asked(
+    work: Work,
+    seen: Seen,
+    label: str,
+    where: Record,
+    own: np.ndarray,
+    others: Sequence[np.ndarray],
+) -> list[Record]:
+    """Explain a picture by its nearest image of a label, if any; a row for each other region."""
+    name, left_out = work.of_pictures(where)
+    rows = work.gallery.of_label(label)
+    rows = rows[~np.isin(rows, left_out)]
+    if not len(rows):
+        return []
+    near = work.gallery.nearest_of(seen.embeddings[0], rows, 1)
+    maps = work.draw(Questions(seen, [near], [left_out], [label], [f"{name} {label}"]))
+    asked = where | {"label": label, "result": work.gallery.index.ids[int(near[0])]}
+    questions = []
+    with work.mapper.clock("metrics"):
+        for other in others:
+            row = dict(asked)
+            for method, some in maps.items():
+                row |= columns(method, told_apart(some, own, other))
+            row["share_chance"] = shares(maps[TRANSFERRED].drawn[0], own, other)[1]
+            row["right_chance"] = 0.5
+            row["empty"] = not maps[TRANSFERRED].drawn.any()
+            questions.append(row)
+    return questions
+
+
+def pasted(work: Work, rows: Rows) -> list[Record]:
     """Ask about pairs of the images, of different labels and side by side, a question a side."""
-    questions: list[Row] = []
+    questions: list[Record] = []
     if not work.wants("objects") or not work.settings.scenes:
         return questions
     pairs = _pairs(work, np.array(sorted(rows)))
@@ -134,60 +156,28 @@ def pasted(work: Work, rows: Rows) -> list[Row]:
     return questions
 
 
-Answer = tuple[Row, dict[str, Maps]]
-"""The label and the result's id, and the map `[1 H W]` by each method."""
-
-
-def _ask(work: Work, seen: Seen, label: str, left_out: list[int], name: str) -> Answer | None:
-    """Explain one picture by its nearest image of a label; None where no other image has it."""
-    rows = work.gallery.of_label(label)
-    rows = rows[~np.isin(rows, left_out)]
-    if not len(rows):
-        return None
-    result = work.gallery.nearest_of(seen.embeddings[0], rows, 1)
-    asked = Questions(seen, [result], [left_out], [label], [f"{name} {label}"])
-    id = work.gallery.index.ids[int(result[0])]
-    return {"label": label, "result": id}, work.draw(asked)
-
-
-def _told(work: Work, where: Row, answer: Answer, own: np.ndarray, other: np.ndarray) -> Row:
-    asked, maps = answer
-    with work.mapper.clock("metrics"):
-        row = where | asked
-        for method, some in maps.items():
-            row |= columns(method, told_apart(some, own, other))
-        row["share_chance"] = shares(np.zeros_like(own), own, other)[2]
-        row["right_chance"] = 0.5
-        row["empty"] = not maps[TRANSFERRED].drawn.any()
-    return row
-
-
-def _of_pair(work: Work, pair: tuple[int, int]) -> Iterator[Row]:
+def _of_pair(work: Work, pair: tuple[int, int]) -> Iterator[Record]:
     (batch,) = load_batches(
         work.source, pair, work.preprocess, 2, workers=0, on_error=work.on_unreadable
     )
     if len(batch) < 2:
         return
-    name = " | ".join(work.source.items[place].id for place in pair)
     try:
         seen = work.mapper.see_pair(batch.images)
     except EmbeddingError as error:
         if work.on_unreadable == "fail":
+            name, _ = work.of_pictures({"first": pair[0], "second": pair[1]})
             raise error.of_one(name) from None
         return
-    unsure = work.own_rows.unsure(pair)
-    singles = work.mapper.see(batch.images).embeddings if unsure else None
-    left_out = work.own_rows.find(pair, singles).tolist()
     left = np.zeros(seen.size)
     left[:, : seen.size[1] // 2] = 1
     for side, half in enumerate((left, 1 - left)):
-        answer = _ask(work, seen, work.source.items[pair[side]].label or "", left_out, name)
-        if answer is not None:
-            where = {"first": pair[0], "second": pair[1], "side": side}
-            yield _told(work, where, answer, half, 1 - half)
+        where = {"first": pair[0], "second": pair[1], "side": side}
+        label = work.source.items[pair[side]].label or ""
+        yield from _asked(work, seen, label, where, half, [1 - half])
 
 
-def _pairs(work: Work, positions: np.ndarray) -> list[tuple[int, int]]:
+def _pairs(work: Work, positions: np.ndarray) -> Iterator[tuple[int, int]]:
     labels = [work.source.items[place].label for place in positions.tolist()]
     codes = np.array([work.gallery.code(label) for label in labels])
     usable, codes = positions[codes >= 0], codes[codes >= 0]
@@ -196,14 +186,12 @@ def _pairs(work: Work, positions: np.ndarray) -> list[tuple[int, int]]:
         if not any(label is not None for label in labels):
             why = "need labels, and the images have none"
         work.note(f"no scenes of two pictures: pairs of pictures {why}")
-        return []
+        return
     numbers = generator(work.settings.seed, "scenes")
-    pairs = []
     for _ in range(work.settings.scenes):
         a = int(numbers.integers(len(usable)))
         b = int(numbers.choice(np.flatnonzero(codes != codes[a])))
-        pairs.append((int(usable[a]), int(usable[b])))
-    return pairs
+        yield int(usable[a]), int(usable[b])
 
 
 @dataclass
@@ -222,16 +210,15 @@ class Compared:
 
 def compared(work: Work, rows: Rows) -> tuple[Rows, Compared]:
     """Hold a sample of the images against baselines and remove their pixels: more columns."""
-    places, beside = _sample(work, rows), Compared()
+    places, beside, rows = _sample(work, rows), Compared(), dict(rows)
     if not len(places):
         return rows, beside
     controls, faithful = work.settings.controls, work.wants("faithfulness")
     shuffled = _shuffled(work, places) if controls else None
-    remove = Faithfulness(work.mapper.network, work.gallery, work.settings, work.mapper.clock)
-    rows = dict(rows)
+    remove = Faithfulness(work, beside.curves)
     with work.bar(len(places), "controls" if controls else "faithfulness") as advance:
-        for batch in work.batches(places):
-            asked = work.questions(batch, work.mapper.see(batch.images))
+        for batch, seen in work.seen(places):
+            asked = work.questions(batch, seen)
             maps = work.draw(asked)
             if not controls:
                 del maps[MEAN]
@@ -239,26 +226,24 @@ def compared(work: Work, rows: Rows) -> tuple[Rows, Compared]:
                 work.note("the index holds too few images for a control with wrong images' weights")
             if shuffled is not None:
                 last = _cascade(work, shuffled, batch, asked, beside)
-                if last is not None:
-                    maps[SHUFFLED] = last
+                maps |= {} if last is None else {SHUFFLED: last}
             others = {method: some for method, some in maps.items() if method != TRANSFERRED}
             with work.mapper.clock("metrics"):
-                where = work.located(work.placed(batch, asked.seen.size), others)
+                where = work.located(work.placed(batch, seen.size), others)
             for place, position in enumerate(batch.positions.tolist()):
                 row = rows[position] | where[place]
-                for method, some in others.items():
-                    row[f"{method}: empty"] = not some.drawn[place].any()
+                row |= {
+                    f"{name}: empty": not one.drawn[place].any() for name, one in others.items()
+                }
                 if faithful:
                     one = {method: some.drawn[place] for method, some in maps.items()}
-                    numbers = remove(
-                        batch.images[place], asked.seen.embeddings[place],
-                        int(asked.near[place][0]), asked.left_out[place][0], one,
-                    )  # fmt: skip
-                    for method, values in numbers.items():
+                    result, own = int(asked.near[place][0]), asked.left_out[place][0]
+                    inputs, embedding = batch.images[place], seen.embeddings[place]
+                    for method, values in remove(inputs, embedding, result, own, one).items():
                         row |= columns(method, values)
                 rows[position] = row
                 advance(1)
-    beside.images, beside.passes, beside.curves = len(places), remove.passes, remove.curves
+    beside.images, beside.passes = len(places), remove.passes
     if shuffled is not None:
         shuffled.shuffle(0)
         beside.modules = shuffled.count
@@ -266,8 +251,7 @@ def compared(work: Work, rows: Rows) -> tuple[Rows, Compared]:
 
 
 def _sample(work: Work, rows: Rows) -> np.ndarray:
-    settings = work.settings
-    faithful = work.wants("faithfulness")
+    settings, faithful = work.settings, work.wants("faithfulness")
     compare = settings.controls or bool(work.rivals)
     localize = compare and work.wants("localisation") and len(work.regions)
     sane = settings.controls and work.wants("sanity")
@@ -276,19 +260,18 @@ def _sample(work: Work, rows: Rows) -> np.ndarray:
         return places[:0]
     if localize and not faithful:
         # Drawn among those that say something: of many images few may have a box.
-        where = [position for position in places.tolist() if "area" in rows[position]]
-        places = np.array(where, np.int64) if where or not sane else places
-    chosen: np.ndarray = places[sample(len(places), settings.faithfulness, settings.seed)]
-    return chosen
+        where = places[["area" in rows[position] for position in places.tolist()]]
+        places = where if len(where) or not sane else places
+    return np.asarray(places[sample(len(places), settings.faithfulness, settings.seed)])
 
 
 def _shuffled(work: Work, places: np.ndarray) -> ShuffledNetwork | None:
-    some = next(work.batches(places[:MEASURED], None, MEASURED), None)
-    if some is None:
+    first = next(work.seen(places[:MEASURED], None, MEASURED), None)
+    if first is None:
         work.note("no controls: the images could be read before, and no longer can")
         return None
     try:
-        return ShuffledNetwork(work.mapper.network, work.settings.seed, some.images)
+        return ShuffledNetwork(work.mapper.network, work.settings.seed, first[0].images)
     except EmbedcamError as error:
         work.note(f"no network of shuffled parameters as a control: {error}")
         return None
@@ -297,13 +280,12 @@ def _shuffled(work: Work, places: np.ndarray) -> ShuffledNetwork | None:
 def _cascade(
     work: Work, shuffled: ShuffledNetwork, batch: Batch, asked: Questions, beside: Compared
 ) -> Maps | None:
+    """Shuffle module after module; return the maps of the network with all of them shuffled."""
     here = work.mapper.maps(asked.seen.small(), asked.near).drawn
-    own = np.array(asked.left_out)[:, 0]
-    last = None
-    for stage in shuffled.stages if work.wants("sanity") else shuffled.stages[-1:]:
+    own, stages = np.array(asked.left_out)[:, 0], shuffled.stages
+    for stage in stages if work.wants("sanity") else stages[-1:]:
         shuffled.shuffle(stage)
-        other = shuffled.see(work.mapper, batch.images)
-        if other is None:
+        if (other := shuffled.see(work.mapper, batch.images)) is None:
             work.note("the network computes nothing finite once its parameters are shuffled")
             return None
         with work.mapper.clock("explaining"):
@@ -311,14 +293,13 @@ def _cascade(
         there = work.mapper.maps(other.small(), rows).drawn
         with work.mapper.clock("metrics"):
             alike = rank_correlations(here, there).tolist()
-        empty = [not drawn.any() for drawn in there]
+        empty = (not drawn.any() for drawn in there)
         beside.stages.setdefault(stage, []).extend(zip(alike, empty, strict=True))
-        if stage == shuffled.stages[-1]:
-            last = work.mapper.maps(other, rows)
-    return last
+        last = other, rows
+    return work.mapper.maps(*last)
 
 
-def fidelity(work: Work, rows: Rows) -> list[Row]:
+def fidelity(work: Work, rows: Rows) -> list[Record]:
     """Correlate a sample's own signed maps with transferred ones: a row an image, kind, count."""
     settings = work.settings
     if not work.wants("fidelity") or not settings.fidelity:
@@ -328,16 +309,16 @@ def fidelity(work: Work, rows: Rows) -> list[Row]:
         return []
     # Stored weights are never held against each other: images of one label may share them.
     direct = DirectWeights(work.mapper.network, Recipe.of_index(work.mapper.index.manifest))
-    places = np.array(sorted(rows))
-    places = places[sample(len(places), settings.fidelity, settings.seed)]
-    transfers: list[Row] = []
+    places = np.array(sorted(rows))[sample(len(rows), settings.fidelity, settings.seed)]
     with work.bar(len(places), "fidelity") as advance:
-        for batch, seen in work.seen(places, advance):
-            transfers += _correlated(work, direct, batch, seen.small())
-    return transfers
+        return [
+            row
+            for batch, seen in work.seen(places, advance)
+            for row in _correlated(work, direct, batch, seen.small())
+        ]
 
 
-def _correlated(work: Work, direct: DirectWeights, batch: Batch, seen: Seen) -> Iterator[Row]:
+def _correlated(work: Work, direct: DirectWeights, batch: Batch, seen: Seen) -> Iterator[Record]:
     gallery, mapper, index = work.gallery, work.mapper, work.mapper.index
     wanted = work.settings.n_neighbors
     counts = sorted(n for n in {*COUNTS, wanted} if n < len(gallery))

@@ -2,20 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 from ..errors import EmbedcamError, ran_out, reason
 from ..explain.explainer import Explainer, Explanation
-from ..images import MAX_PIXELS
-from ..index import Index
 from ..network import EmbeddingNetwork
 from ..ops import area_average, drawn_and_signed, resize
-from .measures import Clock
-from .settings import Settings
+from .measures import Clock, Maps
 
 
 @dataclass(frozen=True)
@@ -36,14 +30,7 @@ class Seen:
     def small(self) -> "Seen":
         """Return the same for maps on the layer's own grid; of several layers the finest one's."""
         height, width = self.activations[-1].shape[-2:]
-        return replace(self, size=(int(height), int(width)))
-
-
-class Maps(NamedTuple):
-    """Maps of b images `[b H W]`: as a picture shows them, >= 0, and before the ReLU."""
-
-    drawn: np.ndarray
-    signed: np.ndarray
+        return replace(self, size=(height, width))
 
 
 @dataclass(frozen=True)
@@ -64,47 +51,32 @@ Draw = Callable[[Questions], Maps]
 
 
 class Mapper:
-    """Draws maps of an index, refusing a network that is not its own."""
+    """Draws maps of an index."""
 
-    def __init__(
-        self,
-        index: Index,
-        network: EmbeddingNetwork,
-        settings: Settings,
-        clock: Clock,
-        images: Path | None = None,
-        *,
-        max_pixels: int = MAX_PIXELS,
-    ) -> None:
-        self.index, self.network, self.clock = index, network, clock
-        self.explainer = Explainer(
-            index, network, n_neighbors=settings.n_neighbors, transfer=settings.transfer,
-            images=images, max_pixels=max_pixels,
-        )  # fmt: skip
+    def __init__(self, explainer: Explainer, network: EmbeddingNetwork, clock: Clock) -> None:
+        self.explainer, self.network, self.clock = explainer, network, clock
+        self.index = index = explainer.index
         self.layers = index.manifest.layer_names
         self.channels = [layer.channels for layer in index.manifest.layers]
-        by_position = index.encoding().grid is not None
-        one_size = "the index keeps weights by position, for inputs of one size"
         # Why pairs are squeezed into the size of one picture; empty where they are not.
-        self.squeezed = one_size if by_position else ""
+        self.squeezed = ""
+        if index.encoding().grid is not None:
+            self.squeezed = "the index keeps weights by position, for inputs of one size"
 
     def see(self, inputs: np.ndarray, network: EmbeddingNetwork | None = None) -> Seen:
         """Run `[b 3 H W]` through the index's network or another of its shape."""
-        network = network or self.network
+        layers = self.layers if len(self.layers) > 1 else None
         with self.clock("forward"):
-            if len(self.layers) == 1:
-                features = network.forward(inputs)
-                activations = [features.activations]
-            else:
-                features, activations = network.forward_layers(inputs, self.layers)
-        size = (int(inputs.shape[-2]), int(inputs.shape[-1]))
-        maps = [as_float32(one) for one in activations]
-        return Seen(np.asarray(inputs), as_float32(features.embedding), maps, size)
+            found = (network or self.network).embed(inputs, layers)
+        embeddings, *maps = (
+            one.astype(np.float32, copy=False) for one in (found.embedding, *found.activations)
+        )
+        return Seen(inputs, embeddings, maps, (inputs.shape[-2], inputs.shape[-1]))
 
     def see_pair(self, images: np.ndarray) -> Seen:
         """Run two inputs `[2 3 H W]` side by side; both at half their width where it must be."""
         if not self.squeezed:
-            wide = side_by_side(images)
+            wide = np.concatenate([*images], axis=2)[None]
             try:
                 return self.see(wide)
             except EmbedcamError as error:
@@ -112,16 +84,19 @@ class Mapper:
                     raise
                 size = f"{wide.shape[2]} x {wide.shape[3]}"
                 self.squeezed = f"the network takes no picture of {size} ({reason(error)})"
-        return self.see(side_by_side(images, squeezed=True))
+        height, width = images.shape[-2:]
+        sides = (width // 2, width - width // 2)
+        halves = [area_average(one, (height, w)) for one, w in zip(images, sides, strict=True)]
+        return self.see(np.concatenate(halves, axis=2)[None])
 
     def transferred(self, seen: Seen, rows: Sequence[np.ndarray]) -> list[Explanation]:
         """Explain each query by the images at some rows of the index, b arrays of rows."""
-        return self.explained(seen, [self.index.ids[list(map(int, places))] for places in rows])
+        return self.explained(seen, [self.index.ids[places.tolist()] for places in rows])
 
     def explained(self, seen: Seen, ids: Sequence[Sequence[str]]) -> list[Explanation]:
         """Explain each query by images of some ids."""
+        several = seen.activations[0] if len(self.layers) == 1 else seen.activations
         with self.clock("explaining"):
-            several: Any = seen.activations[0] if len(self.layers) == 1 else seen.activations
             return self.explainer.explain_features(
                 seen.embeddings, several, neighbors=ids, size=seen.size
             )
@@ -133,27 +108,11 @@ class Mapper:
     def draw(self, seen: Seen, weights: Sequence[np.ndarray]) -> Maps:
         """Draw the maps of weights `[b K]` of each layer."""
         with self.clock("explaining"):
-            maps, signed = drawn_and_signed(weights, seen.activations)
-            return Maps(resize(maps, seen.size), resize(signed, seen.size))
+            drawn, signed = drawn_and_signed(weights, seen.activations)
+            return Maps(resize(drawn, seen.size), resize(signed, seen.size))
 
 
 def maps_of(explained: Sequence[Explanation]) -> Maps:
     """Return the maps of explanations of one size."""
     drawn, signed = ([one.cam for one in explained], [one.signed_cam for one in explained])
     return Maps(np.stack(drawn), np.stack(signed))
-
-
-def side_by_side(images: np.ndarray, squeezed: bool = False) -> np.ndarray:
-    """Join two inputs `[2 3 H W]` as `[1 3 H 2W]`, or squeezed to W // 2 and the rest of W."""
-    halves = list(images)
-    if squeezed:
-        height, width = images.shape[-2:]
-        sides = (width // 2, width - width // 2)
-        halves = [area_average(one, (height, w)) for one, w in zip(images, sides, strict=True)]
-    return np.concatenate(halves, axis=2)[None]
-
-
-def as_float32(tensor: Tensor) -> np.ndarray:
-    """Return a tensor as a float32 array on the CPU."""
-    values: np.ndarray = tensor.cpu().numpy()
-    return values.astype(np.float32, copy=False)

@@ -41,30 +41,17 @@ class Region:
     by_label: dict[str, np.ndarray] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
 class Regions:
     """Boxes or masks of the images of a source, by their positions; of neither, empty."""
 
-    def __init__(
-        self,
-        source: ImageSource,
-        boxes: Mapping[int, Sequence[Box]] | None = None,
-        masks: Mapping[int, Path] | None = None,
-        where: str = "",
-    ) -> None:
-        self._source, self._where = source, where
-        self._boxes, self._masks = boxes or {}, masks or {}
+    _source: ImageSource
+    _boxes: Mapping[int, Sequence[Box]] = field(default_factory=dict)
+    _masks: Mapping[int, Path] = field(default_factory=dict)
+    _where: str = ""
 
     def __len__(self) -> int:
         return len(self._boxes) + len(self._masks)
-
-    def has(self, position: int) -> bool:
-        """Return whether anything is known of an image."""
-        return position in self._boxes or position in self._masks
-
-    def labels(self, position: int) -> list[str]:
-        """Return the labels that the boxes of an image name, each once."""
-        names = (box.label for box in self._boxes.get(position, ()))
-        return list(dict.fromkeys(label for label in names if label is not None))
 
     def pixels(self, position: int, size: tuple[int, int], label: str | None = None) -> list[Edges]:
         """Return boxes to draw on the picture of (width, height) `size`, of one label if any."""
@@ -79,25 +66,19 @@ class Regions:
         """
         if position in self._masks:
             return self._masked(self._masks[position], size, extent, grid)
-        if position not in self._boxes:
-            return None
-        wanted = self._of_label(position)
-        placed = {
-            box: _on_grid(self._scaled(box, size), extent, grid) for box in self._boxes[position]
-        }
-        edges = [
-            (x0, y0, x1, y1)
-            for x0, y0, x1, y1 in map(placed.__getitem__, wanted)
-            if (x1 - x0) * (y1 - y0) > 0
-        ]
+        by_label: dict[str | None, list[Edges]] = {}
+        placed: dict[Box, Edges] = {}
+        for box in self._boxes.get(position, ()):
+            placed[box] = _on_grid(self._scaled(box, size), extent, grid)
+            by_label.setdefault(box.label, []).append(placed[box])
+        wanted = (placed[box] for box in self._of_label(position))
+        edges = [one for one in wanted if (one[2] - one[0]) * (one[3] - one[1]) > 0]
         if not edges:
             return None
-        labels = self.labels(position)
-        by_label = {
-            label: _union([place for box, place in placed.items() if box.label == label], grid)
-            for label in (labels if len(labels) > 1 else ())
-        }
-        return Region(_union(edges, grid), np.array(edges, np.float64), by_label)
+        named = {label: _union(some, grid) for label, some in by_label.items() if label is not None}
+        return Region(
+            _union(edges, grid), np.array(edges, np.float64), named if len(named) > 1 else {}
+        )
 
     def _of_label(self, position: int, label: str | None = None) -> Sequence[Box]:
         boxes = self._boxes.get(position, [])
@@ -133,6 +114,11 @@ class Regions:
         return Region(inside, np.array([box], np.float64))
 
 
+def absolute(root: str | os.PathLike[str] | None, path: str) -> str:
+    """Return a path below a folder, by which the same file is known again."""
+    return os.path.abspath(os.path.join(root or "", path))
+
+
 def of_boxes(path: str | os.PathLike[str], source: ImageSource) -> Regions:
     """Read boxes from a CSV with the columns path,x0,y0,x1,y1[,label][,width,height].
 
@@ -140,41 +126,33 @@ def of_boxes(path: str | os.PathLike[str], source: ImageSource) -> Regions:
     picture of width x height where the line says so.
     """
     file = Path(path)
-    if not file.exists():
-        raise InputError(f"{file}: there is no such file of boxes")
-    rows = list(csv_rows(file, NEEDED, "path,x0,y0,x1,y1[,label][,width,height]"))
-    if not rows:
-        raise InputError(f"{file}: has no lines below its header")
-    root = "" if source.root is None else str(source.root)
-    places = {item.id: position for position, item in enumerate(source.items)}
-    by_file = {
-        os.path.abspath(os.path.join(root, item.path)): position
-        for position, item in enumerate(source.items)
-        if item.path
-    }
+    items = list(enumerate(source.items))
+    places = {item.id: place for place, item in items}
+    by_file = {absolute(source.root, one.path): place for place, one in items if one.path}
     boxes: dict[int, list[Box]] = {}
-    unknown = ""
-    for line, row in rows:
+    unknown: list[str] = []
+    for line, row in csv_rows(file, NEEDED, "path,x0,y0,x1,y1[,label][,width,height]"):
         box = _box(f"{file}, line {line}", line, row)
-        full = os.path.abspath(os.path.join(file.parent, row["path"]))
-        place = by_file.get(full, places.get(row["path"]))
+        place = by_file.get(absolute(file.parent, row["path"]), places.get(row["path"]))
         if place is None:
-            unknown = unknown or row["path"]
+            unknown.append(row["path"])
         else:
             boxes.setdefault(place, []).append(box)
     known = [box for each in boxes.values() for box in each]
-    if known and all(max(box.edges) <= 1 and box.of is None for box in known):
+    if not known and not unknown:
+        raise InputError(f"{file}: has no lines below its header")
+    if not known:
+        asked = source.name(0) if len(source) else "none"
+        raise InputError(
+            f"{file}: no box belongs to one of the images: it names {unknown[0]!r} and the images "
+            f"are such as {asked}; give paths relative to the CSV, or the images' ids"
+        )
+    if all(max(box.edges) <= 1 and box.of is None for box in known):
         raise InputError(
             f"{file}: no edge is beyond 1, so these look like shares of the picture; give pixels, "
             "or columns width and height, both 1"
         )
-    if not known:
-        asked = source.name(0) if len(source) else "none"
-        raise InputError(
-            f"{file}: no box belongs to one of the images: it names {unknown!r} and the images are "
-            f"such as {asked}; give paths relative to the CSV, or the images' ids"
-        )
-    return Regions(source, boxes, where=str(file))
+    return Regions(source, boxes, {}, str(file))
 
 
 def of_masks(folder: str | os.PathLike[str], source: ImageSource) -> Regions:
@@ -187,25 +165,24 @@ def of_masks(folder: str | os.PathLike[str], source: ImageSource) -> Regions:
         for file in sorted(root.rglob("*"))
         if file.suffix.lower() in EXTENSIONS
     }
-    masks = {}
+    masks: dict[int, Path] = {}
     for position, item in enumerate(source.items):
         names = (os.path.splitext(name)[0] for name in (item.path, item.id))
-        file = next((stems[name] for name in names if name in stems), None)
-        if file is not None:
-            masks[position] = file
-    for position, file in itertools.islice(masks.items(), _LOOKED):
-        if os.path.exists(source.name(position)) and os.path.samefile(source.name(position), file):
-            raise InputError(
-                f"{root}: {file} is the query itself; give a folder of masks, white on the object"
-            )
-        _mask(file, source.max_pixels)
+        if (stem := next(filter(stems.get, names), None)) is not None:
+            masks[position] = stems[stem]
     if not masks:
         asked = os.path.splitext(source.items[0].path or source.items[0].id)[0]
         raise InputError(
             f"{root}: holds no mask for any of the images; name it like the image, such as "
             f"{root / asked}.png"
         )
-    return Regions(source, masks=masks)
+    for position, file in itertools.islice(masks.items(), _LOOKED):
+        if os.path.exists(source.name(position)) and os.path.samefile(source.name(position), file):
+            raise InputError(
+                f"{root}: {file} is the query itself; give a folder of masks, white on the object"
+            )
+        _mask(file, source.max_pixels)
+    return Regions(source, {}, masks)
 
 
 def _mask(file: Path, max_pixels: int) -> Image.Image:
@@ -223,43 +200,36 @@ def _mask(file: Path, max_pixels: int) -> Image.Image:
 
 def _box(where: str, line: int, row: Mapping[str, str]) -> Box:
     numbers = {}
-    for name in ("x0", "y0", "x1", "y1", "width", "height"):
-        text = (row.get(name) or "").strip()
-        if not text and name in ("width", "height"):
-            continue
-        try:
-            numbers[name] = float(text)
-        except ValueError:
-            numbers[name] = math.nan
-        if not math.isfinite(numbers[name]):
-            raise InputError(f"{where}: {name} is {text!r}; give a number of pixels")
-    x0, y0, x1, y1 = (numbers[name] for name in NEEDED[1:])
+    for name in (*NEEDED[1:], "width", "height"):
+        text = row.get(name, "")
+        if text or name in NEEDED:
+            try:
+                numbers[name] = float(text)
+            except ValueError:
+                numbers[name] = math.nan
+            if not math.isfinite(numbers[name]):
+                raise InputError(f"{where}: {name} is {text!r}; give a number of pixels")
+    x0, y0, x1, y1, *size = numbers.values()
     if x0 >= x1 or y0 >= y1:
         raise InputError(
             f"{where}: the box {x0:g}, {y0:g}, {x1:g}, {y1:g} is empty; give x0 < x1 "
             "and y0 < y1, edges and not a width and a height"
         )
-    of = None
-    if "width" in numbers and "height" in numbers:
-        of = (numbers["width"], numbers["height"])
-        if min(of) <= 0:
-            raise InputError(f"{where}: a picture of {of[0]:g} x {of[1]:g} pixels")
-    return Box((x0, y0, x1, y1), (row.get("label") or "").strip() or None, line, of)
+    if min(size, default=1) <= 0:
+        raise InputError(f"{where}: a picture of {size[0]:g} x {size[-1]:g} pixels")
+    of = (size[0], size[1]) if len(size) == 2 else None
+    return Box((x0, y0, x1, y1), row.get("label") or None, line, of)
 
 
 def _on_grid(box: Edges, extent: Extent, grid: tuple[int, int]) -> Edges:
-    start, sides = extent[:2] * 2, (extent[2] - extent[0], extent[3] - extent[1]) * 2
-    ends = (grid[1], grid[0]) * 2
-    x0, y0, x1, y1 = (
-        min(max((edge - low) * (end / side), 0.0), float(end))
-        for edge, low, side, end in zip(box, start, sides, ends, strict=True)
-    )
+    ends, (low, high) = np.array(grid[::-1]), np.reshape(extent, (2, 2))
+    corners = (np.reshape(box, (2, 2)) - low) * (ends / (high - low))
+    x0, y0, x1, y1 = np.clip(corners, 0, ends).ravel().tolist()
     return x0, y0, x1, y1
 
 
 def _union(boxes: Sequence[Edges], grid: tuple[int, int]) -> np.ndarray:
-    inside: np.ndarray = np.max([box_mask(box, grid) for box in boxes], axis=0, initial=0.0)
-    return inside
+    return np.asarray(np.max([box_mask(box, grid) for box in boxes], axis=0, initial=0.0))
 
 
 def _seen(mask: Image.Image, extent: Extent, grid: tuple[int, int]) -> np.ndarray:

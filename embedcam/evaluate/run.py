@@ -2,12 +2,15 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from .._checks import one_of
 from ..errors import InputError
+from ..explain.explainer import Explainer
 from ..images import ImageSource
 from ..index import Index
 from ..network import EmbeddingNetwork
@@ -78,42 +81,39 @@ def evaluate_index(
         raise InputError(f"{error}; see `embedcam.evaluate.Settings`") from None
     if boxes is not None and masks is not None:
         raise InputError("give boxes or masks, not both")
-    if on_unreadable not in ("fail", "skip"):
-        raise InputError(f'on_unreadable: expected "fail" or "skip", given {on_unreadable!r}')
+    one_of("on_unreadable", on_unreadable, ("fail", "skip"))
     if not isinstance(source, ImageSource):
         kind = type(source).__name__
         raise InputError(f"source is a {kind}; give the query images: find_images(folder)")
     if not isinstance(network, EmbeddingNetwork):
         kind = type(network).__name__
         raise InputError(f"network is a {kind}; give the EmbeddingNetwork of the index")
-    if indexed is not None and not Path(indexed).is_dir():
+    root = None if indexed is None else Path(indexed)
+    if root is not None and not root.is_dir():
         raise InputError(f"{indexed}: there is no such folder; name the indexed images' own")
     if not len(source):
         raise InputError("there are no images to evaluate with")
     wanted, by_name = named_methods(methods), named_recipes(recipes)
-    opened = index if isinstance(index, Index) else Index.open(index)
-    try:
+    with nullcontext(index) if isinstance(index, Index) else Index.open(index) as opened:
         regions = Regions(source) if boxes is None else of_boxes(boxes, source)
         regions = regions if masks is None else of_masks(masks, source)
-        root = None if indexed is None else Path(indexed)
-        mapper = Mapper(opened, network, settings, Clock(), root, max_pixels=source.max_pixels)
+        explainer = Explainer(
+            opened, network, n_neighbors=settings.n_neighbors, transfer=settings.transfer,
+            images=root, max_pixels=source.max_pixels,
+        )  # fmt: skip
         if root is None and opened.manifest.images_root is not None:
             root = Path(opened.manifest.images_root)
         positions = sample(len(source), settings.limit, settings.seed)
         work = Work(
-            settings, source, mapper, Gallery(opened, settings.seed),
+            settings, source, Mapper(explainer, network, Clock()), Gallery(opened, settings.seed),
             OwnRows(opened, source, positions, root), regions, on_unreadable, workers, progress,
         )  # fmt: skip
         with rivals_of(work, wanted, by_name) as work.rivals:
             evaluation = _evaluated(work, positions)
-        summary = evaluation.summary
-        summary["methods"] = list(wanted)
-        summary["recipes"] = {name: one.to_dict() for name, one in by_name.items()}
-        summary["notes"] += notes_of(wanted)
-        return evaluation
-    finally:
-        if opened is not index:
-            opened.close()
+    evaluation.summary["methods"] = list(wanted)
+    evaluation.summary["recipes"] = {name: one.to_dict() for name, one in by_name.items()}
+    evaluation.summary["notes"] += notes_of(wanted)
+    return evaluation
 
 
 def _evaluated(work: Work, positions: np.ndarray) -> Evaluation:
@@ -124,7 +124,7 @@ def _evaluated(work: Work, positions: np.ndarray) -> Evaluation:
     rows, beside = compared(work, rows)
     questions = boxed + pasted(work, rows)
     transfers = fidelity(work, rows)
-    rows = {position: rows[position] for position in sorted(rows)}
+    rows = dict(sorted(rows.items()))
     summary = summarized(work, list(rows.values()), questions, beside, transfers)
     examples = Examples(work)
     shown, grid = examples.choose(rows, questions), examples.grid(rows, questions)

@@ -9,6 +9,8 @@ from ..recipe import FILLS
 
 GROUPS: Final = ("retrieval", "localisation", "faithfulness", "objects", "fidelity", "sanity")
 """What `measures` chooses among."""
+Record = dict[str, Any]
+"""Plain values by name: the columns of an image or a question, a summary, settings."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,7 @@ class Settings:
     )
     fill: str = setting("mean", help="in place of removed pixels (default mean)", choices=FILLS)
     measures: tuple[str, ...] = setting(
-        GROUPS,
-        "NAMES",
-        "of retrieval, localisation, faithfulness, objects, fidelity, sanity (default all)",
-        choices=GROUPS,
+        GROUPS, "NAMES", f"of {', '.join(GROUPS)} (default all)", choices=GROUPS
     )
     controls: bool = setting(
         True, help="leave out what the maps are held against", flag="no_controls"
@@ -77,6 +76,6 @@ class Settings:
         if not self.measures:
             raise InputError(f"measures names nothing; choose among {', '.join(GROUPS)}")
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Record:
         """Return everything, ready for JSON."""
         return {**asdict(self), "measures": list(self.measures)}

@@ -1,38 +1,36 @@
 """From numbers an image to means with intervals, and flags for what does not beat its baselines."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from ..metrics import bootstrap_interval
-from .baselines import BASELINES, SHUFFLED_INDEX
 from .groups import RESULTS, Compared
 from .measures import MEAN, MEASURES, TRANSFERRED
-from .work import Row, Work
+from .rivals import BASELINES, SHUFFLED_INDEX
+from .settings import Record
+from .work import Work
 
 LEAST = 3
 """Images from which an interval is shown, and a baseline can be beaten."""
 WORSE = "localises worse than the mean activation"
 NO_BETTER = "tells apart no better than a shuffled index"
-Summary = dict[str, Any]
-Some = Sequence[Row]
+Some = Sequence[Record]
 
 
 def summarized(
     work: Work, rows: Some, questions: Some, beside: Compared, transfers: Some
-) -> Summary:
+) -> Record:
     """Return the whole summary: plain numbers and lists, and the notes with it."""
     others = [*work.rivals, *BASELINES]
     sampled = [row for row in rows if any(f"{method}: empty" in row for method in others)]
     controls = beside_others(sampled, ("localisation", "faithfulness"), others)
-    by_kind = {
-        "pasted pairs": [row for row in questions if row["second"] >= 0],
-        "boxes of several labels": [row for row in questions if row["second"] < 0],
-    }
-    asked = {name: some for name, some in by_kind.items() if some}
+    asked: dict[str, list[Record]] = {}
+    for row in sorted(questions, key=lambda row: row["second"] < 0):
+        kind = "pasted pairs" if row["second"] >= 0 else "boxes of several labels"
+        asked.setdefault(kind, []).append(row)
     beside_each = others if work.settings.controls or work.rivals else ()
-    objects: dict[str, Summary] = {
+    objects: dict[str, Record] = {
         name: {
             "questions": len(some),
             "measures": measured(some, "objects"),
@@ -45,8 +43,8 @@ def summarized(
     tables += [(entry["controls"], name) for name, entry in objects.items()]
     for text in _left_out(work, rows, beside.images):
         work.note(text)
-    empties = {TRANSFERRED: column(sampled, "empty")}
-    empties |= {method: column(sampled, f"{method}: empty") for method in others}
+    empties = {method: column(sampled, f"{method}: empty") for method in others}
+    empties = {TRANSFERRED: column(sampled, "empty")} | empties
     return {
         "index": str(work.mapper.index.path),
         "images": {
@@ -72,7 +70,9 @@ def summarized(
         "masked_passes": beside.passes,
         "controls": controls,
         "empty_in_controls": {
-            method: float(some.mean()) for method, some in empties.items() if len(some)
+            method: float(np.nanmean(some))
+            for method, some in empties.items()
+            if not np.isnan(some).all()
         },
         "curves": mean_curves(beside.curves),
         "objects": objects,
@@ -81,7 +81,7 @@ def summarized(
             {
                 "modules": stage,
                 "of": beside.modules,
-                **_mean(np.array([alike for alike, _ in values])),
+                **_mean(np.array([alike for alike, _ in values]), range(len(values))),
                 "empty": sum(empty for _, empty in values) / len(values),
             }
             for stage, values in sorted(beside.stages.items())
@@ -121,104 +121,103 @@ def _left_out(work: Work, rows: Some, sampled: int) -> Iterator[str]:
 
 
 def column(rows: Some, name: str) -> np.ndarray:
-    """Return the values of a column that are there, `[n]`."""
-    return np.array([row[name] for row in rows if row.get(name) is not None], np.float64)
+    """Return the values of a column, `[n]`; NaN where there is none."""
+    return np.array([row.get(name) for row in rows], np.float64)
 
 
-def _pictures(rows: Some) -> list[Any]:
+def _pictures(rows: Some) -> list[Hashable]:
     return [
         (row["first"], row["second"]) if "first" in row else place for place, row in enumerate(rows)
     ]
 
 
-def _interval(values: np.ndarray, of: Sequence[Any]) -> tuple[float, float]:
-    """Return the 95% interval of the mean of `[n]`: pictures are drawn with all their values."""
-    codes = {picture: code for code, picture in enumerate(dict.fromkeys(of))}
-    places = [codes[picture] for picture in of]
-    sums, counts = np.bincount(places, values), np.bincount(places)
+def _present(values: np.ndarray, of: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the values that are there, `[n]`, and the number of the picture each is of, `[n]`."""
+    there = np.flatnonzero(~np.isnan(values))
+    codes: dict[Hashable, int] = {}
+    return values[there], np.array([codes.setdefault(of[n], len(codes)) for n in there.tolist()])
+
+
+def _mean(values: np.ndarray, of: Sequence[Hashable]) -> Record:
+    """Return the mean and its 95% interval, pictures drawn with all their values; {} of none."""
+    known, codes = _present(values, of)
+    if not len(known):
+        return {}
+    sums, counts = np.bincount(codes, known), np.bincount(codes)
 
     def mean(draws: np.ndarray, axis: int) -> np.ndarray:
         some = draws.astype(int)
-        means: np.ndarray = sums[some].sum(axis) / counts[some].sum(axis)
-        return means
+        return np.asarray(sums[some].sum(axis) / counts[some].sum(axis))
 
-    return bootstrap_interval(np.arange(len(codes)), mean)
-
-
-def _mean(values: np.ndarray, of: Sequence[Any] | None = None) -> Summary:
-    low, high = _interval(values, range(len(values)) if of is None else of)
-    return {"mean": float(values.mean()), "low": low, "high": high, "n": len(values)}
+    low, high = bootstrap_interval(np.arange(len(sums)), mean)
+    return {"mean": float(known.mean()), "low": low, "high": high, "n": len(known)}
 
 
-def _column_mean(rows: Some, name: str) -> Summary:
-    there = [row for row in rows if row.get(name) is not None]
-    return _mean(column(there, name), _pictures(there))
-
-
-def measured(rows: Some, group: str) -> Summary:
+def measured(rows: Some, group: str) -> Record:
     """Return each measure of a group over the rows that have it, by chance and mean activation."""
-    table: Summary = {}
+    table: Record = {}
+    of = _pictures(rows)
     for name, measure in MEASURES.items():
-        there = [row for row in rows if row.get(name) is not None]
-        if measure.group != group or not there:
+        values = column(rows, name)
+        if measure.group != group or not (mean := _mean(values, of)):
             continue
-        table[name] = _column_mean(there, name)
+        table[name] = mean
         if measure.chance:
-            table[name]["chance"] = float(column(there, measure.chance).mean())
-        if len(column(rows, f"{MEAN}: {name}")):
-            table[name]["mean_activation"] = _column_mean(rows, f"{MEAN}: {name}")
+            chance = column(rows, measure.chance)[~np.isnan(values)]
+            mean["chance"] = float(np.nanmean(chance))
+        if salient := _mean(column(rows, f"{MEAN}: {name}"), of):
+            mean["mean_activation"] = salient
     return table
 
 
-def beside_others(rows: Some, groups: Sequence[str], others: Sequence[str] = BASELINES) -> Summary:
+def beside_others(rows: Some, groups: Sequence[str], others: Sequence[str] = BASELINES) -> Record:
     """Return means of all methods on the same rows, and differences: above 0 `transferred` wins."""
-    table: Summary = {}
+    table: Record = {}
+    of = _pictures(rows)
     for name, measure in MEASURES.items():
-        pairs = {other: _with(rows, name, other) for other in others if measure.group in groups}
-        pairs = {other: some for other, some in pairs.items() if some}
+        if measure.group not in groups:
+            continue
+        mine = column(rows, name)
+        pairs = {other: column(rows, f"{other}: {name}") + 0 * mine for other in others}
+        pairs = {other: theirs for other, theirs in pairs.items() if not np.isnan(theirs).all()}
         if pairs:
-            both = [row for row in rows if any(_with([row], name, other) for other in others)]
-            means = {other: _column_mean(some, f"{other}: {name}") for other, some in pairs.items()}
+            alone = np.isnan(list(pairs.values())).all(0)
+            means = {other: _mean(theirs, of) for other, theirs in pairs.items()}
             table[name] = {
-                "ways": {TRANSFERRED: _column_mean(both, name), **means},
+                "ways": {TRANSFERRED: _mean(np.where(alone, np.nan, mine), of), **means},
                 "differences": {
-                    other: _difference(some, name, other) for other, some in pairs.items()
+                    other: _difference(measure.better * (mine - theirs), of)
+                    for other, theirs in pairs.items()
                 },
             }
     return table
 
 
-def _with(rows: Some, name: str, other: str) -> Some:
-    pair = (name, f"{other}: {name}")
-    return [row for row in rows if all(row.get(one) is not None for one in pair)]
-
-
-def _difference(rows: Some, name: str, other: str) -> Summary:
-    of = _pictures(rows)
-    apart = MEASURES[name].better * (column(rows, name) - column(rows, f"{other}: {name}"))
-    mean = _mean(apart, of)
+def _difference(apart: np.ndarray, of: Sequence[Hashable]) -> Record:
+    mean, (known, codes) = _mean(apart, of), _present(apart, of)
     # Of one or two pictures an interval says nothing.
-    enough = len(set(of)) >= LEAST
+    enough = codes.max() + 1 >= LEAST
     return {
         **{key: mean[key] for key in ("mean", "low", "high")},
-        "win_rate": float((apart > 0).mean() + (apart == 0).mean() / 2),
+        "win_rate": float((known > 0).mean() + (known == 0).mean() / 2),
         "n": mean["n"],
-        "beats": mean["low"] > 0 and enough,
-        "worse": mean["high"] < 0 and enough,
+        "beats": bool(mean["low"] > 0 and enough),
+        "worse": bool(mean["high"] < 0 and enough),
     }
 
 
-def checks(rows: Some, questions: Mapping[str, Some]) -> list[Summary]:
+def checks(rows: Some, questions: Mapping[str, Some]) -> list[Record]:
     """Check every index by measures that no change of contrast moves, where pictures suffice."""
     one = (WORSE, "auc", MEAN, "images with a box or mask", rows)
     two = [(NO_BETTER, "objects_auc", SHUFFLED_INDEX, *entry) for entry in questions.items()]
     checked = []
     for flag, name, other, where, asked in (one, *two):
-        some = _with(asked, name, other)
-        if len(set(_pictures(some))) < LEAST:
+        pair = np.stack([column(asked, name), column(asked, f"{other}: {name}")])
+        of, both = _pictures(asked), ~np.isnan(pair).any(0)
+        if len({of[place] for place in np.flatnonzero(both).tolist()}) < LEAST:
             continue
-        apart = _difference(some, name, other)
-        mine, theirs = (column(some, each).mean() for each in (name, f"{other}: {name}"))
+        apart = _difference(pair[0] - pair[1], of)
+        mine, theirs = pair[:, both].mean(1)
         says = (
             f"{flag}: {MEASURES[name].title} {mine:.3f} against {theirs:.3f}, difference "
             f"{apart['mean']:.3f} [{apart['low']:.3f}, {apart['high']:.3f}] ({where})"
@@ -228,29 +227,27 @@ def checks(rows: Some, questions: Mapping[str, Some]) -> list[Summary]:
     return checked
 
 
-def flags(table: Summary, what: str) -> list[str]:
+def flags(table: Record, what: str) -> list[str]:
     """Return a sentence for each baseline that the method does not beat in every measure."""
     sentences = []
     for baseline in BASELINES:
         titles: dict[str, list[str]] = {"worse in": [], "not told apart by": []}
         for name, entry in table.items():
-            difference = entry["differences"].get(baseline)
-            if difference is not None and not difference["beats"]:
-                verdict = "worse in" if difference["worse"] else "not told apart by"
+            found = entry["differences"].get(baseline, {"beats": True})
+            if not found["beats"]:
+                verdict = "worse in" if found["worse"] else "not told apart by"
                 titles[verdict].append(MEASURES[name].title)
-        words = [f"{verdict} {_and(names)}" for verdict, names in titles.items() if names]
-        if words:
+        if words := [f"{verdict} {_and(names)}" for verdict, names in titles.items() if names]:
             sentences.append(f"{TRANSFERRED} beside {baseline} ({what}): {'; '.join(words)}")
     return sentences
 
 
-def beaten(table: Summary, what: str) -> list[str]:
+def beaten(table: Record, what: str) -> list[str]:
     """Return a sentence naming the measures in which the method beats every baseline; or none."""
-    beats = {
-        name: [one["beats"] for other, one in entry["differences"].items() if other in BASELINES]
-        for name, entry in table.items()
-    }
-    names = [MEASURES[name].title for name, each in beats.items() if each and all(each)]
+    names = []
+    for name, entry in table.items():
+        judged = [one["beats"] for other, one in entry["differences"].items() if other in BASELINES]
+        names += [MEASURES[name].title] if judged and all(judged) else []
     return [f"{TRANSFERRED} ({what}): better than every control in {_and(names)}"] if names else []
 
 
@@ -258,25 +255,22 @@ def _and(names: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
-def mean_curves(curves: Mapping[str, Sequence[np.ndarray]]) -> Summary:
+def mean_curves(curves: Mapping[str, Sequence[np.ndarray]]) -> Record:
     """Return the mean deletion and insertion curves of each method, from `[2 S+1]` a query."""
     means = {method: np.mean(each, axis=0).tolist() for method, each in curves.items()}
     return {
-        method: {"deletion": deletion, "insertion": insertion}
-        for method, (deletion, insertion) in means.items()
+        method: dict(zip(("deletion", "insertion"), each, strict=True))
+        for method, each in means.items()
     }
 
 
-def fidelity_of(transfers: Some) -> Summary:
+def fidelity_of(transfers: Some) -> Record:
     """Return the correlation of own and transferred maps by results and number of neighbors."""
-    table: Summary = {}
+    table: Record = {}
     for kind in RESULTS:
         some = [row for row in transfers if row["results"] == kind]
-        counts = sorted({row["n_neighbors"] for row in some})
-        by_count = {n: [row for row in some if row["n_neighbors"] == n] for n in counts}
-        if some:
-            table[kind] = [
-                {"n_neighbors": count, **_mean(column(rows, "correlation"))}
-                for count, rows in by_count.items()
-            ]
+        for count in sorted({row["n_neighbors"] for row in some}):
+            found = column([row for row in some if row["n_neighbors"] == count], "correlation")
+            mean = _mean(found, range(len(found)))
+            table.setdefault(kind, []).append({"n_neighbors": count, **mean})
     return table

@@ -3,25 +3,22 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from ..errors import InputError
 from ..images import Batch, ImageSource, embed, load_batches
 from ..images.progress import Advance, progress_of
 from ..methods.subject import inputs_a_pass
-from .baselines import baseline_maps, mean_activation
 from .gallery import Gallery, OwnRows
-from .maps import Draw, Mapper, Maps, Questions, Seen
-from .measures import MEAN, TRANSFERRED, Number, columns, localized
+from .maps import Draw, Mapper, Questions, Seen
+from .measures import MEAN, TRANSFERRED, Maps, Number, columns, localized
 from .regions import Region, Regions
-from .settings import Settings
+from .rivals import baseline_maps, mean_activation
+from .settings import Record, Settings
 
-Row = dict[str, Any]
-"""The columns of one image, or of one question about a picture of two objects."""
-Rows = dict[int, Row]
-"""Those of the images that could be read, by their position in the source."""
+Rows = dict[int, Record]
+"""The columns of the images that could be read, by their position in the source."""
 
 
 @dataclass
@@ -43,11 +40,7 @@ class Work:
 
     def __post_init__(self) -> None:
         network = self.mapper.network
-        if network.preprocess is None:
-            raise InputError(
-                "the network does not say how pictures are prepared for it; give it preprocess="
-            )
-        self.preprocess = network.preprocess
+        self.preprocess = network.require_preprocess()
         self.batch_size = self.settings.batch_size or inputs_a_pass(network.device)
 
     def wants(self, group: str) -> bool:
@@ -63,32 +56,25 @@ class Work:
         """Show how far a group of measures is."""
         return progress_of(what, total, shown=self.progress)
 
-    def batches(
+    def seen(
         self, positions: np.ndarray, advance: Advance | None = None, batch_size: int | None = None
-    ) -> Iterator[Batch]:
-        """Yield the images at some positions that can be read, a batch at a time."""
+    ) -> Iterator[tuple[Batch, Seen]]:
+        """Yield the images that can be read and embedded, a batch at a time, in one pass each."""
         loaded = load_batches(
             self.source, positions, self.preprocess, batch_size or self.batch_size,
             workers=self.workers, on_error=self.on_unreadable,
         )  # fmt: skip
         while True:
             with self.mapper.clock("reading"):
-                batch = next(loaded, None)
-            if batch is None:
+                read = next(loaded, None)
+            if read is None:
                 return
+            batch, seen = embed(read, self.source, self.mapper.see, self.on_unreadable)
             self.skipped += [message for _, message in batch.errors]
-            if len(batch):
-                yield batch
-            if advance is not None:
-                advance(len(batch) + len(batch.errors))
-
-    def seen(self, positions: np.ndarray, advance: Advance) -> Iterator[tuple[Batch, Seen]]:
-        """Yield the batches that can be embedded, too, each with its forward pass."""
-        for loaded in self.batches(positions, advance):
-            batch, seen = embed(loaded, self.source, self.mapper.see, self.on_unreadable)
-            self.skipped += [one[1] for one in batch.errors if one not in loaded.errors]
             if seen is not None:
                 yield batch, seen
+            if advance is not None:
+                advance(len(read) + len(read.errors))
 
     def questions(self, batch: Batch, seen: Seen) -> Questions:
         """Ask about images: for each its nearest images, itself left out."""
@@ -98,6 +84,12 @@ class Work:
         items = [self.source.items[position] for position in batch.positions]
         labels, ids = [item.label for item in items], [item.id for item in items]
         return Questions(seen, near, own[:, None].tolist(), labels, ids)
+
+    def of_pictures(self, row: Record) -> tuple[str, list[int]]:
+        """Return the name of the pictures a question is about, and the rows that show them."""
+        places = [place for place in (row["first"], row["second"]) if place >= 0]
+        names = (self.source.items[place].id for place in places)
+        return " | ".join(names), self.own_rows.known(places).tolist()
 
     def draw(self, asked: Questions) -> dict[str, Maps]:
         """Draw each question by every method; the mean activation is always among them."""
@@ -109,12 +101,11 @@ class Work:
 
     def placed(self, batch: Batch, grid: tuple[int, int]) -> list[Region | None]:
         """Return the regions of a batch's images on a grid of (H, W)."""
-        sizes = ((int(width), int(height)) for width, height in batch.sizes.tolist())
         return [
-            self.regions.of(position, size, self.preprocess.extent(*size), grid)
-            if self.regions.has(position)
-            else None
-            for position, size in zip(batch.positions.tolist(), sizes, strict=True)
+            self.regions.of(position, (width, height), self.preprocess.extent(width, height), grid)
+            for position, (width, height) in zip(
+                batch.positions.tolist(), batch.sizes.tolist(), strict=True
+            )
         ]
 
     def located(

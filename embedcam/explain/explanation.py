@@ -285,7 +285,7 @@ class Explanation:
         note = "\n".join(filter(None, [*said, self._map_note()]))
         warning = match if self.doubtful else ""
         query = Tile(self.image, self.cam, self.extent, "query", note, warning=warning)
-        for one in self._results():
+        for one in self.results():
             tile = self._tile(one)
             results.append(tile if side is None else shrunk(tile, side))
         return (query if side is None else shrunk(query, side)), results
@@ -347,24 +347,25 @@ class Explanation:
         """Return ids of the results whose pictures are not where the index says; none are read."""
         return [
             one.id
-            for one in self._results()
+            for one in self.results()
             if one.path and not (self._follows(one) and Path(one.path).is_file())
         ]
 
     def changed(self) -> list[str]:
         """Return ids of the results whose pictures are other files now than were indexed."""
-        return [one.id for one in self._results() if self._state(one) == "changed"]
+        return [one.id for one in self.results() if self._state(one) == "changed"]
 
-    def _neighbors(self) -> list[Result]:
+    def neighbors(self) -> list[Result]:
+        """Return the neighbors, nearest first, each as one record."""
         apart, marks = (self.distances, self.similarities), self.marks
         maps, norms = self.neighbor_cams, self.neighbor_norms
         return Result.of(self.ids, self.labels, self.paths, *apart, maps, norms, marks)
 
-    def _results(self) -> list[Result]:
+    def results(self) -> list[Result]:
         """Return all that pictures show, the images that were named first."""
         named = [one for one in (self.asked, self.rival) if one is not None]
         names = [one.id for one in named]
-        return named + [one for one in self._neighbors() if one.id not in names]
+        return named + [one for one in self.neighbors() if one.id not in names]
 
     def _follows(self, result: Result) -> bool:
         return may_follow(result.path, self.root, self.only_below)
@@ -416,7 +417,7 @@ class Explanation:
             "explained": list(self.explained),
             "result": self._record(self.asked),
             "rival": self._record(self.rival),
-            "neighbors": [self._record(one) for one in self._neighbors()],
+            "neighbors": [self._record(one) for one in self.neighbors()],
         }
 
     def _record(self, result: Result | None) -> Json | None:

@@ -159,7 +159,7 @@ def larger_input(
     return resize(as_array(inputs).astype(np.float32, copy=False), (2 * height, 2 * width))
 
 
-def finer_activations(snapshot: Snapshot, batch: np.ndarray) -> list[np.ndarray]:
+def finer_activations(snapshot: Snapshot, batch: Inputs) -> list[np.ndarray]:
     """Return each layer's activations `[B K 2h 2w]` of inputs at twice the side `[B 3 2H 2W]`.
 
     A network of one input size sees the four quarters of each; the size it refused is remembered.

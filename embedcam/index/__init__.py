@@ -9,8 +9,9 @@ from .faiss_files import check_factory
 from .manifest import FORMAT_VERSION, Manifest
 from .parts import PartData, check_ids, quantize_coarse
 from .reader import REMOVED, Index, Selection, Stored
-from .search import EmbeddingRows, Neighbors, nearest
-from .verify import Verification, check_fitted, check_parts, check_tombstones, verify
+from .rows import IndexRows
+from .search import Neighbors, nearest
+from .verify import Verification, check_files, verify
 from .writer import (
     ADD_INSTEAD,
     append,
@@ -26,9 +27,9 @@ from .writer import (
 
 __all__ = [
     "ADD_INSTEAD",
-    "EmbeddingRows",
     "FORMAT_VERSION",
     "Index",
+    "IndexRows",
     "Manifest",
     "Neighbors",
     "PartData",
@@ -38,11 +39,9 @@ __all__ = [
     "Verification",
     "append",
     "check_factory",
-    "check_fitted",
+    "check_files",
     "check_ids",
-    "check_parts",
     "check_target",
-    "check_tombstones",
     "compact",
     "create",
     "lock",

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -17,17 +17,9 @@ from ..errors import IndexFormatError, InputError
 if TYPE_CHECKING:
     from .manifest import FileEntry
 
-SUFFIXES = {
-    "float16": "f16",
-    "float32": "f32",
-    "float64": "f64",
-    "uint8": "u8",
-    "uint16": "u16",
-    "uint32": "u32",
-    "uint64": "u64",
-    "int32": "i32",
-    "int64": "i64",
-}
+_BITS = {"float": (16, 32, 64), "uint": (8, 16, 32, 64), "int": (32, 64)}
+SUFFIXES = {f"{kind}{n}": f"{kind[0]}{n}" for kind, bits in _BITS.items() for n in bits}
+"""Types of arrays, and how their files' names end."""
 BLOCK_BYTES = 16 << 20
 Check = Callable[[np.ndarray], str | None]
 """Says what is wrong with stored rows, or None."""
@@ -41,9 +33,9 @@ class ArrayLike(Protocol):
     def shape(self) -> tuple[int, ...]: ...  # noqa: D102
 
     @property
-    def dtype(self) -> np.dtype[Any]: ...  # noqa: D102
+    def dtype(self) -> np.dtype[np.generic]: ...  # noqa: D102
 
-    def __getitem__(self, rows: Any) -> Any: ...
+    def __getitem__(self, rows: slice | np.ndarray, /) -> np.ndarray: ...
 
 
 def broken(root: Path, name: str, what: str, remedy: str = _RESTORE) -> IndexFormatError:
@@ -70,12 +62,8 @@ def blocks(array: ArrayLike) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def write_array(
-    folder: Path,
-    name: str,
-    array: ArrayLike,
-    dtype: str,
-    wrong: Check | None = None,
-) -> dict[str, Any]:
+    folder: Path, name: str, array: ArrayLike, dtype: str, wrong: Check | None = None
+) -> dict[str, str | int | list[int]]:
     """Stream an array to a new file, sync it, and return its entry for the manifest.
 
     Values are cast to `dtype`; `wrong` says of each stored block what is wrong with it, or None.
@@ -84,7 +72,13 @@ def write_array(
     stored = np.dtype(dtype).newbyteorder("<")
     with fresh(folder / name) as file:
         for start, block in blocks(array):
-            block = _cast(name, block, stored)
+            if stored.kind in "iu" and block.dtype != stored and block.size:
+                limits, kind = np.iinfo(stored), block.dtype.kind
+                if kind not in "iu" or block.min() < limits.min or block.max() > limits.max:
+                    raise InputError(f"{name}: values of type {block.dtype} do not fit {dtype}")
+            # An overflow of a narrower float shows up in the check as an infinity.
+            with np.errstate(over="ignore"):
+                block = np.ascontiguousarray(block, dtype=stored)
             if wrong is not None and (what := wrong(block)) is not None:
                 raise InputError(f"{name}, rows from {start} on: {what}")
             if block.size:
@@ -93,16 +87,6 @@ def write_array(
                 written += block.nbytes
     shape = [int(n) for n in array.shape]
     return {"dtype": dtype, "shape": shape, "bytes": written, "sha256": digest.hexdigest()}
-
-
-def _cast(name: str, block: np.ndarray, stored: np.dtype[Any]) -> np.ndarray:
-    if stored.kind in "iu" and block.dtype != stored and block.size:
-        limits = np.iinfo(stored)
-        if block.dtype.kind not in "iu" or block.min() < limits.min or block.max() > limits.max:
-            raise InputError(f"{name}: values of type {block.dtype} do not fit {stored.name}")
-    # An overflow of a narrower float shows up in the caller's check as an infinity.
-    with np.errstate(over="ignore"):
-        return np.ascontiguousarray(block, dtype=stored)
 
 
 def open_checked(root: Path, name: str, size: int, remedy: str = _RESTORE) -> int:
@@ -142,23 +126,17 @@ def map_array(root: Path, name: str, entry: "FileEntry") -> np.ndarray:
 
 def sha256_of(content: np.ndarray | int, progress: Callable[[int], None] | None = None) -> str:
     """Return the SHA-256 of a mapped array's bytes, or of an open file from its beginning."""
-    digest = hashlib.sha256()
-    for piece in _pieces(content):
+    digest, start = hashlib.sha256(), 0
+    held = content if isinstance(content, int) else content.reshape(-1).view(np.uint8).data
+    while True:
+        stop = start + BLOCK_BYTES
+        piece = os.pread(held, BLOCK_BYTES, start) if isinstance(held, int) else held[start:stop]
+        if not piece:
+            return digest.hexdigest()
         digest.update(piece)
+        start += len(piece)
         if progress is not None:
             progress(len(piece))
-    return digest.hexdigest()
-
-
-def _pieces(content: np.ndarray | int) -> Iterator[Any]:
-    if isinstance(content, int):
-        offset = 0
-        while piece := os.pread(content, BLOCK_BYTES, offset):
-            offset += len(piece)
-            yield piece
-    elif content.size:
-        flat = content.reshape(-1).view(np.uint8)
-        yield from (flat[i : i + BLOCK_BYTES].data for i in range(0, len(flat), BLOCK_BYTES))
 
 
 # What values must be: checked before they are written, and again by `verify`
@@ -183,9 +161,8 @@ class Column:
 
 def wrong_embeddings(block: np.ndarray, normalized: bool) -> str | None:
     """Return what is wrong with embeddings `[b D]`, or None."""
-    wrong = wrong_number(block)
-    if wrong is not None:
-        return f"row {wrong[0]} {wrong[1]}"
+    if wrong := wrong_number(block):
+        return wrong
     if normalized:
         norms = np.linalg.norm(block.astype(np.float64), axis=1)
         bad = _first(np.abs(norms - 1) > UNIT_TOLERANCE)

@@ -4,17 +4,17 @@ Arrays only, so that a service needs neither torch nor scikit-learn; `embedcam.o
 """
 
 import math
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
 import numpy as np
 
 from ..errors import InputError
 from ..images.number_labels import Reach, number_of
+from .records import Wrong, read_as, whole
 
 if TYPE_CHECKING:
     from .manifest import Manifest
@@ -120,48 +120,47 @@ def kinship(manifest: "Manifest") -> Callable[[str, str], bool]:
     return lambda one, other: bool(alike(one, [other], reach)[0])
 
 
-class _Numbers:
-    """A record of numbers and tuples of them, written to a manifest and read with suspicion."""
+Amount = Annotated[int, whole(1, (1 << 48) - 1)]
+Numbers = tuple[float, ...]
 
-    def to_dict(self) -> dict[str, Any]:
+
+@dataclass(frozen=True)
+class _Linear:
+    """A linear function of standardized evidence, and what a subclass makes of it."""
+
+    mean: Numbers
+    scale: Numbers
+    linear: Numbers
+    intercept: float
+
+    def to_dict(self) -> dict[str, float | list[float]]:
         """Return plain values, for a manifest; what is empty by default and is empty stays out."""
-        values: dict[str, Any] = asdict(self)  # type: ignore[call-overload]
-        optional = [one.name for one in fields(self) if one.default is not MISSING]  # type: ignore[arg-type]
+        held = {one.name: (getattr(self, one.name), one.default) for one in fields(self)}
         return {
             name: list(value) if isinstance(value, tuple) else value
-            for name, value in values.items()
-            if value or name not in optional
+            for name, (value, default) in held.items()
+            if value != default
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Return the record of plain values, none of which is believed before it is checked.
+    def from_dict(cls, values: object) -> Self:
+        """Return what plain values describe, or an `InputError` that says why they do not."""
+        try:
+            return read_as(cls, values)
+        except Wrong as wrong:
+            raise InputError(f"the calibration's {wrong}") from wrong
 
-        Raises `InputError` where something lacks, is no finite number or does not fit.
-        """
-        taken: dict[str, Any] = {}
-        for field in fields(cls):  # type: ignore[arg-type]
-            value: Any = values.get(field.name) if isinstance(values, Mapping) else None
-            if value is None and field.default is not MISSING:
-                value = []
-            one = field.type if field.type in (int, float) else None
-            numbers = [value] if one else value
-            if not isinstance(numbers, list) or not all(map(_is_finite, numbers)):
-                raise InputError(f"the calibration's {field.name} should hold finite numbers")
-            if one is int and (value != int(value) or not 1 <= value < 1 << 48):
-                raise InputError(f"the calibration's {field.name} should be a whole number from 1")
-            taken[field.name] = one(value) if one else tuple(map(float, numbers))
-        record = cls(**taken)
-        if not record._fits():
-            raise InputError("the calibration's numbers do not fit together")
-        return record
+    def __post_init__(self) -> None:
+        alike = len(self.mean) == len(self.scale) == len(self.linear)
+        if not (alike and all(value > 0 for value in self.scale) and self._fits()):
+            raise Wrong(" numbers do not fit together")
 
     def _fits(self) -> bool:
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Calibration(_Numbers):
+class Calibration(_Linear):
     """From evidence to trust, the correlation of the map to expect with the query's own.
 
     The score is a linear function of the standardized evidence; knots join scores to expected
@@ -179,16 +178,12 @@ class Calibration(_Numbers):
     images : how many images were calibrated with.
     """
 
-    mean: tuple[float, ...]
-    scale: tuple[float, ...]
-    linear: tuple[float, ...]
-    intercept: float
-    scores: tuple[float, ...]
-    correlations: tuple[float, ...]
-    lows: tuple[float, ...]
+    scores: Numbers
+    correlations: Numbers
+    lows: Numbers
     largest_distance: float
-    neighbors: int
-    images: int
+    neighbors: Amount
+    images: Amount
 
     def score(self, evidence: np.ndarray) -> np.ndarray:
         """Return the score of evidence `[... F]`, `[...]`."""
@@ -222,20 +217,17 @@ class Calibration(_Numbers):
         return self.trust(evidence(raw, shares, norm, distances), float(np.min(distances)))
 
     def _fits(self) -> bool:
-        width = len(self.mean)
         return (
-            width == (len(EVIDENCE) - ALONE if self.neighbors == 1 else len(EVIDENCE))
-            and len(self.scale) == len(self.linear) == width
+            len(self.mean) == len(EVIDENCE) - (ALONE if self.neighbors == 1 else 0)
             and len(self.scores) == len(self.correlations) == len(self.lows) >= 1
-            and min(self.scale) > 0
             and all(0 <= value <= 1 for value in (*self.correlations, *self.lows))
-            and all(map(_is_rising, (self.scores, self.correlations, self.lows)))
+            and _are_rising(self.scores, self.correlations, self.lows)
             and self.largest_distance >= 0
         )
 
 
 @dataclass(frozen=True)
-class MatchCalibration(_Numbers):
+class MatchCalibration(_Linear):
     """From the results of a query to the probability that the first is of its kind.
 
     With labels: a logistic function of the standardized evidence. Without: the share of the indexed
@@ -255,17 +247,13 @@ class MatchCalibration(_Numbers):
     values, reaches : of labels that are numbers, see `number_labels.Reach`; of classes empty.
     """
 
-    mean: tuple[float, ...]
-    scale: tuple[float, ...]
-    linear: tuple[float, ...]
-    intercept: float
-    distances: tuple[float, ...]
-    shares: tuple[float, ...]
+    distances: Numbers
+    shares: Numbers
     far: float
-    neighbors: int
-    images: int
-    values: tuple[float, ...] = ()
-    reaches: tuple[float, ...] = ()
+    neighbors: Amount
+    images: Amount
+    values: Numbers = ()
+    reaches: Numbers = ()
 
     @property
     def reach(self) -> Reach:
@@ -291,20 +279,13 @@ class MatchCalibration(_Numbers):
         return expected * float(fall(np.asarray(first), self.far, FALLEN))
 
     def _fits(self) -> bool:
-        width = len(self.mean)
         return (
-            width in (0, 1 if self.neighbors == 1 else _MATCH_EVIDENCE)
-            and len(self.scale) == len(self.linear) == width
-            and all(value > 0 for value in self.scale)
+            len(self.mean) in (0, 1 if self.neighbors == 1 else _MATCH_EVIDENCE)
             and len(self.distances) == len(self.shares) >= 1
             and all(0 <= value <= 1 for value in self.shares)
-            and _is_rising(self.distances)
-            and _is_rising(self.shares[::-1])
-            and self.distances[0] >= 0
-            and self.far >= 0
+            and _are_rising(self.distances, self.shares[::-1], self.values)
             and len(self.values) == len(self.reaches)
-            and _is_rising(self.values)
-            and all(value >= 0 for value in self.reaches)
+            and min(self.distances[0], self.far, *self.reaches) >= 0
         )
 
 
@@ -316,11 +297,5 @@ def fall(distances: np.ndarray, largest: float, until: float = 2.0) -> np.ndarra
         return np.clip((until - distances / largest) / (until - 1), 0, 1)
 
 
-def _is_finite(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    # Compared, not converted: a whole number of JSON may have more digits than a float holds.
-    return is_number and -sys.float_info.max <= value <= sys.float_info.max
-
-
-def _is_rising(values: tuple[float, ...]) -> bool:
-    return all(a <= b for a, b in pairwise(values))
+def _are_rising(*curves: Numbers) -> bool:
+    return all(a <= b for values in curves for a, b in pairwise(values))

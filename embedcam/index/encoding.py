@@ -4,10 +4,10 @@ Half-precision values lie beside one float32 scale an image (its largest magnitu
 of 1e-4, the usual size for embeddings, keep their eleven bits.
 """
 
-from abc import ABC, abstractmethod
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,35 +38,38 @@ class Transferred(NamedTuple):
     each: np.ndarray | None
 
 
-class Encoding(ABC):
+class Encoding:
     """Turns weights `[n K]` into rows of the `fields` kept for each image, and back.
 
-    `fitted` are arrays kept once. Subclasses: `TopM`, `LowRank`, `Dense`, `ByPosition`.
+    `fitted` are arrays kept once. Subclasses: `TopM`, `LowRank`, `Dense`.
     """
 
-    name: ClassVar[str]
-    n_channels: int
-    dtype: str
-    fields: dict[str, Field]
+    name: str
     fitted: dict[str, np.ndarray]
-    parameters: ClassVar[tuple[str, ...]] = ("dtype",)
-    """Of the constructor, what a description names beside K and the fitted arrays."""
+    fields: dict[str, Field]
     grid: tuple[int, int] | None = None
     """(H, W) where weights belong to positions, too: they are then `[n K H W]`."""
     uses_embedding = False
     """True where the code is derived from the stored embedding and nothing is kept beside it."""
 
-    def spec(self) -> dict[str, Any]:
-        """Return what `from_spec` needs beside K and the fitted arrays; JSON-able."""
-        return {"name": self.name} | {key: getattr(self, key) for key in self.parameters}
+    def __init__(self, n_channels: int, field: str, width: int, dtype: str) -> None:
+        self.n_channels, self.fitted = whole("n_channels", n_channels, 1), {}
+        self.dtype = one_of("dtype", dtype, DTYPES)
+        self.field, self.fields = field, {field: Field(dtype, (width,))}
+        if dtype == "float16":
+            self.fields["scales"] = Field("float32", ())
 
-    @abstractmethod
+    def spec(self) -> dict[str, str | int]:
+        """Return what `from_spec` needs beside K and the fitted arrays; JSON-able."""
+        return {"name": self.name, "dtype": self.dtype}
+
     def encode(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         """Return rows of `fields` for weights `[n K]`."""
+        return self._pack(_checked(weights, self.n_channels))
 
-    @abstractmethod
     def decode(self, rows: Rows) -> np.ndarray:
         """Return weights `[n K]` float32, missing channels zero."""
+        return self._unpack(rows)
 
     def unpack(self, rows: Rows) -> np.ndarray:
         """Return what `norms` and `combine` take, float32 `[n C]`: weights, or what makes them."""
@@ -102,10 +105,20 @@ class Encoding(ABC):
 
     def bytes_per_image(self) -> int:
         """Return the bytes kept for each image."""
-        return sum(
-            np.dtype(f.dtype).itemsize * int(np.prod(f.shape, dtype=int))
-            for f in self.fields.values()
-        )
+        return sum(np.dtype(f.dtype).itemsize * math.prod(f.shape) for f in self.fields.values())
+
+    def _pack(self, values: np.ndarray) -> dict[str, np.ndarray]:
+        if self.dtype == "float32":
+            return {self.field: np.ascontiguousarray(values, np.float32)}
+        scales = np.abs(values).max(axis=1).astype(np.float32)
+        safe = np.where(scales > 0, scales, 1)[:, None]
+        return {self.field: (values / safe).astype(np.float16), "scales": scales}
+
+    def _unpack(self, rows: Rows) -> np.ndarray:
+        values = np.asarray(rows[self.field])
+        if values.dtype == np.float32:
+            return values
+        return np.asarray(values.astype(np.float32) * rows["scales"][:, None])
 
 
 class Dense(Encoding):
@@ -114,17 +127,7 @@ class Dense(Encoding):
     name = "dense"
 
     def __init__(self, n_channels: int, dtype: str = "float16") -> None:
-        self.n_channels, self.fitted = whole("n_channels", n_channels, 1), {}
-        self.dtype = one_of("dtype", dtype, DTYPES)
-        self.fields = {"values": Field(dtype, (n_channels,)), **_scale_field(dtype)}
-
-    def encode(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        """Return rows of `fields` for weights `[n K]`."""
-        return _pack("values", _checked(weights, self.n_channels), self.dtype)
-
-    def decode(self, rows: Rows) -> np.ndarray:
-        """Return weights `[n K]` float32."""
-        return _unpack(rows, "values")
+        super().__init__(n_channels, "values", n_channels, dtype)
 
 
 class TopM(Encoding):
@@ -134,22 +137,20 @@ class TopM(Encoding):
     """
 
     name = "top-m"
-    parameters = ("m", "by", "dtype")
 
     def __init__(
         self, n_channels: int, m: int = 50, by: str = "signed", dtype: str = "float16"
     ) -> None:
-        self.n_channels, self.fitted = whole("n_channels", n_channels, 1), {}
-        self.dtype = one_of("dtype", dtype, DTYPES)
+        super().__init__(n_channels, "values", m, dtype)
         if not 1 <= m <= n_channels:
             raise InputError(f"m = {m} channels of {n_channels}: m must be 1 to {n_channels}")
         self.m, self.by = int(m), one_of("by", by, ("signed", "magnitude"))
-        index_type = "uint16" if n_channels <= 1 << 16 else "uint32"
-        self.fields = {
-            "channels": Field(index_type, (m,)),
-            "values": Field(dtype, (m,)),
-            **_scale_field(dtype),
-        }
+        numbers = "uint16" if n_channels <= 1 << 16 else "uint32"
+        self.fields = {"channels": Field(numbers, (m,)), **self.fields}
+
+    def spec(self) -> dict[str, str | int]:
+        """Return what `from_spec` needs beside K; JSON-able."""
+        return {**super().spec(), "m": self.m, "by": self.by}
 
     def encode(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         """Return rows of `fields` for weights `[n K]`."""
@@ -157,13 +158,12 @@ class TopM(Encoding):
         rank = np.abs(weights) if self.by == "magnitude" else weights
         # A stable sort, so that ties fall to the lower channel on every machine.
         channels = np.argsort(-rank, axis=1, kind="stable")[:, : self.m]
-        values = np.take_along_axis(weights, channels, axis=1)
-        kept = _pack("values", values, self.dtype)
+        kept = self._pack(np.take_along_axis(weights, channels, axis=1))
         return {"channels": channels.astype(self.fields["channels"].dtype), **kept}
 
     def decode(self, rows: Rows) -> np.ndarray:
         """Return weights `[n K]` float32."""
-        values = _unpack(rows, "values")
+        values = self._unpack(rows)
         weights = np.zeros((len(values), self.n_channels), np.float32)
         np.put_along_axis(weights, rows["channels"].astype(np.int64), values, axis=1)
         return weights
@@ -175,6 +175,8 @@ class LowRank(Encoding):
     With the head's own matrix as the basis (`exact`) the code is dy/dz and nothing is lost. With
     principal components the basis is orthonormal and the code the projection of weights - offset.
     With `codes="embedding"` the code is the image's stored embedding and no field is kept at all.
+    With a `grid` of H x W there is a weight for each channel and position, `[n K H W]`, and the
+    basis is `[R K*H*W]`.
 
     Parameters
     ----------
@@ -182,10 +184,8 @@ class LowRank(Encoding):
     origin : "head" (codes are given, not projected) or "pca" (orthonormal rows).
     codes : "stored" or "embedding".
     dtype : of stored codes.
+    grid : (H, W) of weights by position.
     """
-
-    name = "low-rank"
-    parameters: ClassVar[tuple[str, ...]] = ("rank", "origin", "codes", "dtype")
 
     def __init__(
         self,
@@ -194,57 +194,62 @@ class LowRank(Encoding):
         origin: str = "pca",
         codes: str = "stored",
         dtype: str = "float16",
+        grid: tuple[int, int] | None = None,
     ) -> None:
         basis, offset = np.asarray(basis, np.float32), np.asarray(offset, np.float32)
-        if basis.ndim != 2 or offset.shape != basis.shape[1:]:
+        cells = math.prod(grid or ())
+        if basis.ndim != 2 or offset.shape != basis.shape[1:] or len(offset) % cells:
+            numbers = "K" if grid is None else f"K*{grid[0]}*{grid[1]}"
             raise InputError(
                 f"basis {list(basis.shape)} and offset {list(offset.shape)} do not belong "
-                "together; expected [R K] and [K]"
+                f"together; expected [R {numbers}] and [{numbers}]"
             )
-        self.dtype = one_of("dtype", dtype, DTYPES)
+        self.rank = basis.shape[0]
+        super().__init__(len(offset) // cells, "codes", self.rank, dtype)
         self.origin = one_of("origin", origin, ("head", "pca"))
         self.codes = one_of("codes", codes, ("stored", "embedding"))
-        self.rank, self.n_channels = basis.shape
         self.fitted = {"basis": basis, "offset": offset}
-        self._scale = _multiple_of_identity(basis)
+        self.name, self.grid = "low-rank" if grid is None else "by-position", grid
+        self._scale = None if grid else _multiple_of_identity(basis)
         self._products: _Products | None = None
         self.uses_embedding = codes == "embedding"
-        stored = {"codes": Field(dtype, (self.rank,)), **_scale_field(dtype)}
-        self.fields = {} if self.uses_embedding else stored
+        if self.uses_embedding:
+            self.fields = {}
+
+    def spec(self) -> dict[str, str | int]:
+        """Return what `from_spec` needs beside K and the fitted arrays; JSON-able."""
+        kept = {} if self.grid else {"origin": self.origin, "codes": self.codes}
+        return {**super().spec(), "rank": self.rank, **kept}
 
     def encode(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        """Return codes of weights `[n K]` by projection; only for an orthonormal (PCA) basis."""
-        weights = _checked(weights, len(self.fitted["offset"]))
+        """Return codes of weights by projection; only for an orthonormal (PCA) basis."""
         if self.origin != "pca":
             raise InputError("codes in the head's own basis are dy/dz: give them to encode_codes")
-        return self.encode_codes((weights - self.fitted["offset"]) @ self.fitted["basis"].T)
+        flat = _checked(np.reshape(weights, (len(weights), -1)), len(self.fitted["offset"]))
+        return self.encode_codes((flat - self.fitted["offset"]) @ self.fitted["basis"].T)
 
     def encode_codes(self, codes: np.ndarray) -> dict[str, np.ndarray]:
         """Return rows of codes `[n R]`."""
-        return {} if self.uses_embedding else _pack("codes", _checked(codes, self.rank), self.dtype)
+        return {} if self.uses_embedding else self._pack(_checked(codes, self.rank))
 
     def decode(self, rows: Rows) -> np.ndarray:
-        """Return weights `[n K]` float32."""
+        """Return weights `[n K]` or `[n K H W]`, float32."""
         return self._decoded(self.unpack(rows))
 
     def unpack(self, rows: Rows) -> np.ndarray:
         """Return the codes; with a multiple of the identity as basis the weights themselves."""
         codes = self.stored_codes(rows)
-        return codes if self._scale is None else codes * self._scale + self.fitted["offset"]
+        return codes if self._scale is None else self._spread(codes)
 
     def _decoded(self, unpacked: np.ndarray) -> np.ndarray:
-        if self._scale is not None:
-            return unpacked
-        return np.asarray(unpacked @ self.fitted["basis"] + self.fitted["offset"])
+        return unpacked if self._scale is not None else self._placed(self._spread(unpacked))
 
     def combine(self, unpacked: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
         """Average the codes and decode once: the same sum, R numbers a neighbor instead of K."""
         mixed = super().combine(unpacked, coefficients)
         if self._scale is not None:
             return mixed
-        return np.asarray(
-            mixed @ self.fitted["basis"] + np.float32(coefficients.sum()) * self.fitted["offset"]
-        )
+        return self._placed(self._spread(mixed, np.float32(coefficients.sum())))
 
     def norms(self, unpacked: np.ndarray) -> np.ndarray:
         """Return norms from the codes and products of the basis with itself, without decoding."""
@@ -252,7 +257,7 @@ class LowRank(Encoding):
             return super().norms(unpacked)
         if self.rank > len(self.fitted["offset"]):
             # Products `[R R]` would take more memory than the basis, and more time than decoding.
-            return super().norms(LowRank._decoded(self, unpacked))
+            return super().norms(self._spread(unpacked))
         codes = unpacked.astype(np.float64)
         # No cached_property: until Python 3.12 a child forked meanwhile would wait for its lock.
         self._products = self._products or self._multiplied()
@@ -271,97 +276,71 @@ class LowRank(Encoding):
         basis, offset = (self.fitted[name].astype(np.float64) for name in ("basis", "offset"))
         gram = basis @ basis.T
         orthonormal = np.abs(gram - np.eye(self.rank)).max() < _ORTHONORMAL
-        return (
-            None if orthonormal else gram,
-            2 * basis @ offset if offset.any() else None,
-            float(offset @ offset),
-        )
+        along = 2 * basis @ offset if offset.any() else None
+        return None if orthonormal else gram, along, float(offset @ offset)
 
     def stored_codes(self, rows: Rows) -> np.ndarray:
         """Return the codes `[n R]` that multiply the basis, as float32."""
-        return np.asarray(rows["embedding"]) if self.uses_embedding else _unpack(rows, "codes")
+        return np.asarray(rows["embedding"]) if self.uses_embedding else self._unpack(rows)
 
-
-class ByPosition(LowRank):
-    """Weights `[n K H W]`, one a channel and position, as principal components of both together.
-
-    The basis is `[R K*H*W]`, orthonormal, the offset `[K*H*W]`.
-    """
-
-    name = "by-position"
-    parameters = ("rank", "dtype")
-
-    def __init__(
-        self, basis: np.ndarray, offset: np.ndarray, grid: tuple[int, int], dtype: str = "float16"
-    ) -> None:
-        super().__init__(basis, offset, dtype=dtype)
-        self.grid, self._scale = grid, None
-        self.n_channels, rest = divmod(len(self.fitted["offset"]), grid[0] * grid[1])
-        if rest:
-            raise InputError(
-                f"an offset of {len(self.fitted['offset'])} numbers is not [K H W] on a grid of "
-                f"{grid[0]} x {grid[1]}"
-            )
-
-    def encode(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        """Return rows of `fields` for weights `[n K]`."""
-        return super().encode(np.reshape(weights, (len(weights), -1)))
-
-    def _decoded(self, unpacked: np.ndarray) -> np.ndarray:
-        return self._placed(super()._decoded(unpacked))
-
-    def combine(self, unpacked: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
-        """Return sum_i coefficients_i * weights_i, `[K H W]`."""
-        return self._placed(super().combine(unpacked, coefficients))
+    def _spread(self, codes: np.ndarray, share: np.float32 | float = 1.0) -> np.ndarray:
+        spread = codes @ self.fitted["basis"] if self._scale is None else codes * self._scale
+        return np.asarray(spread + share * self.fitted["offset"])
 
     def _placed(self, weights: np.ndarray) -> np.ndarray:
-        return weights.reshape(*weights.shape[:-1], self.n_channels, *(self.grid or ()))
+        if self.grid is None:
+            return weights
+        return weights.reshape(*weights.shape[:-1], self.n_channels, *self.grid)
 
 
 def from_spec(
-    spec: Mapping[str, Any], n_channels: int, fitted: Rows, grid: Sequence[int] | None = None
+    spec: Mapping[str, str | int],
+    n_channels: int,
+    fitted: Rows,
+    grid: Sequence[int] | None = None,
 ) -> Encoding:
     """Return the encoding that `Encoding.spec`, K and the arrays kept once describe.
 
     By-position needs the layer's grid (H, W). What does not fit the description is an `InputError`.
     """
-    kind = spec.get("name")
+    kind, dtype = spec.get("name"), str(spec.get("dtype"))
     try:
-        dtype = str(spec.get("dtype"))
-        if kind == Dense.name:
+        if kind == "dense":
             return Dense(n_channels, dtype)
-        if kind == TopM.name:
+        if kind == "top-m":
             return TopM(n_channels, int(spec["m"]), str(spec["by"]), dtype)
-        if kind in (LowRank.name, ByPosition.name):
-            by_position = kind == ByPosition.name
-            if by_position and grid is None:
-                raise InputError("weights by position need the layer's grid, and it is null")
-            height, width = grid if by_position and grid is not None else (1, 1)
-            basis, shape = fitted["basis"], (int(spec["rank"]), n_channels * height * width)
-            if basis.shape != shape:
-                raise InputError(
-                    f"the basis has shape {list(basis.shape)}; the description says "
-                    f"[{shape[0]} {shape[1]}]"
-                )
-            if by_position:
-                return ByPosition(basis, fitted["offset"], (height, width), dtype)
-            return LowRank(basis, fitted["offset"], str(spec["origin"]), str(spec["codes"]), dtype)
+        if kind not in ("low-rank", "by-position"):
+            known = "top-m, low-rank, dense, by-position"
+            raise InputError(f"encoding {kind!r} is unknown; known: {known}")
+        origin, codes, sides = "pca", "stored", None
+        if kind == "low-rank":
+            origin, codes = str(spec["origin"]), str(spec["codes"])
+        elif grid is None:
+            raise InputError("weights by position need the layer's grid, and it is null")
+        else:
+            sides = (grid[0], grid[1])
+        basis, shape = fitted["basis"], [int(spec["rank"]), n_channels * math.prod(sides or ())]
+        if [*basis.shape] != shape:
+            described = f"the description says [{shape[0]} {shape[1]}]"
+            raise InputError(f"the basis has shape {list(basis.shape)}; {described}")
+        return LowRank(basis, fitted["offset"], origin, codes, dtype, sides)
     except (KeyError, TypeError) as error:
         raise InputError(f"the description of the encoding lacks {error}") from error
-    raise InputError(f"encoding {kind!r} is unknown; known: top-m, low-rank, dense, by-position")
 
 
 def fit_pca(sample: np.ndarray, rank: int, dtype: str = "float16") -> LowRank:
-    """Fit a low-rank encoding to the principal components of a sample of weights `[n K]`.
+    """Fit a low-rank encoding to the principal components of a sample of weights.
 
-    Its rank is smaller where the sample spans fewer dimensions, and at least 1.
+    Of weights `[n K]`, or by position `[n K H W]`. Its rank is smaller where the sample spans fewer
+    dimensions, and at least 1.
     """
     if len(sample) == 0:
         raise InputError("a low-rank basis needs at least one weight vector to be fitted on")
-    sample = _checked(sample, sample.shape[-1]).astype(np.float64)
+    flat = np.reshape(sample, (len(sample), -1))
+    flat = _checked(flat, flat.shape[1]).astype(np.float64)
     rank = whole("rank", rank, 1)
-    offset = sample.mean(axis=0)
-    centered = sample - offset
+    offset = flat.mean(axis=0)
+    centered = flat - offset
     n, channels = centered.shape
     # The smaller of the two Gram matrices has the same non-zero spectrum.
     gram = centered @ centered.T if n < channels else centered.T @ centered
@@ -375,13 +354,8 @@ def fit_pca(sample: np.ndarray, rank: int, dtype: str = "float16") -> LowRank:
         basis = np.divide(basis, lengths, out=np.zeros_like(basis), where=lengths > 0)
     # Eigenvectors have no sign of their own: make the largest entry positive.
     largest = np.take_along_axis(basis, np.abs(basis).argmax(axis=1)[:, None], axis=1)
-    return LowRank(basis * np.where(largest < 0, -1, 1), offset, "pca", "stored", dtype)
-
-
-def fit_by_position(sample: np.ndarray, rank: int, dtype: str = "float16") -> ByPosition:
-    """Fit the encoding of weights by position to a sample `[n K H W]`; see `fit_pca`."""
-    fitted = fit_pca(sample.reshape(len(sample), -1), rank).fitted
-    return ByPosition(fitted["basis"], fitted["offset"], sample.shape[2:], dtype)
+    grid = (sample.shape[2], sample.shape[3]) if sample.ndim == 4 else None
+    return LowRank(basis * np.where(largest < 0, -1, 1), offset, "pca", "stored", dtype, grid)
 
 
 def _multiple_of_identity(basis: np.ndarray) -> np.float32 | None:
@@ -391,25 +365,6 @@ def _multiple_of_identity(basis: np.ndarray) -> np.float32 | None:
     scale: np.float32 = basis[0, 0]
     alike = np.count_nonzero(basis) == len(basis) and bool((basis.diagonal() == scale).all())
     return scale if alike and scale != 0 else None
-
-
-def _pack(field: str, values: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
-    if dtype == "float32":
-        return {field: np.ascontiguousarray(values, np.float32)}
-    scales = np.abs(values).max(axis=1).astype(np.float32)
-    safe = np.where(scales > 0, scales, 1)[:, None]
-    return {field: (values / safe).astype(np.float16), "scales": scales}
-
-
-def _unpack(rows: Rows, field: str) -> np.ndarray:
-    values = np.asarray(rows[field])
-    if values.dtype == np.float32:
-        return values
-    return np.asarray(values.astype(np.float32) * rows["scales"][:, None])
-
-
-def _scale_field(dtype: str) -> dict[str, Field]:
-    return {"scales": Field("float32", ())} if dtype == "float16" else {}
 
 
 def _checked(values: np.ndarray, width: int) -> np.ndarray:

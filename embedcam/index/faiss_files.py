@@ -12,7 +12,7 @@ import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,7 +20,11 @@ from .._checks import one_of
 from .._files import ProcessLock, fresh, replace
 from ..errors import IndexFormatError, InputError, cut, short
 from .arrays import ArrayLike, block_rows, broken, open_checked, sha256_of
-from .manifest import Manifest
+from .manifest import FaissEntry, Manifest
+from .records import Json
+
+if TYPE_CHECKING:
+    import faiss
 
 REBUILD = "the file is derived, make it again with `embedcam compact --rebuild-faiss`"
 EF_SEARCH = 64
@@ -35,33 +39,33 @@ _MOST_EMPTY = 1 << 20
 
 def check_factory(factory: str, width: int, n_images: int, metric: str = "l2") -> None:
     """Refuse a factory string that cannot serve so many images, before anything is computed."""
-    _refuse_few(factory, _training_need(_make(factory, width, metric, n_images)), n_images)
+    _make(factory, width, metric, n_images)
 
 
 def build(
-    factory: str, embeddings: Any, metric: str, training: np.ndarray | None = None
-) -> tuple[Any, int]:
+    factory: str, embeddings: ArrayLike, metric: str, rows: np.ndarray
+) -> tuple["faiss.Index", int]:
     """Return a FAISS index over embeddings `[N D]`, and how many rows it was trained on.
 
-    The same bytes every time; `training` are the rows that may be trained on, None for all.
+    The same bytes every time; `rows` are those that may be trained on.
     """
     total, width = embeddings.shape
-    rows = np.arange(total) if training is None else training
     index = _make(factory, width, metric, len(rows))
     trained_on = 0
     with threads(1), _as_input_error(factory):
         if not index.is_trained:
-            _refuse_few(factory, _training_need(index), len(rows))
-            sample = _sample(rows, max(1 << 16, 256 * _training_need(index)))
-            index.train(np.asarray(embeddings[sample], np.float32))
-            trained_on = len(sample)
+            if len(rows) > (most := max(1 << 16, 256 * _training_need(index))):
+                drawn = np.random.default_rng(0).choice(len(rows), most, replace=False)
+                rows = rows[np.sort(drawn)]
+            index.train(np.asarray(embeddings[rows], np.float32))
+            trained_on = len(rows)
         _add(index, embeddings)
     if index.ntotal != total:
         raise InputError(f"the FAISS factory {factory!r} keeps {index.ntotal} of {total} rows")
     return index, trained_on
 
 
-def grow(index: Any, embeddings: ArrayLike, start: int, factory: str) -> None:
+def grow(index: "faiss.Index", embeddings: ArrayLike, start: int, factory: str) -> None:
     """Add the rows from `start` on to an index, which keeps those before; training stays."""
     with threads(1), _as_input_error(factory):
         if start == 0 or "NSG" in type(index).__name__:  # a graph that cannot grow
@@ -70,8 +74,8 @@ def grow(index: Any, embeddings: ArrayLike, start: int, factory: str) -> None:
         _add(index, embeddings, start)
 
 
-def _add(index: Any, embeddings: ArrayLike, start: int = 0) -> None:
-    # In blocks; graphs that cannot grow (NSG) need all of them at once.
+def _add(index: "faiss.Index", embeddings: ArrayLike, start: int = 0) -> None:
+    # In blocks; graphs that cannot grow need all of them at once.
     total, name = embeddings.shape[0], type(index).__name__
     at_once = "NSG" in name or "NNDescent" in name
     step = max(total - start, 1) if at_once else block_rows(embeddings)
@@ -80,7 +84,7 @@ def _add(index: Any, embeddings: ArrayLike, start: int = 0) -> None:
         index.add(np.ascontiguousarray(rows, np.float32))
 
 
-def search_settings(index: Any) -> dict[str, int]:
+def search_settings(index: "faiss.Index") -> dict[str, int]:
     """Return sensible search parameters, to be recorded: nprobe for IVF, ef for HNSW."""
     settings = {}
     for piece in _pieces(index):
@@ -92,30 +96,32 @@ def search_settings(index: Any) -> dict[str, int]:
     return settings
 
 
-def parameters(index: Any, nprobe: int, ef_search: int) -> Any:
+def parameters(
+    index: "faiss.Index", nprobe: int, ef_search: int
+) -> "faiss.SearchParameters | None":
     """Return FAISS search parameters for an index and what it wraps; None where it takes none."""
     import faiss
 
     options: Any = faiss  # its keyword arguments are added at run time, unseen by type checkers
     index = faiss.downcast_index(index)
+    made: faiss.SearchParameters | None = None
     if isinstance(index, faiss.IndexPreTransform):
         inner = parameters(index.index, nprobe, ef_search)
-        return None if inner is None else options.SearchParametersPreTransform(index_params=inner)
-    if isinstance(index, faiss.IndexRefine):
+        made = inner and options.SearchParametersPreTransform(index_params=inner)
+    elif isinstance(index, faiss.IndexRefine):
         inner = parameters(index.base_index, nprobe, ef_search)
-        return options.IndexRefineSearchParameters(k_factor=2.0, base_index_params=inner)
-    if isinstance(index, faiss.IndexIVF):
-        return options.SearchParametersIVF(nprobe=min(nprobe, int(index.nlist)))
-    if isinstance(index, faiss.IndexHNSW):
-        return options.SearchParametersHNSW(efSearch=ef_search)
-    return None
+        made = options.IndexRefineSearchParameters(k_factor=2.0, base_index_params=inner)
+    elif isinstance(index, faiss.IndexIVF):
+        made = options.SearchParametersIVF(nprobe=min(nprobe, int(index.nlist)))
+    elif isinstance(index, faiss.IndexHNSW):
+        made = options.SearchParametersHNSW(efSearch=ef_search)
+    return made
 
 
-def write_faiss(root: Path, index: Any, name: str) -> dict[str, Any]:
+def write_faiss(root: Path, index: "faiss.Index", name: str) -> Json:
     """Write a FAISS file durably, and return its entry; nothing has its name where that fails."""
     import faiss
 
-    callbacks: Any = faiss  # made at run time, unseen by type checkers
     unfinished, digest, written = root / f"{name}.tmp", hashlib.sha256(), 0
     # FAISS only prints a failing fclose and goes on, so that its last bytes can be lost unseen.
     with fresh(unfinished) as file:
@@ -128,7 +134,8 @@ def write_faiss(root: Path, index: Any, name: str) -> dict[str, Any]:
             return len(data)
 
         try:
-            faiss.write_index(index, callbacks.PyCallbackIOWriter(put))
+            made_at_run_time: Any = faiss  # unseen by type checkers
+            faiss.write_index(index, made_at_run_time.PyCallbackIOWriter(put))
         except RuntimeError as error:
             reason = f"FAISS cannot write its file ({_brief(error)})"
             raise OSError(errno.EIO, reason, str(unfinished)) from error
@@ -149,13 +156,10 @@ class FaissFile:
 
     descriptor: int | None = None
 
-    def __init__(self, root: Path, manifest: Manifest) -> None:
-        entry = manifest.faiss
-        if entry is None:
-            raise InputError(f"{root}: built without FAISS")
+    def __init__(self, root: Path, manifest: Manifest, entry: FaissEntry) -> None:
         self._root, self._manifest, self._entry = root, manifest, entry
         self._lock = ProcessLock()
-        self._loaded: Any = None
+        self._loaded: faiss.Index | None = None
         self.descriptor = open_checked(root, entry.file, entry.bytes, REBUILD)
         self._check_header(os.pread(self.descriptor, _HEADER.size + 8, 0))
 
@@ -163,13 +167,7 @@ class FaissFile:
         if self.descriptor is not None:
             self.close()
 
-    def __enter__(self) -> "FaissFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def loaded(self) -> Any:
+    def loaded(self) -> "faiss.Index":
         """Return the FAISS index; Flat and IVF are mapped, so that a million rows load at once."""
         loaded = self._loaded
         if loaded is None:
@@ -185,7 +183,7 @@ class FaissFile:
             if descriptor is not None:
                 os.close(descriptor)
 
-    def read(self, mapped: bool = True) -> Any:
+    def read(self, mapped: bool = True) -> "faiss.Index":
         """Read the file anew; all of it, its checksum compared, where it is not to be `mapped`.
 
         What is written next gets a checksum of its own, and FAISS aborts the process where a mapped
@@ -193,49 +191,43 @@ class FaissFile:
         """
         import faiss
 
-        descriptor, manifest = self.descriptor, self._manifest
+        descriptor = self.descriptor
         if descriptor is None:
             raise InputError(f"{self._root}: the index is closed; open it again")
         kind = os.pread(descriptor, 4, 0)
         # Sizes inside a file other than Flat cannot be checked from outside, so its bytes are.
         if (kind not in _FLAT or not mapped) and sha256_of(descriptor) != self._entry.sha256:
             raise self._broken("does not match its checksum")
-        flags = 0
-        if mapped and kind in _MAPPED:
-            flags = getattr(faiss, "IO_FLAG_MMAP_IFC", 0)
+        flags = getattr(faiss, "IO_FLAG_MMAP_IFC", 0) if mapped and kind in _MAPPED else 0
         try:
             # By descriptor: `compact` may have taken the name away since the index was opened.
             index = faiss.read_index(f"/dev/fd/{descriptor}", flags)
         except RuntimeError as error:
             raise self._broken(f"FAISS refuses it ({_brief(error)})") from error
-        self._check_size(index.d, index.ntotal)
-        if index.metric_type != metric_code(manifest.metric):
-            raise self._broken(f"was not made for the metric {manifest.metric}")
+        self._check(index.d, index.ntotal, index.metric_type)
         return index
 
     def _check_header(self, head: bytes) -> None:
-        manifest, size = self._manifest, self._entry.bytes
+        size = self._entry.bytes
         if len(head) < _HEADER.size:
             raise self._broken(f"is no FAISS file with its {size} bytes")
         kind, width, rows, _, _, trained, metric = _HEADER.unpack_from(head)
         if not re.fullmatch(rb"I[A-Za-z0-9]{3}", kind):
             raise self._broken(f"begins with {kind!r}, so it is no FAISS index")
-        self._check_size(width, rows)
-        if metric != metric_code(manifest.metric) or trained != 1:
-            raise self._broken(f"was not made for the metric {manifest.metric}")
+        self._check(width, rows, metric if trained == 1 else -1)
         if kind in _FLAT:
             numbers = struct.unpack_from("<Q", head, _HEADER.size)[0] if len(head) > 44 else -1
             fits = numbers == width * rows and size == _HEADER.size + 8 + 4 * numbers
             if _FLAT[kind] != metric or not fits:
                 raise self._broken("its header does not go with its size")
 
-    def _check_size(self, width: int, rows: int) -> None:
-        expected = self._manifest.embedding.width, self._manifest.counts.rows
-        if (width, rows) != expected:
-            raise self._broken(
-                f"holds {rows} vectors of width {width}; the index has {expected[1]} of "
-                f"{expected[0]}"
-            )
+    def _check(self, width: int, rows: int, metric: int) -> None:
+        of = self._manifest
+        if (width, rows) != (of.embedding.width, of.counts.rows):
+            known = f"the index has {of.counts.rows} of {of.embedding.width}"
+            raise self._broken(f"holds {rows} vectors of width {width}; {known}")
+        if metric != metric_code(of.metric):
+            raise self._broken(f"was not made for the metric {of.metric}")
 
     def _broken(self, what: str) -> IndexFormatError:
         return broken(self._root, self._entry.file, what, REBUILD)
@@ -263,7 +255,7 @@ def threads(count: int | None) -> Iterator[None]:
         faiss.omp_set_num_threads(before)
 
 
-def _make(factory: str, width: int, metric: str, n_images: int) -> Any:
+def _make(factory: str, width: int, metric: str, n_images: int) -> "faiss.Index":
     import faiss
 
     _refuse_many(factory, n_images)
@@ -276,6 +268,7 @@ def _make(factory: str, width: int, metric: str, n_images: int) -> Any:
             if holder is not None and hasattr(holder, "cp"):
                 # Few images a centroid is the user's choice; FAISS would print a line for each.
                 holder.cp.min_points_per_centroid = 1
+    _refuse_few(factory, _training_need(index), n_images)
     return index
 
 
@@ -312,7 +305,7 @@ def _refuse_few(factory: str, needed: int, n_images: int) -> None:
         )
 
 
-def _pieces(index: Any) -> Iterator[Any]:
+def _pieces(index: "faiss.Index") -> Iterator[Any]:
     """Yield the index and those it wraps, outermost first."""
     import faiss
 
@@ -323,7 +316,7 @@ def _pieces(index: Any) -> Iterator[Any]:
             yield from _pieces(inner)
 
 
-def _training_need(index: Any) -> int:
+def _training_need(index: "faiss.Index") -> int:
     # The fewest vectors that the index can be trained on.
     import faiss
 
@@ -339,12 +332,6 @@ def _training_need(index: Any) -> int:
         if quantizer is not None and not piece.is_trained:
             need = max(need, int(quantizer.ksub))
     return need
-
-
-def _sample(rows: np.ndarray, most: int) -> np.ndarray:
-    if len(rows) <= most:
-        return rows
-    return rows[np.sort(np.random.default_rng(0).choice(len(rows), most, replace=False))]
 
 
 @contextlib.contextmanager

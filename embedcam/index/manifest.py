@@ -1,21 +1,15 @@
-"""manifest.json: a typed `Manifest`, checked by its own declaration, read with suspicion once.
-
-A record is a frozen dataclass whose annotations say what a key holds: a record, `X | None`,
-`Literal[...]`, `tuple[X, ...]` (a list), `Mapping[K, X]` (an object whose keys are read as K), or
-`Annotated[X, reader]`. A field without a default must be present; undeclared keys are ignored.
-"""
+"""manifest.json: a typed `Manifest`, checked by its own declaration (see records), read once."""
 
 import copy
 import hashlib
 import json
 import math
 import re
-import types
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from functools import cache, partial
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -25,6 +19,7 @@ from ..images.number_labels import near_share
 from ..preprocess import AnyPreprocess, preprocess_from_dict
 from .arrays import SUFFIXES, broken
 from .calibration import Calibration, MatchCalibration
+from .records import Json, Reader, Wrong, of_type, one_of, read_as, real, text, whole
 
 NAME = "manifest.json"
 FORMAT = "embedcam-index"
@@ -38,203 +33,64 @@ MAX_FILES = 1 << 14
 _SIDE = (1 << 16) - 1
 _PIECES = re.compile(r"(parts|fitted|\.building|\.lock|faiss-.*|tombstones-.*|manifest\.json\.tmp)")
 
-Reader = Callable[[Any], Any]
 
-
-class Wrong(ValueError):  # noqa: N818 - reads as the fact it states
-    """What is wrong with a value, as the end of a sentence, and the keys that lead to it."""
-
-    def __init__(self, what: str, *path: str | int) -> None:
-        super().__init__(what)
-        self.what, self.path = what, [*path]
-
-    def __str__(self) -> str:
-        plain = re.compile(r"[\w.-]{1,60}")
-        keys = (
-            f".{key}" if isinstance(key, str) and plain.fullmatch(key) else f"[{short(key)}]"
-            for key in self.path
-        )
-        return ("".join(keys) + self.what).lstrip(". ")
-
-
-# Readers: each takes a plain value and returns it, or raises `Wrong`.
-
-
-def _of_type(value: Any, kind: type) -> Any:
-    if type(value) is not kind:
-        raise Wrong(f" is {short(value)}, not of type {kind.__name__}")
-    return value
-
-
-def _whole(low: int, high: int) -> Callable[[Any], int]:
-    def read(value: Any) -> int:
-        if not low <= _of_type(value, int) <= high:
-            raise Wrong(f" = {short(value)} is impossible; expected {low} to {high}")
-        return int(value)
-
-    return read
-
-
-def _real(low: float, high: float) -> Callable[[Any], float]:
-    def read(value: Any) -> float:
-        # Compared, not converted: a whole number of JSON may have more digits than a float holds.
-        if type(value) not in (int, float) or not low <= value <= high:
-            raise Wrong(f" is {short(value)}; expected a number from {low:g} to {high:g}")
-        return float(value)
-
-    return read
-
-
-def _text(
-    longest: int, pattern: str = r"[^\0]*", expected: str = "text without NUL"
-) -> Callable[[Any], str]:
-    def read(value: Any) -> str:
-        if len(_of_type(value, str)) > longest:
-            raise Wrong(f" has {len(value)} characters; at most {longest} are allowed")
-        if not re.fullmatch(pattern, value, re.DOTALL):
-            raise Wrong(f" is {short(value)}; expected {expected}")
-        return str(value)
-
-    return read
-
-
-def _one_of(known: tuple[Any, ...], value: Any) -> Any:
-    if not any(type(value) is type(one) and value == one for one in known):
-        raise Wrong(f" is {short(value)}; known: {', '.join(map(str, known))}")
-    return value
+_short_text = text(500)
 
 
 def _numbered(pattern: str) -> Reader:
-    return _text(100, pattern.replace("NNNNNN", "[0-9]{6,12}"), pattern.replace("\\", ""))
+    return text(100, pattern.replace("NNNNNN", "[0-9]{6,12}"), pattern.replace("\\", ""))
 
 
-def _read_by(make: Reader) -> Reader:
-    """Return a reader of what another module describes and checks."""
-
-    def read(value: Any) -> Any:
-        _of_type(value, dict)
-        try:
-            return make(value)
-        except InputError as error:
-            raise Wrong(f": {str(error)[:200]}") from error
-
-    return read
+def _preprocess(value: object) -> AnyPreprocess:
+    try:
+        return preprocess_from_dict(of_type(dict, value))
+    except Wrong:
+        raise
+    except InputError as error:
+        raise Wrong(f": {str(error)[:200]}") from error
 
 
-def _any_json(value: Any) -> Any:
+def _loading(value: object) -> Json:
+    read_as(_Loading, value)  # the other arguments are `load_network`'s to check
+    return of_type(dict, value)
+
+
+def _any_json(value: object) -> object:
     """Read any JSON value, of numbers and texts that a message can repeat."""
     if isinstance(value, dict):
-        return {_text(500)(key): _any_json(one) for key, one in value.items()}
+        return {_short_text(key): _any_json(one) for key, one in value.items()}
     if isinstance(value, list):
         return [_any_json(one) for one in value]
     if type(value) is int:
-        return _whole(-(1 << 64), 1 << 64)(value)
-    return _text(500)(value) if isinstance(value, str) else value
-
-
-@cache
-def _reader(kind: Any) -> Reader:
-    """Return what reads a value of an annotated type."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        checked: Reader = inner[1]
-        return checked
-    if origin is Literal:
-        return partial(_one_of, inner)
-    if origin in (Union, types.UnionType):
-        kinds = [_reader(one) for one in inner if one is not types.NoneType]
-        return lambda value: None if value is None else _first_of(kinds, value)
-    if origin is tuple:
-        return lambda value: _list(inner, value)
-    if origin is Mapping:
-        key, each = map(_reader, inner)
-        return lambda value: _object(key, each, value)
-    if isinstance(kind, type) and is_dataclass(kind):
-        return lambda value: kind(**_fields(kind, value))
-    return lambda value: _of_type(value, kind)
-
-
-@cache
-def _fields_of(kind: type) -> dict[str, tuple[Reader, bool]]:
-    """Return of each field of a record its reader, and whether it must be present."""
-    hints = get_type_hints(kind, include_extras=True)
-    declared = [one for one in fields(kind) if one.init]
-    return {one.name: (_reader(hints[one.name]), one.default is MISSING) for one in declared}
-
-
-def _fields(kind: type, value: Any, partly: bool = False) -> dict[str, Any]:
-    """Read the fields of a record; `partly` those that are there, whatever else it needs."""
-    values, taken = _of_type(value, dict), {}
-    for name, (read, needed) in _fields_of(kind).items():
-        if name in values:
-            taken[name] = _at(name, read, values[name])
-        elif needed and not partly:
-            raise Wrong(" is missing", name)
-    return taken
-
-
-def _object(key: Reader, each: Reader, value: Any) -> Mapping[str, Any]:
-    taken = {}
-    for name, one in _of_type(value, dict).items():
-        try:
-            key(name)
-        except Wrong as wrong:
-            what = wrong.what.partition(";")[2] or wrong.what
-            raise Wrong(f" has the unknown entry {short(name)};{what}") from wrong
-        taken[name] = _at(name, each, one)
-    return taken
-
-
-def _list(kinds: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
-    if kinds[-1] is Ellipsis:
-        kinds = kinds[:1] * len(_of_type(value, list))
-    elif len(_of_type(value, list)) != len(kinds):
-        raise Wrong(f" is {short(value)}; expected {len(kinds)} values")
-    return tuple(_at(n, _reader(kinds[n]), one) for n, one in enumerate(value))
-
-
-def _first_of(kinds: list[Reader], value: Any) -> Any:
-    for read in kinds[:-1]:
-        try:
-            return read(value)
-        except Wrong:
-            continue
-    return kinds[-1](value)
-
-
-def _at(key: str | int, read: Reader, value: Any) -> Any:
-    try:
-        return read(value)
-    except Wrong as wrong:
-        wrong.path.insert(0, key)
-        raise
+        return whole(-(1 << 64), 1 << 64)(value)
+    return _short_text(value) if isinstance(value, str) else value
 
 
 # Records: see index/README.md. Whatever no file bounds has a bound here that memory survives.
 
-Count = Annotated[int, _whole(0, (1 << 48) - 1)]
-Some = Annotated[int, _whole(1, (1 << 48) - 1)]
-Width = Annotated[int, _whole(1, 1 << 20)]
-Seed = Annotated[int, _whole(0, (1 << 64) - 1)]
-Side = Annotated[int, _whole(1, _SIDE)]
+Count = Annotated[int, whole(0, (1 << 48) - 1)]
+Some = Annotated[int, whole(1, (1 << 48) - 1)]
+Width = Annotated[int, whole(1, 1 << 20)]
+Seed = Annotated[int, whole(0, (1 << 64) - 1)]
+Side = Annotated[int, whole(1, _SIDE)]
 Grid = tuple[Side, Side]
-Name = Annotated[str, _text(500)]
-Spoken = Annotated[str, _text(4096, r"[^\0-\x1f\x7f-\x9f]*", "text without control characters")]
+Name = Annotated[str, text(500)]
+Spoken = Annotated[str, text(4096, r"[^\0-\x1f\x7f-\x9f]*", "text without control characters")]
 """What is repeated in a command that a message asks for."""
-Sha256 = Annotated[str, _text(64, r"[0-9a-f]{64}", "a SHA-256 in hexadecimal")]
+Sha256 = Annotated[str, text(64, r"[0-9a-f]{64}", "a SHA-256 in hexadecimal")]
 FileName = Annotated[
-    str, _text(100, r"(?!.*\.\.)[a-z][a-z0-9_.]*", "a plain file name of a-z, 0-9, _ and .")
+    str, text(100, r"(?!.*\.\.)[a-z][a-z0-9_.]*", "a plain file name of a-z, 0-9, _ and .")
 ]
-Situation = Annotated[str, partial(_one_of, ("one", "several"))]
+Situation = Annotated[str, partial(one_of, ("one", "several"))]
 """How many neighbors explain a query."""
-Difference = Annotated[float, _real(-2, 2)]
+Difference = Annotated[float, real(-2, 2)]
 
 
 @dataclass(frozen=True)
 class FileEntry:
     """The array in a file, its exact size and its checksum."""
 
-    dtype: Annotated[str, partial(_one_of, tuple(SUFFIXES))]
+    dtype: Annotated[str, partial(one_of, tuple(SUFFIXES))]
     shape: tuple[Count, ...]
     bytes: Count
     sha256: Sha256
@@ -245,8 +101,9 @@ class FileEntry:
         # Python's integers cannot overflow, so this product is the true one.
         expected = math.prod(self.shape, start=np.dtype(self.dtype).itemsize)
         if self.bytes != expected:
-            array = f"{self.dtype} {list(self.shape)}"
-            raise Wrong(f" says {self.bytes} bytes where {array} takes {expected}")
+            raise Wrong(
+                f" says {self.bytes} bytes where {self.dtype} {list(self.shape)} takes {expected}"
+            )
 
 
 @dataclass(frozen=True)
@@ -281,15 +138,15 @@ class PartEntry(FolderEntry):
 class SearchSettings:
     """How far an approximate search looks; None where the type of FAISS index has no such thing."""
 
-    nprobe: Annotated[int, _whole(1, 1 << 24)] | None = None
-    ef_search: Annotated[int, _whole(1, 1 << 16)] | None = None
+    nprobe: Annotated[int, whole(1, 1 << 24)] | None = None
+    ef_search: Annotated[int, whole(1, 1 << 16)] | None = None
 
 
 @dataclass(frozen=True)
 class FaissEntry:
     """The derived file for searching."""
 
-    factory: Annotated[str, _text(500, r"(?!.*[0-9]{8})[^\0]*", "numbers of at most 7 digits")]
+    factory: Annotated[str, text(500, r"(?!.*[0-9]{8})[^\0]*", "numbers of at most 7 digits")]
     search: SearchSettings
     file: Annotated[str, _numbered(r"faiss-NNNNNN\.index")]
     bytes: Some
@@ -326,7 +183,7 @@ class LayerEntry:
     name: Name
     channels: Width
     grid: Grid | None
-    cells: Annotated[int, _whole(1, _SIDE**2)] | None
+    cells: Annotated[int, whole(1, _SIDE**2)] | None
     encoding: EncodingEntry
     coarse_grid: Grid | None
     uses_positions: bool | None = None
@@ -335,8 +192,7 @@ class LayerEntry:
         if self.grid is not None and self.cells not in (None, math.prod(self.grid)):
             raise Wrong(f" is {self.cells} on a grid of {self.grid[0]} x {self.grid[1]}", "cells")
         if self.coarse_grid is not None and math.prod(self.coarse_grid) > MAX_COARSE:
-            what = f" {list(self.coarse_grid)} has more than {MAX_COARSE} cells"
-            raise Wrong(what, "coarse_grid")
+            raise Wrong(f" has more than {MAX_COARSE} cells", "coarse_grid")
 
 
 @dataclass(frozen=True)
@@ -348,11 +204,6 @@ class _Loading:
     head: Spoken | None = None
 
 
-def _loading(value: Any) -> Any:
-    _fields(_Loading, value)
-    return value  # the other arguments are `load_network`'s to check
-
-
 @dataclass(frozen=True)
 class NetworkEntry:
     """The identity of the network; `identity.Identity` asks for what it compares."""
@@ -361,19 +212,19 @@ class NetworkEntry:
     layer: Name | None = None
     parameters_sha256: Name | None = None
     structure_sha256: Name | None = None
-    preprocess: Annotated[AnyPreprocess, _read_by(preprocess_from_dict)] | None = None
+    preprocess: Annotated[AnyPreprocess, _preprocess] | None = None
     normalize: bool | None = None
-    output: Name | Annotated[int, _whole(-_SIDE, _SIDE)] | None = None
+    output: Name | Annotated[int, whole(-_SIDE, _SIDE)] | None = None
     layout: Name | None = None
     precision: Name | None = None
-    loading: Annotated[Mapping[str, Any], _read_by(_loading)] | None = None
+    loading: Annotated[Json, _loading] | None = None
 
 
 @dataclass(frozen=True)
 class ImagesEntry:
     """Where the images lay and what their files were."""
 
-    root: Annotated[str, _text(4096)] | None
+    root: Annotated[str, text(4096)] | None
     files_sha256: Name | None = None
 
 
@@ -384,7 +235,7 @@ class TripletsEntry:
     sampling: Name
     count: Count
     hinge: bool
-    margin: Annotated[float, _real(0, 1e308)]
+    margin: Annotated[float, real(0, 1e308)]
     seed: Seed
     sha256: Sha256 | None = None
 
@@ -420,7 +271,7 @@ class Fidelity:
     """What prototypes lost, measured on a sample."""
 
     images: Count
-    cosine: Mapping[Annotated[str, _text(15, r"[0-9]+", "numbers of neighbours")], Loss | None]
+    cosine: Mapping[Annotated[str, text(15, r"[0-9]+", "numbers of neighbours")], Loss | None]
     recall_at_1: Loss | None
 
 
@@ -437,9 +288,11 @@ class CompressedEntry:
     fidelity: Fidelity
 
     def __post_init__(self) -> None:
-        sizes: dict[tuple[str, ...], int] = {("prototypes",): self.prototypes, ("rows",): self.rows}
-        sizes[("fidelity", "images")] = self.fidelity.images
-        for path, size in sizes.items():
+        for path, size in (
+            (["prototypes"], self.prototypes),
+            (["rows"], self.rows),
+            (["fidelity", "images"], self.fidelity.images),
+        ):
             if size > self.from_rows:
                 raise Wrong(f" is {size}, of {self.from_rows} images", *path)
 
@@ -450,8 +303,8 @@ class Manifest:
 
     format: Literal["embedcam-index"]
     format_version: Literal[1]
-    generation: Annotated[int, _whole(1, 1 << 32)]
-    recipe: Annotated[Mapping[str, Any], _read_by(_any_json)]
+    generation: Annotated[int, whole(1, 1 << 32)]
+    recipe: Mapping[Name, Annotated[Any, _any_json]]
     recipe_sha256: Sha256
     network: NetworkEntry | None
     images: ImagesEntry | None
@@ -471,15 +324,11 @@ class Manifest:
     tombstones: TombstonesEntry | None
     faiss: FaissEntry | None
     compressed: CompressedEntry | None = None
-    trust_calibration: (
-        Mapping[Situation, Annotated[Calibration, _read_by(Calibration.from_dict)]] | None
-    ) = None
-    match_calibration: (
-        Mapping[Situation, Annotated[MatchCalibration, _read_by(MatchCalibration.from_dict)]] | None
-    ) = None
+    trust_calibration: Mapping[Situation, Calibration] | None = None
+    match_calibration: Mapping[Situation, MatchCalibration] | None = None
     manifest_sha256: Sha256 = ""
     """Empty only while the manifest is being made."""
-    raw: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    raw: Json = field(default_factory=dict, init=False, repr=False, compare=False)
     """As JSON has it, keys of later versions included; for this module and `identity` alone."""
 
     def __post_init__(self) -> None:
@@ -494,19 +343,16 @@ class Manifest:
         for key in ("trust_calibration", "match_calibration"):
             for name, calibration in (getattr(self, key) or {}).items():
                 if (calibration.neighbors == 1) != (name == "one"):
-                    what = f" is of explanations by {calibration.neighbors} neighbours"
-                    raise Wrong(what, key, name)
+                    by = f" is of explanations by {calibration.neighbors} neighbours"
+                    raise Wrong(by, key, name)
         counts, removed = self.counts, self.tombstones.shape[0] if self.tombstones else 0
         total = sum(part.count for part in self.parts)
-        if counts.rows != total or counts.live != total - removed:
-            raise Wrong(
-                f" says {counts.rows} rows and {counts.live} live; the parts hold {total}, "
-                f"{removed} of them removed",
-                "counts",
-            )
-        if counts.added_after_fit > total - self.fit.rows:
-            what = f" of {counts.added_after_fit} added and {self.fit.rows} fitted rows of {total}"
-            raise Wrong(what + " do not go together", "counts")
+        if (counts.rows, counts.live) != (total, total - removed):
+            held = f"the parts hold {total}, {removed} of them removed"
+            raise Wrong(f" says {counts.rows} rows and {counts.live} live; {held}", "counts")
+        if (added := counts.added_after_fit) > total - self.fit.rows:
+            of = f" of {added} added and {self.fit.rows} fitted rows of {total}"
+            raise Wrong(of + " do not go together", "counts")
 
     @property
     def is_compressed(self) -> bool:
@@ -536,20 +382,18 @@ class Manifest:
     @property
     def files(self) -> dict[str, FileEntry | FaissEntry]:
         """Every file that it names, by its path; its own is not among them."""
-        folders: list[FolderEntry] = [*self.parts, self.fitted]
-        named: dict[str, FileEntry | FaissEntry] = {
-            f"{folder.directory}/{name}": entry
-            for folder in folders
-            for name, entry in folder.files.items()
-        }
-        return named | {one.file: one for one in (self.tombstones, self.faiss) if one is not None}
+        alone = (self.tombstones, self.faiss)
+        named: dict[str, FileEntry | FaissEntry] = {one.file: one for one in alone if one}
+        for folder in (*self.parts, self.fitted):
+            named |= {f"{folder.directory}/{name}": one for name, one in folder.files.items()}
+        return named
 
     @property
     def named_bytes(self) -> int:
         """Bytes of all files that it names."""
         return sum(entry.bytes for entry in self.files.values())
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """Return a copy of the manifest as JSON has it, keys of later versions included."""
         return copy.deepcopy(self.raw)
 
@@ -559,23 +403,23 @@ class Manifest:
 
 def digest(value: object) -> str:
     """Return the SHA-256 of the canonical JSON: sorted keys, no spaces."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode("ascii")).hexdigest()
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 
-def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def sealed(manifest: Json) -> Json:
     """Return the manifest with `manifest_sha256` over everything else."""
     rest = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
     return {**rest, "manifest_sha256": digest(rest)}
 
 
-def write(root: Path, manifest: Mapping[str, Any]) -> None:
+def write(root: Path, manifest: Json) -> None:
     """Put a manifest in place by one durable rename; what could not be read is not written."""
     check(root, manifest)
-    text = json.dumps(sealed(manifest), sort_keys=True, indent=1, allow_nan=False) + "\n"
+    whole_text = json.dumps(sealed(manifest), sort_keys=True, indent=1, allow_nan=False) + "\n"
     unfinished = root / f"{NAME}.tmp"
     with fresh(unfinished) as file:
-        file.write(text.encode("ascii"))
+        file.write(whole_text.encode("ascii"))
     replace(unfinished, root / NAME)
 
 
@@ -584,7 +428,14 @@ def read(root: Path) -> Manifest:
 
     Raises `IndexFormatError`: no index, an unfinished one, or one that cannot be believed.
     """
-    manifest = _parse(root, _read_bytes(root))
+    try:
+        manifest = _parse(root, read_regular(root, NAME, MAX_BYTES))
+    except NotPlain as error:
+        raise broken(root, NAME, str(error)) from error
+    except (FileNotFoundError, NotADirectoryError):
+        raise _absent(root) from None
+    except OSError as error:
+        raise broken(root, NAME, f"cannot be read ({error.strerror})") from error
     if manifest.get("format") != FORMAT:
         what = f"its format is {short(manifest.get('format'))}, not {FORMAT!r}"
         raise broken(root, NAME, what)
@@ -599,46 +450,21 @@ def read(root: Path) -> Manifest:
     return check(root, manifest)
 
 
-def check(root: Path, manifest: Mapping[str, Any]) -> Manifest:
+def check(root: Path, manifest: Json) -> Manifest:
     """Return the typed manifest of plain values, every key checked for presence, type and range."""
     try:
-        checked: Manifest = _reader(Manifest)(manifest)
-        if checked.recipe_sha256 != digest(manifest["recipe"]):
-            raise Wrong(" is not the digest of the recipe", "recipe_sha256")
+        return typed(manifest)
     except Wrong as wrong:
-        match wrong.path:
-            case ["parts", int(number), "files", str(name), *rest]:
-                folder = manifest["parts"][number]
-            case ["fitted", "files", str(name), *rest]:
-                folder = manifest["fitted"]
-            case _:
-                raise broken(root, NAME, str(wrong)) from wrong
-        what = f"its entry for {folder['directory']}/{name} {Wrong(wrong.what, *rest)}"
-        raise broken(root, NAME, what) from wrong
+        raise broken(root, NAME, str(wrong)) from wrong
+
+
+def typed(manifest: Json) -> Manifest:
+    """Return the typed manifest of plain values; raises `Wrong`."""
+    checked = read_as(Manifest, manifest)
+    if checked.recipe_sha256 != digest(manifest["recipe"]):
+        raise Wrong(" is not the digest of the recipe", "recipe_sha256")
     object.__setattr__(checked, "raw", manifest)
     return checked
-
-
-def check_partly(manifest: Mapping[str, Any]) -> None:
-    """Check those keys that are there already; raises `Wrong`."""
-    _fields(Manifest, manifest, partly=True)
-
-
-def layers_of(manifest: Mapping[str, Any]) -> tuple[LayerEntry, ...]:
-    """Return the typed layers of a manifest that is being made."""
-    layers: tuple[LayerEntry, ...] = _list((LayerEntry, ...), manifest["layers"])
-    return layers
-
-
-def _read_bytes(root: Path) -> bytes:
-    try:
-        return read_regular(root, NAME, MAX_BYTES)
-    except NotPlain as error:
-        raise broken(root, NAME, str(error)) from error
-    except (FileNotFoundError, NotADirectoryError):
-        raise _absent(root) from None
-    except OSError as error:
-        raise broken(root, NAME, f"cannot be read ({error.strerror})") from error
 
 
 def _absent(root: Path) -> IndexFormatError:
@@ -653,16 +479,16 @@ def _absent(root: Path) -> IndexFormatError:
     return IndexFormatError(f"{root}: {what}")
 
 
-def _parse(root: Path, data: bytes) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _parse(root: Path, data: bytes) -> Json:
+    def once(pairs: list[tuple[str, Any]]) -> Json:
         if len(dict(pairs)) != len(pairs):
             raise ValueError("a key appears twice")
         return dict(pairs)
 
-    def finite(text: str) -> float:
-        if not math.isfinite(float(text)):
-            raise ValueError(f"{text[:20]} is not JSON")
-        return float(text)
+    def finite(number: str) -> float:
+        if not math.isfinite(float(number)):
+            raise ValueError(f"{number[:20]} is not JSON")
+        return float(number)
 
     try:
         manifest = json.loads(

@@ -3,9 +3,8 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
-from itertools import takewhile
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar, overload
+from typing import Generic, NamedTuple, Never, TypeVar, overload
 
 import numpy as np
 
@@ -20,7 +19,6 @@ from .identity import Identity
 from .manifest import Manifest
 from .rows import (
     MARKS,
-    STRINGS,
     Layer,
     Part,
     columns_of,
@@ -35,6 +33,7 @@ REMOVED = "is not in the index any more: it was removed"
 """How the message of a removed id goes on."""
 _NEAR, _FEW, _COMPARED, _DEEP = 8, 100_000, 1000, 32
 _RUN, _HANDFUL = 1 << 16, 100
+T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 Positions = np.ndarray | Sequence[int]
 
@@ -55,8 +54,15 @@ class Index:
     normalized : whether embeddings have unit length.
     metric : "l2" or "ip".
     ids, labels, paths : sequences over positions, decoded on demand.
+    tombstones : positions of removed rows, uint64, rising.
+    starts : position of each part's first row, and behind the last the number of rows.
+    faiss_file : the FAISS file; None where there is none or it was left alone.
     with_faiss, n_threads : as given to `open`.
     """
+
+    faiss_file: FaissFile | None = None
+    starts = np.zeros(1, np.int64)
+    tombstones = np.empty(0, np.uint64)
 
     def __init__(
         self, path: Path, manifest: Manifest, with_faiss: bool, n_threads: int | None = None
@@ -66,17 +72,17 @@ class Index:
         self.width, self.normalized = manifest.embedding.width, manifest.embedding.normalized
         self.with_faiss, self.n_threads, self.process = with_faiss, n_threads, os.getpid()
         self.fitted_files = map_fitted(path, manifest)
-        self._shared = fitted_of(self.fitted_files, None)
-        fitted = [fitted_of(self.fitted_files, n) for n in range(len(manifest.layers))]
+        self._shared = fitted_of(self.fitted_files)
+        fitted = [fitted_of(self.fitted_files, f"layer{n}.") for n in range(len(manifest.layers))]
         self.layers = make_layers(path, manifest.layers, fitted, self.width)
         self.columns = columns_of(self.width, self.normalized, self.layers)
         self._rows = _Rows(path, manifest, self.layers, self.columns)
-        self._tombstones = map_tombstones(path, manifest)
-        self.ids: Strings[str] = Strings(self._rows, "ids")
-        self.paths: Strings[str] = Strings(self._rows, "paths")
-        self.labels: Strings[str | None] = Strings(self._rows, "labels")
-        used = with_faiss and manifest.faiss is not None
-        self._faiss = FaissFile(path, manifest) if used else None
+        self.starts, self.tombstones = self._rows.starts, map_tombstones(path, manifest)
+        self.ids: Strings[str] = Strings(self._rows, Part.ids_of)
+        self.paths: Strings[str] = Strings(self._rows, Part.paths_of)
+        self.labels: Strings[str | None] = Strings(self._rows, Part.labels_of)
+        if with_faiss and manifest.faiss is not None:
+            self.faiss_file = FaissFile(path, manifest, manifest.faiss)
 
     @classmethod
     def open(
@@ -108,13 +114,12 @@ class Index:
                 opened = cls(root, manifest, with_faiss, n_threads)
             except (FileNotFoundError, IndexFormatError) as error:
                 # A writer may have swept this generation between our two steps.
-                if not _still(root, place, manifest):
+                now = manifest_file.read(root).manifest_sha256
+                if (os.path.realpath(root), now) != (place, manifest.manifest_sha256):
                     continue
-                if not isinstance(error, FileNotFoundError):
-                    raise
-                name = os.path.relpath(error.filename or root, root)
-                derived = manifest.faiss is not None and name == manifest.faiss.file
-                raise broken(root, name, "is missing", *([REBUILD] if derived else [])) from None
+                if isinstance(error, FileNotFoundError):
+                    raise missing(root, manifest, error) from None
+                raise
             # The link may have been led elsewhere meanwhile, and other files been opened there.
             if os.path.realpath(root) == place:
                 return opened
@@ -132,7 +137,7 @@ class Index:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> Never:
         raise InputError(
             f"{self.path}: an open index is not pickled, for its files are mapped into this "
             "process; open it in each process with Index.open(path)"
@@ -158,10 +163,9 @@ class Index:
     def fetch(self, positions: Positions, first: int | None = None) -> "Stored":
         """Return all that is kept of the `first` rows (None: of all) but embeddings; all labels."""
         every = self.select(positions)
-        ids, paths, labels = every.texts(*STRINGS)
         rows = every if first is None else Selection(self._rows, every.positions[:first])
         fields = [rows.fields(number) for number in range(len(self.layers))]
-        return Stored(ids[:first], paths[:first], labels, rows.coarse(), rows.marks, fields)
+        return Stored(rows.ids, rows.paths, every.labels, rows.coarse(), rows.marks, fields)
 
     def embeddings(self, positions: Positions) -> np.ndarray:
         """Return stored embeddings of rows, float32 `[n D]`."""
@@ -177,28 +181,13 @@ class Index:
         return self._rows.parts
 
     @property
-    def faiss_file(self) -> FaissFile | None:
-        """The FAISS file; None where there is none or it was left alone."""
-        return self._faiss
-
-    @property
-    def tombstones(self) -> np.ndarray:
-        """Positions of removed rows, uint64, rising."""
-        return self._tombstones
-
-    @property
-    def starts(self) -> np.ndarray:
-        """Position of each part's first row, and behind the last the number of rows."""
-        return self._rows.starts
-
-    @property
     def marked(self) -> bool:
         """Whether it holds marks of the images' files, so that a replaced one is told."""
         return any(self.columns[MARKS].file in part.arrays for part in self.parts)
 
     def encoding(self, layer: int = 0) -> Encoding:
         """Return how a layer's weights are kept."""
-        return self._layer(layer).encoding
+        return self._rows.layer(layer).encoding
 
     def fitted(self, name: str) -> np.ndarray:
         """Return an array kept once for the whole index, such as "embedding_mean".
@@ -226,7 +215,6 @@ class Index:
 
     def rows(self, positions: Positions, layer: int = 0) -> dict[str, np.ndarray]:
         """Return what the layer's encoding decodes, with "embedding" where it uses that."""
-        self._layer(layer)
         return self.select(positions).fields(layer)
 
     def weights(self, positions: Positions, layer: int = 0) -> np.ndarray:
@@ -235,7 +223,6 @@ class Index:
 
     def coarse(self, positions: Positions, layer: int = 0) -> np.ndarray | None:
         """Return coarse maps of rows, float32 `[n h w]`, or None where none are stored."""
-        self._layer(layer)
         return self.select(positions).coarse(layer)
 
     def live(self, positions: Positions) -> np.ndarray:
@@ -269,40 +256,30 @@ class Index:
     def position(self, id: str) -> int:
         """Return the position of an image; unknown ids are told the nearest known ones."""
         rows = self._find(id)
-        if not rows:
-            near = self._near(id)
-            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see `index.ids`"
-            raise InputError(f"the index has no image {id!r}; {hint}")
-        for row in rows:
-            if self.live([row])[0]:
-                return row
-        raise InputError(f"the image {id!r} {REMOVED}; add it again first")
+        if live := [row for row in rows if self.live([row])[0]]:
+            return live[0]
+        if rows:
+            raise InputError(f"the image {id!r} {REMOVED}; add it again first")
+        near = self._near(id)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see `index.ids`"
+        raise InputError(f"the index has no image {id!r}; {hint}")
 
     def positions(self, ids: Sequence[str]) -> np.ndarray:
         """Return positions of many images, int64 `[n]`; errors as `position`."""
         if isinstance(ids, str):
             raise InputError(f"expected a list of ids, got the string {ids!r}; use position()")
-        if len(ids) * 16 < self.n_rows:
-            return np.array([self.position(i) for i in ids], np.int64)
-        # Many ids: one pass over all rows is cheaper than a bisection each.
         known = self.find_live(ids)
         return np.array([known[i] if i in known else self.position(i) for i in ids], np.int64)
 
     def find_live(self, ids: Sequence[str]) -> dict[str, int]:
         """Return positions of those of the ids that the index holds live; others are left out."""
         wanted = set(ids)
-        live: dict[str, int] = {}
         if len(wanted) * 16 < self.n_rows:
-            rows = {row: text for text in wanted for row in self._find(text)}
-            return {text: row for row, text in rows.items() if self.live([row])[0]}
-        for part, start in zip(self.parts, self.starts.tolist(), strict=False):
-            for first in range(0, part.count, _RUN):
-                stop = min(first + _RUN, part.count)
-                alive = self.live(np.arange(start + first, start + stop))
-                for row, text in enumerate(part.ids.tolist(first, stop)):
-                    if text in wanted and alive[row]:
-                        live[text] = start + first + row
-        return live
+            found = [(row, text) for text in wanted for row in self._find(text)]
+        else:  # one pass over all rows is cheaper than a bisection each
+            found = [(row, text) for row, text in enumerate(self.ids) if text in wanted]
+        alive = self.live([row for row, _ in found]).tolist()
+        return {text: row for (row, text), is_live in zip(found, alive, strict=True) if is_live}
 
     # Search
 
@@ -341,56 +318,34 @@ class Index:
 
     # Inside
 
-    def _layer(self, number: int) -> Layer:
-        if not 0 <= number < len(self.layers):
-            raise InputError(f"layer {number} of an index of {len(self.layers)} layers")
-        return self.layers[number]
-
     def _find(self, id: str) -> list[int]:
         if not isinstance(id, str):
             raise InputError(f"an id is a string; got {id!r}")
         key = id.encode("utf-8", "replace")
-        return [
-            int(start) + row
-            for part, start in zip(self.parts, self.starts, strict=False)
-            for row in part.find(key)
-        ]
+        pairs = zip(self.parts, self.starts.tolist(), strict=False)
+        return [start + row for part, start in pairs for row in part.find(key)]
 
     def _near(self, id: str) -> list[str]:
-        """Return known ids close to a misspelt one, among those around it and its beginning."""
-        ends = self._ending(id)
-        if ends and id.endswith(f"/{ends[0]}"):
-            return ends[:1]
-        keys = [key.encode("utf-8", "replace") for key in (id, id[: max(1, len(id) // 2)])]
-        pool = {near for part in self.parts for key in keys for near in part.ids_around(key, _NEAR)}
-        near = ends + get_close_matches(id, sorted(pool), 8, 0.4)
-        return [text for text in dict.fromkeys(near) if text in self.find_live(near)][:3]
-
-    def _ending(self, id: str) -> list[str]:
-        """Return ids that end as this one, in its own last folders or, in small sets, in others."""
+        """Return known ids close to a misspelt one: that end as it, or stand around it."""
         names = id.split("/")
         shorter = ["/".join(names[start:]) for start in range(1, min(len(names), _DEEP))]
         live = self.find_live(shorter)
-        if live:
+        if live:  # in folders of its own
             return [next(text for text in shorter if text in live)]
-        if self.n_rows > _FEW:
-            return []
-        every = (text for part in self.parts for text in part.ids.tolist(0, part.count))
-        common = [(_common_end(text.split("/"), names), text) for text in every]
-        most = max((count for count, _ in common), default=0)
-        ends = [text for count, text in common if count == most > 0]
-        return get_close_matches(id, ends[:_COMPARED], 3, 0)
+        every = self.ids if self.n_rows <= _FEW else ()
+        ends = [text for text in every if text.split("/")[-1] == names[-1]][:_COMPARED]
+        keys = [key.encode("utf-8", "replace") for key in (id, id[: max(1, len(id) // 2)])]
+        pool = {near for part in self.parts for key in keys for near in part.ids_around(key, _NEAR)}
+        near = get_close_matches(id, ends, 3, 0) + get_close_matches(id, sorted(pool), 8, 0.4)
+        live = self.find_live(near)
+        return [text for text in dict.fromkeys(near) if text in live][:3]
 
 
-def _common_end(one: Sequence[str], other: Sequence[str]) -> int:
-    pairs = zip(reversed(one), reversed(other), strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-
-def _still(root: Path, place: str, manifest: Manifest) -> bool:
-    """Return whether the same version lies at the same place."""
-    now = manifest_file.read(root).manifest_sha256
-    return os.path.realpath(root) == place and now == manifest.manifest_sha256
+def missing(root: Path, manifest: Manifest, error: FileNotFoundError) -> IndexFormatError:
+    """Return the error about a file that the manifest names and that is not there."""
+    name = os.path.relpath(error.filename or root, root)
+    derived = manifest.faiss is not None and name == manifest.faiss.file
+    return broken(root, name, "is missing", *([REBUILD] if derived else []))
 
 
 class Stored(NamedTuple):
@@ -413,20 +368,15 @@ def check_positions(positions: object, total: int) -> np.ndarray:
     rows = np.asarray(positions)
     if rows.size == 0:
         return np.empty(0, np.int64)
-    if rows.ndim == 1 and rows.dtype == np.int64 and len(rows) <= _HANDFUL:
-        # A query's handful: Python compares it sooner than NumPy's reductions are set up.
-        few = rows.tolist()
-        if min(few) >= 0 and max(few) < total:
-            return rows
     if rows.ndim != 1 or rows.dtype.kind not in "iu":
-        raise InputError(
-            f"positions of shape {list(rows.shape)} and type {rows.dtype}; expected whole "
-            "numbers [n]"
-        )
-    if rows.min() < 0 or rows.max() >= total:
-        bad = rows[(rows < 0) | (rows >= total)][0]
+        given = f"positions of shape {list(rows.shape)} and type {rows.dtype}"
+        raise InputError(f"{given}; expected whole numbers [n]")
+    # A query's handful: Python compares it sooner than NumPy's reductions are set up.
+    ends = sorted(rows.tolist()) if len(rows) <= _HANDFUL else [rows.min(), rows.max()]
+    if ends[0] < 0 or ends[-1] >= total:
+        bad = ends[0] if ends[0] < 0 else ends[-1]
         raise InputError(f"position {bad} is outside the index, which has rows 0 to {total - 1}")
-    return rows.astype(np.int64)
+    return rows.astype(np.int64, copy=False)
 
 
 class _Rows:
@@ -452,6 +402,11 @@ class _Rows:
 
     def close(self) -> None:
         self._parts = None
+
+    def layer(self, number: int) -> Layer:
+        if not 0 <= number < len(self.layers):
+            raise InputError(f"layer {number} of an index of {len(self.layers)} layers")
+        return self.layers[number]
 
     def pieces(self, positions: np.ndarray) -> "list[tuple[Part, np.ndarray | slice, np.ndarray]]":
         """Return parts, the places among `positions` that lie in each, and their rows there."""
@@ -484,17 +439,17 @@ class Selection:
     @property
     def ids(self) -> list[str]:
         """Stable ids, `[n]`."""
-        return self.texts("ids")[0]
+        return self.gather(Part.ids_of)
 
     @property
     def paths(self) -> list[str]:
         """Where the images were read, `[n]`."""
-        return self.texts("paths")[0]
+        return self.gather(Part.paths_of)
 
     @property
     def labels(self) -> list[str | None]:
         """Labels, None for images without one, `[n]`."""
-        return self.texts("labels")[0]
+        return self.gather(Part.labels_of)
 
     @property
     def embeddings(self) -> np.ndarray:
@@ -513,7 +468,7 @@ class Selection:
 
     def fields(self, layer: int = 0) -> dict[str, np.ndarray]:
         """Return what the layer's encoding decodes, with "embedding" where it uses that."""
-        of = self._rows.layers[layer]
+        of = self._rows.layer(layer)
         fields = {name: self.array(column) for name, column in of.fields.items()}
         if "channels" in fields and fields["channels"].max(initial=0) >= of.channels:
             what = f"names a channel beyond {of.channels}"
@@ -524,7 +479,7 @@ class Selection:
 
     def coarse(self, layer: int = 0) -> np.ndarray | None:
         """Return coarse maps, float32 `[n h w]`, or None where none are stored."""
-        columns = self._rows.layers[layer].coarse
+        columns = self._rows.layer(layer).coarse
         if columns is None:
             return None
         maps, scales = (self.array(column) for column in columns)
@@ -545,31 +500,25 @@ class Selection:
                 values[where] = part.arrays[column.file][rows]
         return values
 
-    def texts(self, *kinds: str) -> list[list[Any]]:
-        """Return a list `[n]` for each kind of text: "ids", "paths" or "labels"."""
+    def gather(self, read: Callable[[Part, np.ndarray], list[T]]) -> list[T]:
+        """Return what `read` finds in each part, `[n]`."""
         if len(self._pieces) == 1:
             part, _, rows = self._pieces[0]
-            return part.texts(rows, *kinds)
-        lists: list[list[Any]] = [[None] * len(self) for _ in kinds]
+            return read(part, rows)
+        found: dict[int, T] = {}
         for part, where, rows in self._pieces:
-            slots = np.arange(len(self))[where].tolist()
-            for texts, some in zip(lists, part.texts(rows, *kinds), strict=True):
-                for slot, text in zip(slots, some, strict=True):
-                    texts[slot] = text
-        return lists
+            found |= zip(np.arange(len(self))[where].tolist(), read(part, rows), strict=True)
+        return [found[place] for place in range(len(self))]
 
 
 class Strings(Sequence[T_co], Generic[T_co]):
     """One string (or None) for every position: `s[7]`, `s[2:5]`, `s[array([3, 1])]`."""
 
-    def __init__(self, rows: _Rows, kind: str) -> None:
-        self._rows, self._kind = rows, kind
+    def __init__(self, rows: _Rows, read: Callable[[Part, np.ndarray], list[T_co]]) -> None:
+        self._rows, self._read = rows, read
 
     def __len__(self) -> int:
         return int(self._rows.starts[-1])
-
-    def _lookup(self, positions: np.ndarray) -> list[T_co]:
-        return Selection(self._rows, positions).texts(self._kind)[0]
 
     @overload
     def __getitem__(self, where: int) -> T_co: ...
@@ -579,18 +528,20 @@ class Strings(Sequence[T_co], Generic[T_co]):
 
     def __getitem__(self, where: int | slice | np.ndarray | list[int]) -> T_co | list[T_co]:
         total = len(self)
-        if isinstance(where, slice):
-            return self._lookup(np.arange(*where.indices(total)))
         if isinstance(where, (int, np.integer)):
             row = int(where) + total if where < 0 else int(where)
             if not 0 <= row < total:
                 raise IndexError(f"position {where} of an index of {total} rows")
-            return self._lookup(np.array([row]))[0]
-        return self._lookup(check_positions(where, total))
+            return self[[row]][0]
+        if isinstance(where, slice):
+            rows = np.arange(*where.indices(total))
+        else:
+            rows = check_positions(where, total)
+        return Selection(self._rows, rows).gather(self._read)
 
     def __iter__(self) -> Iterator[T_co]:
         for start in range(0, len(self), _RUN):
-            yield from self._lookup(np.arange(start, min(start + _RUN, len(self))))
+            yield from self[start : start + _RUN]
 
     def __repr__(self) -> str:
         return f"<{len(self)} strings>"

@@ -1,19 +1,21 @@
-"""Rows of an index: its layers and columns, the mapped parts, and selections of them."""
+"""Rows of an index: its layers and columns, the mapped parts, and rows gathered on demand."""
 
 import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import EmbedcamError, IndexFormatError
+from ..errors import IndexFormatError, InputError
 from . import manifest as manifest_file
 from .arrays import (
     SUFFIXES,
+    ArrayLike,
     Check,
     Column,
     broken,
@@ -24,8 +26,11 @@ from .arrays import (
     wrong_scales,
     wrong_values,
 )
-from .encoding import Encoding, LowRank, TopM, from_spec
+from .encoding import Encoding, TopM, from_spec
 from .manifest import FileEntry, LayerEntry, Manifest, PartEntry
+
+if TYPE_CHECKING:
+    from .reader import Index
 
 STRINGS = ("ids", "paths", "labels")
 MARKS = "marks"
@@ -37,7 +42,6 @@ _FITTED = re.compile(r"(?:layer([0-9]{1,4})\.)?([a-z][a-z0-9_]*)\.([a-z0-9]+)")
 class Layer:
     """One explained layer, and the columns of its weights and of its coarse maps (if any)."""
 
-    number: int
     name: str
     channels: int
     encoding: Encoding
@@ -58,13 +62,11 @@ def make_layers(
         spec = {key: value for key, value in asdict(entry.encoding).items() if value is not None}
         try:
             encoding = from_spec(spec, entry.channels, fitted[number], entry.grid)
-        except (EmbedcamError, KeyError, TypeError, ValueError, OverflowError) as error:
-            what = f"lacks {error}" if isinstance(error, KeyError) else f"is unusable ({error})"
-            what = f"the encoding of layers[{number}] {what}"
+            if encoding.uses_embedding and spec["rank"] != width:
+                raise InputError(f"codes from embeddings of width {width}, rank {spec['rank']}")
+        except InputError as error:
+            what = f"the encoding of layers[{number}] is unusable ({error})"
             raise broken(root, manifest_file.NAME, what) from error
-        if isinstance(encoding, LowRank) and encoding.uses_embedding and encoding.rank != width:
-            what = f"layers[{number}] derives its codes from embeddings of width {width}, and its "
-            raise broken(root, manifest_file.NAME, f"{what}rank is {encoding.rank}")
         stem, coarse = f"layer{number}", None
         checks: dict[str, Check] = {"scales": wrong_scales}
         if isinstance(encoding, TopM):
@@ -76,8 +78,9 @@ def make_layers(
         if entry.coarse_grid is not None:
             maps = Column(f"{stem}.coarse", "uint8", entry.coarse_grid)
             coarse = maps, Column(f"{stem}.coarse_scales", "float32", (), wrong_scales)
-        name, channels, grid = entry.name, entry.channels, entry.coarse_grid
-        layers.append(Layer(number, name, channels, encoding, grid, fields, coarse))
+        layers.append(
+            Layer(entry.name, entry.channels, encoding, entry.coarse_grid, fields, coarse)
+        )
     return layers
 
 
@@ -93,10 +96,39 @@ def columns_of(width: int, normalized: bool, layers: Sequence[Layer]) -> dict[st
     return {column.stem: column for column in columns}
 
 
+class IndexRows:
+    """A column of an index's rows, and new ones behind them, as one array-like `[n ...]`.
+
+    `positions` `[n]` are the rows, None for all; the column is that of the embeddings, or another.
+    """
+
+    def __init__(
+        self,
+        index: "Index",
+        positions: np.ndarray | None = None,
+        column: Column | None = None,
+        new: ArrayLike | None = None,
+    ) -> None:
+        self.index, self._new = index, new
+        self._positions = np.arange(index.n_rows) if positions is None else positions
+        self._column = column or index.columns["embeddings"]
+        n_rows = len(self._positions) + (0 if new is None else new.shape[0])
+        self.shape, self.dtype = (n_rows, *self._column.shape), np.dtype(self._column.dtype)
+
+    def __getitem__(self, rows: slice | np.ndarray, /) -> np.ndarray:
+        old = self.index.select(self._positions[rows]).array(self._column)
+        if self._new is None or not isinstance(rows, slice):  # new ones are read in blocks alone
+            return old
+        ends = rows.indices(self.shape[0])[:2]
+        start, stop = (max(end - len(self._positions), 0) for end in ends)
+        return np.concatenate([old, self._new[start:stop]]) if stop else old
+
+
 class StringTable:
     """UTF-8 strings in a blob `[bytes]` with offsets `[n+1]`, decoded on demand.
 
     Offsets are believed after they were found to be inside; `where` names the files in messages.
+    A damaged byte does not stop a search half way; `verify` reports it.
     """
 
     def __init__(self, blob: np.ndarray, offsets: np.ndarray, where: Path) -> None:
@@ -112,20 +144,12 @@ class StringTable:
             raise self._outside()
         return self.blob[start:stop].tobytes()
 
-    def __getitem__(self, row: int) -> str:
-        # A damaged byte must not stop a search half way; `verify` reports it.
-        return self.raw(row).decode("utf-8", "replace")
-
     def take(self, rows: np.ndarray) -> list[str]:
         """Return some rows `[n]`."""
         first, last = int(rows[0]), int(rows[-1])
         if len(rows) > 1 and last - first == len(rows) - 1 and bool((np.diff(rows) == 1).all()):
             return self.tolist(first, last + 1)  # a run is decoded from one piece of the blob
-        starts, stops = self.offsets[rows].tolist(), self.offsets[rows + 1].tolist()
-        blob, size = self.blob.data, len(self.blob)
-        if not all(a <= b <= size for a, b in zip(starts, stops, strict=True)):
-            raise self._outside()
-        return [str(blob[a:b], "utf-8", "replace") for a, b in zip(starts, stops, strict=True)]
+        return [self.raw(row).decode("utf-8", "replace") for row in rows.tolist()]
 
     def tolist(self, start: int = 0, stop: int | None = None) -> list[str]:
         """Return rows start .. stop at once, faster than one by one."""
@@ -142,17 +166,6 @@ class StringTable:
             f"{self.where}.offsets.u64: offsets fall or lead outside the text; run `embedcam "
             "verify`, and restore the file that it names"
         )
-
-    def bisect(self, order: np.ndarray, key: bytes) -> int:
-        """Return where `key` stands, or would stand, in the sorted order."""
-        low, high = 0, len(self)
-        while low < high:
-            middle = (low + high) // 2
-            if self.raw(check_row(int(order[middle]), high=len(self))) < key:
-                low = middle + 1
-            else:
-                high = middle
-        return low
 
 
 def check_row(row: int, high: int) -> int:
@@ -182,23 +195,26 @@ class Part:
         self.order = self.arrays[file_name("ids.order", order_dtype(self.count))]
         self.codes = self.arrays["labels.codes.i32"]
 
-    def texts(self, rows: np.ndarray, *kinds: str) -> list[list[Any]]:
-        """Return of each kind of `STRINGS` the texts of rows `[n]`, n >= 1; a label may be None."""
-        return [
-            self._labels_of(rows) if kind == "labels" else getattr(self, kind).take(rows)
-            for kind in kinds
-        ]
+    def ids_of(self, rows: np.ndarray) -> list[str]:
+        """Return ids of rows `[n]`, n >= 1."""
+        return self.ids.take(rows)
 
-    def _labels_of(self, rows: np.ndarray) -> list[str | None]:
+    def paths_of(self, rows: np.ndarray) -> list[str]:
+        """Return paths of rows `[n]`, n >= 1."""
+        return self.paths.take(rows)
+
+    def labels_of(self, rows: np.ndarray) -> list[str | None]:
+        """Return labels of rows `[n]`, or None without one."""
         codes = self.codes[rows].tolist()
-        names: dict[int, str | None] = {
-            code: self.labels[check_row(code, len(self.labels))] for code in {*codes} - {-1}
-        }
+        known = {*codes} - {-1}
+        for code in known:
+            check_row(code, len(self.labels))
+        names = {code: self.labels.raw(code).decode("utf-8", "replace") for code in known}
         return [names.get(code) for code in codes]
 
     def find(self, key: bytes) -> list[int]:
         """Return the rows with this id, removed ones included, in rising order."""
-        rows, at = [], self.ids.bisect(self.order, key)
+        rows, at = [], self._bisect(key)
         while at < self.count and self.ids.raw(row := self._row(at)) == key:
             rows.append(row)
             at += 1
@@ -206,9 +222,12 @@ class Part:
 
     def ids_around(self, key: bytes, reach: int) -> list[str]:
         """Return ids around the place where `key` would stand."""
-        at = self.ids.bisect(self.order, key)
+        at = self._bisect(key)
         around = range(max(0, at - reach), min(self.count, at + reach))
-        return [self.ids[self._row(i)] for i in around]
+        return [self.ids.raw(self._row(i)).decode("utf-8", "replace") for i in around]
+
+    def _bisect(self, key: bytes) -> int:
+        return bisect_left(range(self.count), key, key=lambda at: self.ids.raw(self._row(at)))
 
     def _row(self, at: int) -> int:
         return check_row(int(self.order[at]), self.count)
@@ -221,57 +240,53 @@ def order_dtype(n_rows: int) -> str:
 
 def _map_part(root: Path, entry: PartEntry, columns: Mapping[str, Column]) -> dict[str, np.ndarray]:
     """Map every file of a part, after type, shape and size were checked."""
-    count = entry.count
+    count, files = entry.count, entry.files
+
+    def free(name: str, least: int = 0) -> int:
+        """Return a length that the data decides."""
+        return max(least, files[name].shape[0]) if name in files else least
+
     order = order_dtype(count)
-    # Sizes of each axis; None where the data decides.
-    expected: dict[str, tuple[str, tuple[int | None, ...]]] = {
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {
         file_name("ids.order", order): (order, (count,)),
         "labels.codes.i32": ("int32", (count,)),
     }
     for stem in STRINGS:
-        expected[f"{stem}.utf8"] = ("uint8", (None,))
-        expected[f"{stem}.offsets.u64"] = ("uint64", (None if stem == "labels" else count + 1,))
+        offsets = f"{stem}.offsets.u64"
+        n_offsets = free(offsets, 1) if stem == "labels" else count + 1
+        expected |= {offsets: ("uint64", (n_offsets,))}
+        expected |= {f"{stem}.utf8": ("uint8", (free(f"{stem}.utf8"),))}
     for name, column in columns.items():
-        if name != MARKS or column.file in entry.files:
+        if name != MARKS or column.file in files:
             expected[column.file] = (column.dtype, (count, *column.shape))
-    for name in sorted(expected.keys() ^ entry.files.keys()):
-        what = "is not listed in the manifest" if name in expected else "is no file of a part"
-        raise broken(root, f"{entry.directory}/{name}", what)
-    for name, (dtype, shape) in expected.items():
-        file = entry.files[name]
-        fits = len(shape) == len(file.shape) and all(
-            want in (None, size) for want, size in zip(shape, file.shape, strict=True)
-        )
-        if file.dtype != dtype or not fits:
-            wanted = ", ".join("any" if n is None else str(n) for n in shape)
-            what = (
-                f"the manifest says {file.dtype} {list(file.shape)} where the format asks for "
-                f"{dtype} [{wanted}]"
-            )
-            raise broken(root, f"{entry.directory}/{name}", what)
-    if entry.files["labels.offsets.u64"].shape == (0,):
-        raise broken(root, f"{entry.directory}/labels.offsets.u64", "is empty")
-    return {
-        name: map_array(root, f"{entry.directory}/{name}", file)
-        for name, file in entry.files.items()
-    }
+    arrays = {}
+    for name in sorted(expected.keys() | files.keys()):
+        place, file = f"{entry.directory}/{name}", files.get(name)
+        if file is None or name not in expected:
+            what = "is not listed in the manifest" if file is None else "is no file of a part"
+            raise broken(root, place, what)
+        if (file.dtype, file.shape) != expected[name]:
+            dtype, shape = expected[name]
+            what = f"the manifest says {file.dtype} {list(file.shape)} where the format asks for "
+            raise broken(root, place, f"{what}{dtype} {list(shape)}")
+        arrays[name] = map_array(root, place, file)
+    return arrays
 
 
 def map_fitted(root: Path, manifest: Manifest) -> dict[str, np.ndarray]:
     """Map the arrays kept once, by file name."""
     folder, width = manifest.fitted, manifest.embedding.width
+    arrays = {}
     for name, entry in folder.files.items():
-        match = _FITTED.fullmatch(name)
+        place, match = f"{folder.directory}/{name}", _FITTED.fullmatch(name)
         known = match and (match[1] is None or int(match[1]) < len(manifest.layers))
         if not match or not known or match[3] != SUFFIXES[entry.dtype]:
-            raise broken(root, f"{folder.directory}/{name}", "is no file of the fitted folder")
+            raise broken(root, place, "is no file of the fitted folder")
         if match[1] is None and not _fits(match[2], entry, width):
             what = f"holds {entry.dtype} {list(entry.shape)}, which is no {match[2]}"
-            raise broken(root, f"{folder.directory}/{name}", what)
-    return {
-        name: map_array(root, f"{folder.directory}/{name}", entry)
-        for name, entry in folder.files.items()
-    }
+            raise broken(root, place, what)
+        arrays[name] = map_array(root, place, entry)
+    return arrays
 
 
 def _fits(name: str, entry: FileEntry, width: int) -> bool:
@@ -283,9 +298,8 @@ def _fits(name: str, entry: FileEntry, width: int) -> bool:
     return fits and entry.dtype.startswith("float")
 
 
-def fitted_of(files: Mapping[str, np.ndarray], number: int | None) -> dict[str, np.ndarray]:
-    """Return the fitted arrays of a layer by name; with None those of the whole index."""
-    stem = "" if number is None else f"layer{number}."
+def fitted_of(files: Mapping[str, np.ndarray], stem: str = "") -> dict[str, np.ndarray]:
+    """Return the fitted arrays of the layer `stem` ("layer0."), or those of the whole index."""
     return {
         name.removeprefix(stem).split(".")[0]: array
         for name, array in files.items()

@@ -2,17 +2,19 @@
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from .._checks import LARGEST, check_vectors, whole
+from .._checks import LARGEST, as_numbers, check_vectors, whole
 from ..errors import InputError
 from .arrays import ArrayLike, blocks, broken
 from .faiss_files import REBUILD, metric_code, parameters, threads
-from .manifest import SearchSettings
+from .rows import IndexRows
 
 if TYPE_CHECKING:
+    import faiss
+
     from .reader import Index
 
 SLACK = 16
@@ -55,31 +57,12 @@ class Neighbors(NamedTuple):
         return cls(positions, *values)
 
 
-class EmbeddingRows:
-    """Embeddings of an index, or of some of its rows, as one array-like `[n D]`."""
-
-    def __init__(self, index: "Index", positions: np.ndarray | None = None) -> None:
-        self.index, self._positions = index, positions
-        self.shape = (index.n_rows if positions is None else len(positions), index.width)
-        self.dtype = np.dtype(np.float32)
-
-    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-        if isinstance(rows, slice):
-            rows = np.arange(*rows.indices(self.shape[0]))
-        return self.index.embeddings(rows if self._positions is None else self._positions[rows])
-
-
 def check_queries(queries: np.ndarray, width: int, normalized: bool = False) -> np.ndarray:
     """Return queries as float32 `[B D]`, refused where they are no such numbers."""
-    try:
-        vectors = np.asarray(queries)
-    except ValueError as error:  # rows of several lengths
-        raise InputError(f"queries cannot be read as numbers [B {width}] ({error})") from error
-    if vectors.ndim != 2 or vectors.shape[1] != width or vectors.dtype.kind not in "fiu":
-        raise InputError(
-            f"queries of shape {list(vectors.shape)} and type {vectors.dtype}; expected numbers "
-            f"[B {width}]"
-        )
+    vectors = as_numbers("queries", queries)
+    if vectors.ndim != 2 or vectors.shape[1] != width:
+        given = f"queries of shape {list(vectors.shape)} and type {vectors.dtype}"
+        raise InputError(f"{given}; expected numbers [B {width}]")
     return np.ascontiguousarray(check_vectors(vectors, normalized))
 
 
@@ -143,57 +126,65 @@ def search(
 ) -> Neighbors:
     """Return the nearest live rows of queries `[B D]`; see `Index.search`."""
     queries = check_queries(queries, index.width, index.normalized)
-    k = min(whole("n_neighbors", n_neighbors, 1), index.n_rows - len(index.tombstones))
-    if index.manifest.faiss is None:
+    k = min(whole("n_neighbors", n_neighbors, 1), len(index))
+    entry = index.manifest.faiss
+    if entry is None:
         raise InputError(
             "this index was built without FAISS; give neighbors= ids that your own search "
             "found, or give it one with `embedcam compact --rebuild-faiss Flat`"
         )
-    if nprobe is not None:
-        nprobe = whole("nprobe", nprobe, 1)
+    probes = (entry.search.nprobe or 1) if nprobe is None else whole("nprobe", nprobe, 1)
     if k == 0:
         raise InputError("every image of this index has been removed; add images first")
     loaded = None if index.faiss_file is None else index.faiss_file.loaded()
+
+    def ranked(batch: np.ndarray) -> Neighbors:
+        found = np.full((len(batch), k), -1, np.int64)
+        if loaded is not None:
+            found = _proposed(index, loaded, batch, found, probes, entry.search.ef_search or 1)
+        # What an approximate index cannot reach, brute force finds.
+        if len(todo := np.flatnonzero((found >= 0).sum(axis=1) < k)):
+            alive = index.live_positions()
+            exact = nearest(IndexRows(index, alive), batch[todo], k, index.metric)
+            found[todo] = -1
+            found[todo, :k] = alive[exact.positions]
+        # Removed rows leave gaps: the columns that are used come first, the others go.
+        found = -np.sort(-found, axis=1)
+        found = found[:, : int((found >= 0).sum(axis=1).max(initial=k))]
+        vectors = index.embeddings(np.maximum(found, 0).reshape(-1))
+        return rank(batch, found, vectors.reshape(*found.shape, index.width), k, index.metric)
+
     # OpenMP's threads are not there in a forked child.
     alone = len(queries) == 1 or index.process != os.getpid()
-    step = max(1, _GATHERED // ((k + SLACK) * index.width))
     with threads(1 if alone else index.n_threads):
-        return in_batches(lambda some: _search_batch(index, loaded, some, k, nprobe), queries, step)
+        return in_batches(ranked, queries, max(1, _GATHERED // ((k + SLACK) * index.width)))
 
 
-def _search_batch(
-    index: "Index", loaded: Any, queries: np.ndarray, k: int, nprobe: int | None
-) -> Neighbors:
+def _proposed(
+    index: "Index",
+    loaded: "faiss.Index",
+    queries: np.ndarray,
+    found: np.ndarray,
+    probes: int,
+    effort: int,
+) -> np.ndarray:
+    """Return FAISS's live candidates, of each query k or as many as it can reach, padded by -1."""
     # Removed rows are not known to FAISS, whatever its type, so candidates are asked for until
-    # enough live ones are among them; what an approximate index cannot reach, brute force finds.
-    settings = index.manifest.faiss.search if index.manifest.faiss else SearchSettings()
-    probes, effort = nprobe or settings.nprobe or 1, settings.ef_search or 1
-    candidates = np.full((len(queries), k), -1, np.int64)
-    todo = np.arange(len(queries))
+    # enough live ones are among them.
+    k, todo = found.shape[1], np.arange(len(queries))
     fetch = min(index.n_rows, k + SLACK)
-    while loaded is not None and len(todo):
+    while len(todo):
         options = parameters(loaded, probes, max(effort, fetch))
         _, rows = loaded.search(queries[todo], fetch, params=options)
-        wider = max(fetch - candidates.shape[1], 0)
-        candidates = np.pad(candidates, ((0, 0), (0, wider)), constant_values=-1)
-        candidates[todo] = _only_live(index, rows)
-        todo = np.flatnonzero((candidates >= 0).sum(axis=1) < k)
+        wider = max(fetch - found.shape[1], 0)
+        found = np.pad(found, ((0, 0), (0, wider)), constant_values=-1)
+        found[todo] = _only_live(index, rows)
+        todo = np.flatnonzero((found >= 0).sum(axis=1) < k)
         if fetch == index.n_rows:
             break
         # Removed rows took the places, or IVF's lists were short: look further.
         fetch, probes = min(index.n_rows, 2 * fetch), 2 * probes
-    if len(todo):
-        alive = index.live_positions()
-        exact = nearest(EmbeddingRows(index, alive), queries[todo], k, index.metric)
-        candidates[todo] = -1
-        candidates[todo, :k] = alive[exact.positions]
-    # Removed rows leave gaps: the columns that are used come first, the others go.
-    candidates = -np.sort(-candidates, axis=1)
-    candidates = candidates[:, : int((candidates >= 0).sum(axis=1).max(initial=k))]
-    vectors = index.embeddings(np.maximum(candidates, 0).reshape(-1))
-    return rank(
-        queries, candidates, vectors.reshape(*candidates.shape, index.width), k, index.metric
-    )
+    return found
 
 
 def rank(
@@ -264,13 +255,10 @@ def find_neighbors(
 ) -> list[Neighbors]:
     """Return for each query `[B D]` its neighbors: searched, or those that were named."""
     if named is None:
-        return [
-            Neighbors(*one) for one in zip(*search(index, embeddings, n_neighbors), strict=True)
-        ]
-    return [
-        named_neighbors(index, embedding, ids)
-        for embedding, ids in zip(embeddings, named, strict=True)
-    ]
+        found = search(index, embeddings, n_neighbors)
+        return [Neighbors(*one) for one in zip(*found, strict=True)]
+    pairs = zip(embeddings, named, strict=True)
+    return [named_neighbors(index, embedding, ids) for embedding, ids in pairs]
 
 
 def named_neighbors(index: "Index", embedding: np.ndarray, ids: Sequence[str]) -> Neighbors:

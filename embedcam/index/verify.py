@@ -1,6 +1,6 @@
 """Every promise of the format, checked: checksums, structure, values, and the FAISS file."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise, product
 from pathlib import Path
@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import IndexFormatError, short
-from .arrays import Column, blocks, broken, sha256_of, wrong_values
+from .arrays import Column, blocks, broken, file_name, sha256_of, wrong_values
 from .faiss_files import REBUILD
 from .reader import Index
-from .rows import STRINGS, Part, StringTable
+from .rows import Part, StringTable, order_dtype
 
 Progress = Callable[[int, int], None]
 _SAMPLE = 32
@@ -68,81 +68,73 @@ def verify_open(
 ) -> Verification:
     """Check every promise of an index that is open."""
     report = Verification(["the manifest and the size of every file"])
-    steps: list[tuple[str, Iterator[IndexFormatError]]] = [
-        ("the checksum of every file", _checksums(index, progress)),
-        (
-            "embeddings: finite, and of unit length where promised",
-            _values(index, index.columns["embeddings"]),
-        ),
-        ("weights: finite, channels distinct and in range", _weights(index)),
-        ("ids, paths and labels: offsets, UTF-8, order", _strings(index)),
-        ("tombstones: rising and in range", iter(())),  # seen when the index was opened
-        ("ids: not empty, unique among live images", _unique(index)),
-        ("FAISS: size, width, metric, and distances of a sample", _faiss(index)),
-    ]
-    for name, problems in steps:
+    embeddings = _values(index, index.columns["embeddings"])
+    steps: dict[str, Iterable[IndexFormatError]] = {
+        "the checksum of every file": _checksums(index, progress),
+        "embeddings: finite, and of unit length where promised": embeddings,
+        "weights: finite, channels distinct and in range": _weights(index),
+        "ids, paths and labels: offsets, UTF-8, order": _strings(index),
+        "tombstones: rising and in range": (),  # seen when the index was opened
+        "ids: not empty, unique among live images": _unique(index),
+        "FAISS: size, width, metric, and distances of a sample": _faiss(index),
+    }
+    for name, problems in steps.items():
         before = len(report.problems)
-        try:
-            for problem in problems:
-                if not collect:
-                    raise problem
-                report.problems.append(str(problem))
-        except IndexFormatError as error:  # that a step raised itself
+        for problem in _yielded(problems):
             if not collect:
-                raise
-            report.problems.append(str(error))
+                raise problem
+            report.problems.append(str(problem))
         if len(report.problems) == before:
             report.checks.append(name)
-        elif name == steps[0][0]:
-            break  # what follows would only find the same damage again
+        elif len(report.checks) == 1:
+            break  # of checksums: what follows would only find the same damage again
     return report
 
 
-def check_fitted(index: Index) -> None:
-    """Compare what was fitted once with its checksums, before it is copied into another index."""
-    check_files(index, index.fitted_files, index.manifest.fitted.directory)
+def _yielded(problems: Iterable[IndexFormatError]) -> Iterator[IndexFormatError]:
+    try:
+        yield from problems
+    except IndexFormatError as error:  # that a step raised itself
+        yield error
 
 
-def check_parts(index: Index, first: int = 0) -> None:
-    """Compare the parts from `first` on with their checksums, before their rows are rewritten.
+def check_files(index: Index, *beginnings: str) -> None:
+    """Compare mapped files whose names begin so with their checksums; the first wrong is an error.
 
-    The new files get checksums of their own, which would vouch for flipped bits copied along.
+    Before their rows are written anew: the new files get checksums of their own, which would vouch
+    for flipped bits copied along.
     """
-    for part in index.parts[first:]:
-        check_files(index, part.arrays, part.directory)
+    some = {name: array for name, array in _mapped(index).items() if name.startswith(beginnings)}
+    for problem in _differing(index, some):
+        raise problem
 
 
-def check_tombstones(index: Index) -> None:
-    """Compare the tombstones with their checksum, before they are merged or rows are dropped."""
-    entry = index.manifest.tombstones
-    if entry is not None:
-        check_files(index, {entry.file: index.tombstones})
+def _mapped(index: Index) -> dict[str, np.ndarray]:
+    """Return the arrays of all files but FAISS's, by the files' names in the manifest."""
+    tombstones, folders = index.manifest.tombstones, [(p.directory, p.arrays) for p in index.parts]
+    folders.append((index.manifest.fitted.directory, index.fitted_files))
+    alone = {} if tombstones is None else {tombstones.file: index.tombstones}
+    return alone | {f"{of}/{name}": array for of, files in folders for name, array in files.items()}
 
 
-def check_files(index: Index, arrays: dict[str, np.ndarray], folder: str = "") -> None:
-    """Compare mapped files by name with their checksums; the first that differs is an error."""
+def _differing(
+    index: Index,
+    contents: Mapping[str, np.ndarray | int],
+    tell: Callable[[int], None] | None = None,
+) -> Iterator[IndexFormatError]:
     files = index.manifest.files
-    for name, array in arrays.items():
-        place = f"{folder}/{name}" if folder else name
-        if sha256_of(array) != files[place].sha256:
-            raise broken(index.path, place, "does not match its checksum")
+    for name, content in contents.items():
+        if sha256_of(content, tell) != files[name].sha256:
+            remedy = (REBUILD,) if name.startswith("faiss-") else ()
+            yield broken(index.path, name, "does not match its checksum", *remedy)
 
 
 def _checksums(index: Index, progress: Progress | None) -> Iterator[IndexFormatError]:
-    contents: dict[str, np.ndarray | int] = {
-        f"{part.directory}/{name}": array
-        for part in index.parts
-        for name, array in part.arrays.items()
-    }
-    folder = index.manifest.fitted.directory
-    contents |= {f"{folder}/{name}": array for name, array in index.fitted_files.items()}
-    if index.manifest.tombstones is not None:
-        contents[index.manifest.tombstones.file] = index.tombstones
+    contents: dict[str, np.ndarray | int] = {**_mapped(index)}
     faiss = index.faiss_file
     if index.manifest.faiss is not None and faiss is not None and faiss.descriptor is not None:
         contents[index.manifest.faiss.file] = faiss.descriptor
-    files = index.manifest.files
-    total, done = sum(files[name].bytes for name in contents), 0
+    total, done = sum(index.manifest.files[name].bytes for name in contents), 0
 
     def tell(count: int) -> None:
         nonlocal done
@@ -150,10 +142,7 @@ def _checksums(index: Index, progress: Progress | None) -> Iterator[IndexFormatE
         if progress is not None:
             progress(done, total)
 
-    for name, content in contents.items():
-        if sha256_of(content, tell) != files[name].sha256:
-            remedy = (REBUILD,) if name.startswith("faiss-") else ()
-            yield broken(index.path, name, "does not match its checksum", *remedy)
+    return _differing(index, contents, tell)
 
 
 def _weights(index: Index) -> Iterator[IndexFormatError]:
@@ -181,13 +170,18 @@ def _strings(index: Index) -> Iterator[IndexFormatError]:
 
 def _wrong_strings(part: Part) -> Iterator[tuple[str, str]]:
     """Yield files of a part's strings and what is wrong with each."""
-    for stem in STRINGS:
-        table: StringTable = getattr(part, stem)
-        if (what := _wrong_offsets(table)) is not None:
-            yield f"{stem}.offsets.u64", what
-            return
-        if (row := _not_utf8(table)) is not None:
+    for stem, table in (("ids", part.ids), ("paths", part.paths), ("labels", part.labels)):
+        offsets, size = np.asarray(table.offsets), len(table.blob)
+        what = row = None
+        if offsets[0] != 0 or offsets[-1] != size:
+            what = f"run from {offsets[0]} to {offsets[-1]} where the text has 0 to {size}"
+        elif (falls := offsets[1:] < offsets[:-1]).any():
+            what = f"fall at string {int(falls.argmax())}"
+        elif (row := _not_utf8(table)) is not None:
             yield f"{stem}.utf8", f"string {row} is not UTF-8"
+            return
+        if what is not None:
+            yield f"{stem}.offsets.u64", f"the offsets {what}"
             return
     vocabulary = [part.labels.raw(row) for row in range(len(part.labels))]
     if any(a >= b for a, b in pairwise(vocabulary)):
@@ -196,16 +190,7 @@ def _wrong_strings(part: Part) -> Iterator[tuple[str, str]]:
     if len(codes) and (codes.min() < -1 or codes.max() >= len(vocabulary)):
         yield "labels.codes.i32", f"a code lies outside -1 .. {len(vocabulary) - 1}"
     if (what := _wrong_order(part)) is not None:
-        yield next(name for name in part.arrays if name.startswith("ids.order.")), what
-
-
-def _wrong_offsets(table: StringTable) -> str | None:
-    offsets, size = np.asarray(table.offsets), len(table.blob)
-    if offsets[0] != 0 or offsets[-1] != size:
-        return f"the offsets run from {offsets[0]} to {offsets[-1]} where the text has 0 to {size}"
-    if (offsets[1:] < offsets[:-1]).any():
-        return f"the offsets fall at string {int(np.argmax(offsets[1:] < offsets[:-1]))}"
-    return None
+        yield file_name("ids.order", order_dtype(part.count)), what
 
 
 def _not_utf8(table: StringTable) -> int | None:
@@ -223,9 +208,7 @@ def _not_utf8(table: StringTable) -> int | None:
 
 def _wrong_order(part: Part) -> str | None:
     order = np.asarray(part.order).astype(np.int64)
-    if not len(order):
-        return None
-    if order.max() >= part.count or (np.bincount(order, minlength=part.count) != 1).any():
+    if not np.array_equal(np.sort(order), np.arange(part.count)):
         return "is no permutation of the rows"
     keys = [(part.ids.raw(row), row) for row in order.tolist()]
     for earlier, later in pairwise(keys):
@@ -235,19 +218,20 @@ def _wrong_order(part: Part) -> str | None:
 
 
 def _unique(index: Index) -> Iterator[IndexFormatError]:
-    alive = iter(index.live(np.arange(index.n_rows)).tolist())
     seen: set[str] = set()
-    for part in index.parts:
+    alive = index.live(np.arange(index.n_rows)).tolist()
+    for part, start in zip(index.parts, index.starts.tolist(), strict=False):
         where = f"{part.directory}/ids.utf8"
         for row, text in enumerate(part.ids.tolist()):
-            is_live = next(alive)
-            if not text:
-                yield broken(index.path, where, f"the id of row {row} is empty")
+            if not text or (alive[start + row] and text in seen):
+                what = (
+                    f"the id {short(text)} is live twice"
+                    if text
+                    else f"the id of row {row} is empty"
+                )
+                yield broken(index.path, where, what)
                 return
-            if is_live and text in seen:
-                yield broken(index.path, where, f"the id {short(text)} is live twice")
-                return
-            if is_live:
+            if alive[start + row]:
                 seen.add(text)
 
 

@@ -1,16 +1,17 @@
 """Every change of an index: new files first, then one rename of the manifest, then the sweep."""
 
-import contextlib
 import errno
 import json
 import os
 import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from contextvars import ContextVar
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -28,20 +29,15 @@ from ..errors import EmbedcamError, IndexBusyError, IndexFormatError, InputError
 from . import faiss_files
 from . import manifest as manifest_file
 from .arrays import SUFFIXES, broken, open_checked, sha256_of, write_array
-from .manifest import FolderEntry, Manifest, Wrong
-from .parts import (
-    Arrays,
-    PartData,
-    check_ids,
-    parts_to_keep,
-    write_fitted,
-    write_part,
-    write_rows,
-)
-from .reader import Index
-from .rows import columns_of, make_layers
-from .search import EmbeddingRows
-from .verify import check_parts, check_tombstones
+from .manifest import FaissEntry, FileEntry, Manifest
+from .parts import Arrays, PartData, check_ids, parts_to_keep, write_fitted, write_rows
+from .reader import Index, missing
+from .records import Json, Wrong
+from .rows import IndexRows, Layer, columns_of, make_layers
+from .verify import check_files
+
+if TYPE_CHECKING:
+    import faiss
 
 ADD_INSTEAD = "add images to the index it was compressed from, and compress that again"
 _CHECKPOINT, _LOCK = ".building", ".lock"
@@ -51,6 +47,9 @@ _TRASH = re.compile(
 _FOLDER = re.compile(r"[0-9]{6,12}(\.tmp)?")
 _ARRAY = re.compile(rf"[a-z][a-z0-9_.]*\.({'|'.join(SUFFIXES.values())}|utf8)")
 _PLACES = ("parts", "fitted")
+_OURS = re.compile(
+    rf"\.building|\.lock|{_TRASH.pattern}|(parts|fitted)(/{_FOLDER.pattern}(/{_ARRAY.pattern})?)?"
+)
 _CALIBRATIONS = ("trust_calibration", "match_calibration")
 _NEEDED = ("recipe", "embedding", "metric", "method", "target", "norm", "triplets", "layers")
 _OPTIONAL = ("sign", "network", "images", "libraries", "fitted_on", "compressed", *_CALIBRATIONS)
@@ -61,7 +60,7 @@ _locked: ContextVar[frozenset[Path]] = ContextVar("embedcam_locked_indexes", def
 
 def create(
     path: str | Path,
-    header: Mapping[str, Any],
+    header: Json,
     fitted: Sequence[Arrays],
     shared: Arrays,
     part: PartData,
@@ -100,18 +99,19 @@ def create(
         before = _in_place(root)
         generation = 1 if before is None else before.generation + 1
         width = part.embeddings.shape[-1]
-        manifest = _first_manifest(header, generation, len(part), width)
-        entries = manifest_file.layers_of(manifest)
-        layers = make_layers(root, entries, [dict(one) for one in fitted], width)
+        manifest, layers = _first_manifest(root, header, generation, len(part), width, fitted)
         check_ids(part.ids)
         chosen = factory or str(manifest["recipe"].get("faiss", "Flat"))
         if chosen.lower() != "none":
             faiss_files.check_factory(chosen, width, len(part), manifest["metric"])
         manifest["fitted"] = write_fitted(root, generation, fitted, shared)
         columns = columns_of(width, manifest["embedding"]["normalized"], layers)
-        manifest["parts"] = [write_part(root, generation, part, columns, layers)]
-        _make_faiss(root, manifest, chosen)
-        _commit(root, manifest)
+        manifest["parts"] = [write_rows(root, generation, part, columns)]
+        manifest["fit"]["rows"] = len(part)
+        draft = _Draft(root, manifest)
+        draft.count()
+        draft.make_faiss(chosen)
+        draft.commit()
     return root
 
 
@@ -133,7 +133,7 @@ def append(path: str | Path, part: PartData, *, removing: Sequence[str] = ()) ->
         A file that would be rewritten does not match its checksum; nothing changed.
     """
     root = Path(path)
-    with _changing(root) as (index, manifest):
+    with _changing(root) as (index, draft):
         index.refuse_prototypes(ADD_INSTEAD)
         check_ids(part.ids)
         gone = np.unique(index.positions(removing))
@@ -144,19 +144,10 @@ def append(path: str | Path, part: PartData, *, removing: Sequence[str] = ()) ->
                 "first, or leave them out"
             )
         kept = parts_to_keep(index, len(part))
-        check_parts(index, kept)
-        rewritten = np.arange(int(index.starts[kept]), index.n_rows)
-        entry = write_rows(root, manifest["generation"], index, rewritten, part)
-        manifest["parts"] = [*manifest["parts"][:kept], entry]
-        for key in ("rows", "live", "added_after_fit"):
-            manifest["counts"][key] += len(part)
-        if len(gone):
-            _bury(root, index, manifest, gone)
-        if index.manifest.faiss is not None:
-            loaded, factory = _load_faiss(root, index.manifest), index.manifest.faiss.factory
-            faiss_files.grow(loaded, _rows_to_be(root, manifest), index.n_rows, factory)
-            manifest["faiss"] |= _save_faiss(root, manifest, loaded)
-        _commit(root, manifest)
+        draft.join(index, kept, np.arange(index.starts[kept], index.n_rows), part)
+        draft.bury(index, gone)
+        draft.grow_faiss(index, index.n_rows)
+        draft.commit()
         return index.n_rows
 
 
@@ -166,11 +157,11 @@ def remove(path: str | Path, ids: Sequence[str]) -> int:
     Unknown or already removed ids are an `InputError`; nothing changed then.
     """
     root = Path(path)
-    with _changing(root) as (index, manifest):
+    with _changing(root) as (index, draft):
         gone = np.unique(index.positions(ids))
         if len(gone):
-            _bury(root, index, manifest, gone)
-            _commit(root, manifest)
+            draft.bury(index, gone)
+            draft.commit()
         return len(gone)
 
 
@@ -181,47 +172,42 @@ def compact(path: str | Path, *, rebuild_faiss: bool | str = False) -> int:
     another one.
     """
     root = Path(path)
-    with _changing(root) as (index, manifest):
+    with _changing(root) as (index, draft):
         dropped = index.n_rows - len(index)
         is_whole = not dropped and len(index.parts) == 1
         if is_whole and not rebuild_faiss:
             return 0
-        factory = _asked_for(index, rebuild_faiss) if rebuild_faiss else ""
         kept = index.live_positions()
         if not is_whole:
-            check_tombstones(index)
-            check_parts(index)
-            entry = write_rows(root, manifest["generation"], index, kept, None)
-            fitted = int((kept < index.manifest.fit.rows).sum())
-            manifest |= {"parts": [entry], "tombstones": None}
-            manifest["fit"]["rows"] = fitted
-            manifest["counts"] = _counts(len(kept), len(kept) - fitted)
+            check_files(index, "tombstones-")
+            draft.join(index, 0, kept)
+            draft.manifest["tombstones"] = None
+            draft.manifest["fit"]["rows"] = int((kept < index.manifest.fit.rows).sum())
+            draft.count()
         if rebuild_faiss:
-            _make_faiss(root, manifest, factory)
-        elif index.manifest.faiss is not None:
-            loaded = _load_faiss(root, index.manifest)
-            faiss_files.grow(loaded, EmbeddingRows(index, kept), 0, index.manifest.faiss.factory)
-            manifest["faiss"] |= _save_faiss(root, manifest, loaded)
-        _commit(root, manifest)
+            draft.make_faiss(None if rebuild_faiss is True else rebuild_faiss)
+        else:
+            draft.grow_faiss(index, 0)
+        draft.commit()
         return dropped
 
 
 def put_calibrations(
-    path: str | Path, made: Mapping[str, Mapping[str, Any] | None], of: str | None = None
+    path: str | Path, made: Mapping[str, Json | None], of: str | None = None
 ) -> None:
     """Write calibrations by their keys in the manifest, and nothing else; None takes one out.
 
     `of` is the `manifest_sha256` of the version they were fitted to, which must still be in place.
     """
     root = Path(path)
-    with _changing(root) as (index, manifest):
+    with _changing(root) as (index, draft):
         if of is not None and index.manifest.manifest_sha256 != of:
             raise InputError(
                 f"{root}: the index changed while it was being calibrated, so nothing was written; "
                 "run the command again"
             )
-        manifest.update(made)
-        _commit(root, manifest, always=True)
+        draft.manifest.update(made)
+        draft.commit(always=True)
 
 
 def rebuild_faiss(path: str | Path, factory: str | None = None) -> None:
@@ -230,16 +216,14 @@ def rebuild_faiss(path: str | Path, factory: str | None = None) -> None:
     `factory` is another factory string; "none" drops FAISS; None keeps the present one.
     """
     root = Path(path)
-    with _changing(root) as (index, manifest):
-        _make_faiss(root, manifest, _asked_for(index, factory or True))
-        _commit(root, manifest, always=True)
+    with _changing(root) as (_, draft):
+        draft.make_faiss(factory)
+        draft.commit(always=True)
 
 
 def sweep(path: str | Path) -> None:
     """Delete what a killed writer left behind; every other change does so as well."""
-    manifest_file.read(Path(path))
-    _in_place(Path(path))
-    with _writing(Path(path)):
+    with _changing(Path(path)):
         pass
 
 
@@ -251,11 +235,15 @@ def check_target(path: str | Path, replace: bool = False) -> None:
     if not root.is_dir():
         raise InputError(f"{root}: not a directory; give a new one for the index")
     if not os.path.lexists(root / manifest_file.NAME):
-        for name in _foreign(root):
-            raise InputError(
-                f"{root}: holds {name!r}, which is no part of an index; choose an empty or a new "
-                "directory"
-            )
+        # What the sweep would leave, or stumble over.
+        places = [root / kind for kind in _PLACES if not (root / kind).is_symlink()]
+        for path in chain(root.iterdir(), *(place.rglob("*") for place in places)):
+            name = path.relative_to(root).as_posix()
+            if not _OURS.fullmatch(name) or (_FOLDER.fullmatch(path.name) and not path.is_dir()):
+                raise InputError(
+                    f"{root}: holds {name!r}, which is no part of an index; choose an empty or a "
+                    "new directory"
+                )
     elif not replace:
         raise InputError(
             f"{root}: already holds a finished index; add to it, replace it, or choose another "
@@ -264,26 +252,10 @@ def check_target(path: str | Path, replace: bool = False) -> None:
     _in_place(root)
 
 
-def _foreign(root: Path) -> Iterator[str]:
-    """Yield what lies in an unfinished index and is none of its own: it would bar the sweep."""
-    for entry in root.iterdir():
-        if entry.name not in {_CHECKPOINT, _LOCK, *_PLACES} and not _TRASH.fullmatch(entry.name):
-            yield entry.name
-    for kind in _PLACES:
-        place = root / kind
-        for folder in place.iterdir() if place.is_dir() and not place.is_symlink() else ():
-            if not _FOLDER.fullmatch(folder.name) or not folder.is_dir():
-                yield f"{kind}/{folder.name}"
-                continue
-            for file in folder.iterdir():
-                if not _ARRAY.fullmatch(file.name):
-                    yield f"{kind}/{folder.name}/{file.name}"
-
-
 # One writer at a time, and what each leaves behind
 
 
-@contextlib.contextmanager
+@contextmanager
 def lock(path: str | Path) -> Iterator[None]:
     """Hold the writer's lock of an index, made where missing; nested uses in a thread are one.
 
@@ -334,7 +306,7 @@ def _in_place(root: Path) -> Manifest | None:
     return manifest_file.read(root) if os.path.lexists(root / manifest_file.NAME) else None
 
 
-@contextlib.contextmanager
+@contextmanager
 def _writing(root: Path) -> Iterator[None]:
     """Hold the lock, and leave nothing behind that the manifest in place does not name."""
     with lock(root):
@@ -347,7 +319,7 @@ def _writing(root: Path) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            with contextlib.suppress(EmbedcamError, OSError):
+            with suppress(EmbedcamError, OSError):
                 # Not where the manifest changed: it may not have reached the disk.
                 if (now := _in_place(root)) == before:
                     _sweep(root, now)
@@ -355,167 +327,178 @@ def _writing(root: Path) -> Iterator[None]:
         _sweep(root, _in_place(root))
 
 
-@contextlib.contextmanager
-def _changing(root: Path) -> Iterator[tuple[Index, dict[str, Any]]]:
-    """Open an index for a change, with the manifest of its next generation as JSON has it."""
+@contextmanager
+def _changing(root: Path) -> Iterator[tuple[Index, "_Draft"]]:
+    """Open an index for a change, with a draft of its next generation."""
     # Refused before a lock file appears in it, or in some other directory.
     Index.open(root, with_faiss=False).close()
     _in_place(root)
     with lock(root), Index.open(root, with_faiss=False) as index, _writing(root):
         manifest = index.manifest.to_dict()
-        manifest["generation"] += 1
-        yield index, manifest
+        yield index, _Draft(root, {**manifest, "generation": manifest["generation"] + 1})
 
 
 def _sweep(root: Path, manifest: Manifest | None) -> None:
     """Delete what no manifest names: leftovers of a killed writer, files of older generations."""
-    named = [] if manifest is None else list(manifest.files)
-    folders: list[FolderEntry] = [] if manifest is None else [manifest.fitted, *manifest.parts]
-    kept = [folder.directory.split("/") for folder in folders]
+    folders = [] if manifest is None else [manifest.fitted, *manifest.parts]
     for kind in _PLACES:
-        remove_folders(root, kind, _FOLDER, _ARRAY, {name for place, name in kept if place == kind})
-    remove_files(root, _TRASH, named)
+        kept = [folder.directory.removeprefix(f"{kind}/") for folder in folders]
+        remove_folders(root, kind, _FOLDER, _ARRAY, kept)
+    remove_files(root, _TRASH, {} if manifest is None else manifest.files)
 
 
 # Steps of a change; each writes its files and says so in the manifest to come
 
 
 def _first_manifest(
-    header: Mapping[str, Any], generation: int, rows: int, width: int
-) -> dict[str, Any]:
-    """Return the manifest of a first build, without its files."""
-    missing = [key for key in _NEEDED if key not in header]
-    unknown = sorted(set(header) - {*_NEEDED, *_OPTIONAL})
-    if missing or unknown:
-        known = sorted({*_NEEDED, *_OPTIONAL})
+    root: Path,
+    header: Json,
+    generation: int,
+    rows: int,
+    width: int,
+    fitted: Sequence[Arrays],
+) -> tuple[Json, list[Layer]]:
+    """Return the manifest of a first build, without its files, and its layers."""
+    if unknown := sorted(set(header) - {*_NEEDED, *_OPTIONAL}):
         raise InputError(
-            f"the header lacks {missing} and has the unknown {unknown}; it takes {known}"
-        )
-    embedding = {"width": width, "normalized": header["embedding"].get("normalized")}
-    if header["embedding"] != embedding or type(embedding["normalized"]) is not bool:
-        raise InputError(
-            f"the header says embedding = {header['embedding']}; expected the width {width} of the "
-            "embeddings given, and normalized true or false"
+            f"the header has the unknown {unknown}; it takes {sorted({*_NEEDED, *_OPTIONAL})}"
         )
     present = [key for key in ("compressed", *_CALIBRATIONS) if header.get(key) is not None]
     chosen = {key: header.get(key) for key in (*_NEEDED, "network", "images", *present)}
     try:
-        manifest: dict[str, Any] = json.loads(json.dumps(chosen, allow_nan=False))
-        recipe_digest = manifest_file.digest(dict(header["recipe"]))
+        manifest: Json = json.loads(json.dumps(chosen, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise InputError(f"the header cannot be written as JSON ({error})") from error
     libraries = {"numpy": np.__version__}
-    with contextlib.suppress(metadata.PackageNotFoundError):
+    with suppress(metadata.PackageNotFoundError):
         libraries["embedcam"] = metadata.version("embedcam")
+    nothing = {"grid": None, "cells": None, "coarse_grid": None}
     manifest |= {
-        "recipe_sha256": recipe_digest,
+        "recipe_sha256": manifest_file.digest(manifest["recipe"]),
         "format": manifest_file.FORMAT,
         "format_version": manifest_file.FORMAT_VERSION,
         "generation": generation,
         "sign": header.get("sign", "margin"),
         "libraries": {**libraries, **header.get("libraries", {})},
-        "layers": [
-            {"grid": None, "cells": None, "coarse_grid": None, **layer}
-            for layer in manifest["layers"]
-        ],
-        "fit": {"images": int(header.get("fitted_on", rows)), "rows": rows},
-        "counts": _counts(rows, 0),
+        "layers": [{**nothing, **layer} for layer in manifest["layers"]],
+        "fit": {"images": int(header.get("fitted_on", rows)), "rows": 0},
+        "counts": {"rows": 0, "live": 0, "added_after_fit": 0},
         "parts": [],
+        "fitted": {"directory": f"fitted/{generation:06d}", "files": {}},
         "tombstones": None,
         "faiss": None,
     }
     try:
-        manifest_file.check_partly(manifest)
+        checked = manifest_file.typed(manifest)
+        if checked.embedding.width != width:
+            what = f" is {checked.embedding.width}; expected the width {width} of the rows given"
+            raise Wrong(what, "embedding", "width")
     except Wrong as wrong:
         raise InputError(f"the header's {wrong}; see index/README.md") from wrong
-    return manifest
+    return manifest, make_layers(root, checked.layers, [dict(one) for one in fitted], width)
 
 
-def _counts(rows: int, later: int) -> dict[str, int]:
-    # Of an index without removed rows, `later` of them added after the fit.
-    return {"rows": rows, "live": rows, "added_after_fit": later}
+class _Draft:
+    """The manifest of a generation to be, as JSON has it, and the steps that write its files."""
+
+    def __init__(self, root: Path, manifest: Json) -> None:
+        self.root, self.manifest = root, manifest
+        self.number: int = manifest["generation"]
+
+    def count(self, removed: Sequence[int] = ()) -> None:
+        """Count the rows, of which those at the positions `removed` are no longer live."""
+        rows = sum(part["count"] for part in self.manifest["parts"])
+        later = rows - self.manifest["fit"]["rows"]
+        later -= sum(row >= self.manifest["fit"]["rows"] for row in removed)
+        counts = {"rows": rows, "live": rows - len(removed), "added_after_fit": later}
+        self.manifest["counts"] = counts
+
+    def bury(self, index: Index, gone: np.ndarray) -> None:
+        """Write tombstones with live rows `gone` `[n]` among them, where there are any."""
+        removed = np.asarray(index.tombstones, np.int64)
+        if len(gone):
+            check_files(index, "tombstones-")
+            removed = np.union1d(removed, gone)
+            name = f"tombstones-{self.number:06d}.u64"
+            entry = write_array(self.root, f"{name}.tmp", removed, "uint64")
+            replace_durably(self.root / f"{name}.tmp", self.root / name)
+            self.manifest["tombstones"] = {"file": name, **entry}
+        self.count(removed.tolist())
+
+    def join(
+        self, index: Index, kept: int, positions: np.ndarray, new: PartData | None = None
+    ) -> None:
+        """Write rows of an index and new ones as one part, behind the first `kept` ones."""
+        check_files(index, *(f"{part.directory}/" for part in index.parts[kept:]))
+        entry = write_rows(self.root, self.number, new, index.columns, (index, positions))
+        self.manifest["parts"][kept:] = [entry]
+
+    def make_faiss(self, factory: str | None) -> None:
+        """Make the FAISS file of the rows to be; None of the present kind, "none" drops it."""
+        if factory is None and self.manifest["faiss"] is None:
+            raise InputError(f"{self.root}: built without FAISS; name a factory, such as 'Flat'")
+        factory = factory or str(self.manifest["faiss"]["factory"])
+        self.manifest["faiss"] = None
+        if factory.lower() != "none":
+            rows = self._rows()
+            live = rows.index.live_positions()
+            made, trained_on = faiss_files.build(factory, rows, rows.index.metric, live)
+            search = faiss_files.search_settings(made)
+            self._save({"factory": factory, "trained_on": trained_on, "search": search}, made)
+
+    def grow_faiss(self, index: Index, start: int) -> None:
+        """Add the rows to be from `start` on to the FAISS file, where there is one."""
+        entry = index.manifest.faiss
+        if entry is not None:
+            try:
+                with closing(faiss_files.FaissFile(self.root, index.manifest, entry)) as file:
+                    loaded = file.read(mapped=False)
+            except FileNotFoundError as error:
+                raise missing(self.root, index.manifest, error) from error
+            faiss_files.grow(loaded, self._rows(), start, entry.factory)
+            self._save(self.manifest["faiss"], loaded)
+
+    def _save(self, entry: Json, made: "faiss.Index") -> None:
+        name = f"faiss-{self.number:06d}.index"
+        self.manifest["faiss"] = entry | faiss_files.write_faiss(self.root, made, name)
+
+    def _rows(self) -> IndexRows:
+        """Return the embeddings as they will be once the manifest is in place."""
+        manifest = manifest_file.check(self.root, {**self.manifest, "faiss": None})
+        return IndexRows(Index(self.root, manifest, with_faiss=False))
+
+    def commit(self, always: bool = False) -> None:
+        """Put the manifest in place."""
+        # Where it says what the one in place says of the same bytes, nothing changes but with
+        # `always`: a job that was killed when it was done runs again.
+        before = None if always else _in_place(self.root)
+        if (
+            before is not None
+            and _unnumbered(before.raw) == _unnumbered(self.manifest)
+            and all(_is_whole(self.root, name, entry) for name, entry in before.files.items())
+        ):
+            return
+        sync_folder(self.root)
+        manifest_file.write(self.root, self.manifest)
 
 
-def _bury(root: Path, index: Index, manifest: dict[str, Any], gone: np.ndarray) -> None:
-    """Write tombstones with live rows `gone` `[n]` among them."""
-    check_tombstones(index)
-    tombstones = np.union1d(np.asarray(index.tombstones, np.int64), gone).astype(np.uint64)
-    name = f"tombstones-{manifest['generation']:06d}.u64"
-    entry = write_array(root, f"{name}.tmp", tombstones, "uint64")
-    replace_durably(root / f"{name}.tmp", root / name)
-    manifest["tombstones"] = {"file": name, **entry}
-    manifest["counts"]["live"] -= len(gone)
-    manifest["counts"]["added_after_fit"] -= int((gone >= manifest["fit"]["rows"]).sum())
-
-
-def _asked_for(index: Index, factory: bool | str) -> str:
-    """Return the factory of a FAISS file that is made again; True is the one that it has."""
-    if factory is not True:
-        return str(factory)
-    if index.manifest.faiss is None:
-        raise InputError(f"{index.path}: built without FAISS; name a factory, such as 'Flat'")
-    return index.manifest.faiss.factory
-
-
-def _make_faiss(root: Path, manifest: dict[str, Any], factory: str) -> None:
-    if factory.lower() == "none":
-        manifest["faiss"] = None
-        return
-    rows = _rows_to_be(root, manifest)
-    live = rows.index.live_positions()
-    index, trained_on = faiss_files.build(factory, rows, manifest["metric"], live)
-    search = faiss_files.search_settings(index)
-    entry = {"factory": factory, "trained_on": trained_on, "search": search}
-    manifest["faiss"] = entry | _save_faiss(root, manifest, index)
-
-
-def _save_faiss(root: Path, manifest: dict[str, Any], index: Any) -> dict[str, Any]:
-    return faiss_files.write_faiss(root, index, f"faiss-{manifest['generation']:06d}.index")
-
-
-def _load_faiss(root: Path, manifest: Manifest) -> Any:
-    try:
-        with faiss_files.FaissFile(root, manifest) as file:
-            return file.read(mapped=False)
-    except FileNotFoundError as error:
-        name = os.path.relpath(error.filename or root, root)
-        raise IndexFormatError(f"{root / name}: is missing; {faiss_files.REBUILD}") from error
-
-
-def _rows_to_be(root: Path, manifest: dict[str, Any]) -> EmbeddingRows:
-    """Return the embeddings as they will be once the manifest is in place."""
-    return EmbeddingRows(Index(root, manifest_file.check(root, manifest), with_faiss=False))
-
-
-def _commit(root: Path, manifest: dict[str, Any], always: bool = False) -> None:
-    # Where it says what the one in place says of the same bytes, nothing changes but with `always`:
-    # a job that was killed when it was done runs again.
-    before = None if always else _in_place(root)
-    if (
-        before is not None
-        and _unnumbered(before.to_dict()) == _unnumbered(manifest)
-        and all(_is_whole(root, name, entry) for name, entry in before.files.items())
-    ):
-        return
-    sync_folder(root)
-    manifest_file.write(root, manifest)
-
-
-def _unnumbered(manifest: dict[str, Any]) -> dict[str, Any]:
+def _unnumbered(manifest: Json) -> Json:
     """Return what a manifest says, without the numbers of generations."""
-    plain: dict[str, Any] = json.loads(json.dumps(manifest))
+    plain: Json = json.loads(json.dumps(manifest))
     plain |= {"generation": 0, "manifest_sha256": None}
-    for entry in (*plain["parts"], plain["fitted"]):
-        del entry["directory"]
-    for key in ("tombstones", "faiss"):
-        if plain[key] is not None:
-            del plain[key]["file"]
+    for entry in (
+        *plain["parts"],
+        plain["fitted"],
+        plain["tombstones"] or {},
+        plain["faiss"] or {},
+    ):
+        entry |= {"directory": None, "file": None}
     return plain
 
 
-def _is_whole(root: Path, name: str, entry: Any) -> bool:
+def _is_whole(root: Path, name: str, entry: FileEntry | FaissEntry) -> bool:
     try:
         with open(open_checked(root, name, entry.bytes), "rb") as file:
-            return sha256_of(file.fileno()) == str(entry.sha256)
+            return sha256_of(file.fileno()) == entry.sha256
     except (OSError, IndexFormatError):
         return False

@@ -8,9 +8,7 @@ from .direct import (
     MethodMap,
     MethodWarning,
     cam_for,
-    checked_options,
     run_method,
-    weights_for,
 )
 from .subject import MethodOutput, Passes, Subject, inputs_a_pass
 
@@ -22,8 +20,6 @@ __all__ = [
     "Passes",
     "Subject",
     "cam_for",
-    "checked_options",
     "inputs_a_pass",
     "run_method",
-    "weights_for",
 ]

@@ -16,19 +16,22 @@ from torch import Tensor
 from .._checks import check_sides, whole
 from .._options import Setting
 from ..errors import EmbedcamWarning, EmbeddingError, InputError
-from ..images import MAX_PIXELS, read_image
+from ..images import MAX_PIXELS, ImageLike, read_image
 from ..images.progress import progress_of
 from ..network import EmbeddingNetwork
 from ..ops import cam, resize
 from ..preprocess import Extent
 from ..recipe.recipe import Recipe
-from ..recipe.registry import LayersMethod, Method, PositionMethod, WeightMethod, find_method
+from ..recipe.registry import LayersMethod, Method, find_method
 from ..render import Tile, draw_on_axes, in_notebook, overlay
 from ..targets import Direction, Target, TripletMargin, query_cotangent
-from .subject import MethodOutput, Passes, Subject, inputs_a_pass
+from .subject import Fill, MethodOutput, Passes, Subject, inputs_a_pass
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+Score = Callable[[Tensor], Tensor]
+Pictures = ImageLike | Tensor | Sequence[ImageLike]
 
 
 class MethodWarning(EmbedcamWarning):
@@ -70,21 +73,16 @@ class MethodMap:
 
     @overload
     def plot(
-        self, picture: Any = ..., extent: Extent | None = ..., *, max_pixels: int = ...
+        self, picture: ImageLike | None = ..., extent: Extent | None = ..., *, max_pixels: int = ...
     ) -> Image.Image: ...
     @overload
     def plot(
-        self,
-        picture: Any = ...,
-        extent: Extent | None = ...,
-        *,
-        max_pixels: int = ...,
-        ax: "Axes",
-        title: str | None = ...,
-    ) -> "Axes": ...
+        self, picture: ImageLike | None = ..., extent: Extent | None = ..., *,
+        max_pixels: int = ..., ax: "Axes", title: str | None = ...,
+    ) -> "Axes": ...  # fmt: skip
     def plot(
         self,
-        picture: Any = None,
+        picture: ImageLike | None = None,
         extent: Extent | None = None,
         *,
         max_pixels: int = MAX_PIXELS,
@@ -97,9 +95,8 @@ class MethodMap:
         With matplotlib axes `ax` it is drawn into them, `title` above; they are returned.
         """
         if self.cam.ndim != 2 or self.grid_cam.ndim != 2:
-            raise InputError(
-                f"the map is {list(self.cam.shape)}, and one [H W] is drawn; use render.overlay"
-            )
+            shape = list(self.cam.shape)
+            raise InputError(f"the map is {shape}, and one [H W] is drawn; use render.overlay")
         if picture is None:
             canvas = Image.new("RGB", self.cam.shape[::-1], (128, 128, 128))
         else:
@@ -119,7 +116,7 @@ class MethodMap:
     def save(
         self,
         path: str | Path,
-        picture: Any = None,
+        picture: ImageLike | None = None,
         extent: Extent | None = None,
         *,
         max_pixels: int = MAX_PIXELS,
@@ -129,24 +126,22 @@ class MethodMap:
         try:
             image.save(path)
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise InputError(
-                f"{path}: the picture cannot be written ({reason}); name it .png or .jpg"
-            ) from error
+            reason = f"the picture cannot be written ({getattr(error, 'strerror', None) or error})"
+            raise InputError(f"{path}: {reason}; name it .png or .jpg") from error
         return Path(path)
 
 
 def cam_for(
     network: EmbeddingNetwork,
-    images: Any,
-    target: Target | Callable[[Tensor], Tensor],
+    images: Pictures,
+    target: Target | Score,
     method: str = "gradcam",
     *,
     norm: str = "through",
     size: tuple[int, int] | int | None = None,
     batch_size: int | None = None,
     seed: int = 0,
-    fill: Any = "mean",
+    fill: Fill = "mean",
     progress: bool | None = None,
     max_pixels: int = MAX_PIXELS,
     **options: Any,
@@ -198,10 +193,8 @@ def cam_for(
             stacklevel=2,
         )
     if norm == "around" and (entry.scored or not entry.targeted):
-        raise InputError(
-            f"norm 'around' changes the gradient, and {entry.title} never asks for one; leave it "
-            "out"
-        )
+        what = f"norm 'around' changes the gradient, and {entry.title} never asks for one"
+        raise InputError(f"{what}; leave it out")
     usual = inputs_a_pass(network.device)
     batch_size = whole("batch_size", usual if batch_size is None else batch_size, 1)
     over_positions = network.layout_options[0] == "bkl"
@@ -232,11 +225,9 @@ def cam_for(
             extent = network.preprocess.extent(*picture.size)
         except InputError:  # a map over the wrong part of a picture would be worse than on grey
             picture = None
-    return MethodMap(
-        arrays.pop("cam"), arrays.pop("grid"), arrays.pop("weights", None),
-        {name.removeprefix("layer "): array for name, array in arrays.items()} or None,
-        entry, passes, picture, extent,
-    )  # fmt: skip
+    drawn, grid, weights = arrays.pop("cam"), arrays.pop("grid"), arrays.pop("weights", None)
+    layers = {name.removeprefix("layer "): array for name, array in arrays.items()} or None
+    return MethodMap(drawn, grid, weights, layers, entry, passes, picture, extent)
 
 
 def _drawn(
@@ -253,7 +244,7 @@ def _drawn(
     sides, over_positions = subject.images.shape, subject.network.layout == "bkl"
     resized = resize(grid, size or (1 if over_positions else sides[-2], sides[-1]))
     if over_positions:
-        return {**arrays, "cam": resized[:, 0], "grid": grid[:, 0]}
+        resized, grid = resized[:, 0], grid[:, 0]
     return {**arrays, "cam": resized, "grid": grid}
 
 
@@ -263,14 +254,6 @@ def run_method(subject: Subject, method: Method, **options: Any) -> MethodOutput
     with torch.inference_mode(False), torch.no_grad():
         output: MethodOutput = method.load()(subject, **checked)
     return output
-
-
-def weights_for(subject: Subject, method: WeightMethod | PositionMethod, **options: Any) -> Tensor:
-    """Return weights of a storable method of one layer, `[B K]`, or `[B K h w]`."""
-    weights = run_method(subject, method, **options).weights
-    if weights is None:
-        raise InputError(f"{method.title} yields no weights of one layer")
-    return weights
 
 
 def checked_options(method: Method, options: dict[str, Any]) -> dict[str, Any]:
@@ -301,20 +284,16 @@ def _inputs(
         if len(batch) == 0:
             raise InputError(f"the batch {list(batch.shape)} holds no input; give at least one")
         if single and batch.shape[0] > 4 >= batch.shape[2]:
-            raise InputError(
-                f"the input is {list(batch.shape)}, floats with channels last; give the network's "
-                "input [C H W], or a picture as uint8 [H W 3]"
-            )
+            what = f"the input is {list(batch.shape)}, floats with channels last"
+            advice = "give the network's input [C H W], or a picture as uint8 [H W 3]"
+            raise InputError(f"{what}; {advice}")
         return (batch[None] if single else batch).to(network.device), single, None
     if network.preprocess is None:
-        raise InputError(
-            "the network has no preprocessing, so a picture cannot be turned into its input; give "
-            "a float array [C H W], or EmbeddingNetwork(..., preprocess=...)"
-        )
+        what = "the network has no preprocessing, so a picture cannot be turned into its input"
+        advice = "give a float array [C H W], or EmbeddingNetwork(..., preprocess=...)"
+        raise InputError(f"{what}; {advice}")
     several = isinstance(images, Sequence) and not isinstance(images, str | bytes)
-    pictures = [
-        read_image(picture, max_pixels=max_pixels) for picture in (images if several else [images])
-    ]
+    pictures = [read_image(one, max_pixels=max_pixels) for one in (images if several else [images])]
     if not pictures:
         raise InputError("the list of pictures is empty; give at least one")
     prepared = [np.asarray(network.preprocess(picture)) for picture in pictures]
@@ -331,7 +310,7 @@ def _numpy(tensor: Tensor) -> np.ndarray:
 class FunctionTarget(Target):
     """y = function(f), any function of embeddings `[B D]` to scores `[B]`, by autograd."""
 
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, function: Score) -> None:
         self.function = function
 
     def score(self, embeddings: Any) -> Any:
@@ -339,10 +318,8 @@ class FunctionTarget(Target):
         scores = self.function(embeddings)
         if not isinstance(scores, Tensor) or scores.shape != embeddings.shape[:1]:
             what = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise InputError(
-                f"the target returned {what} for embeddings {list(embeddings.shape)}; expected "
-                f"one score an image, a tensor [{len(embeddings)}]"
-            )
+            given, n = f"{what} for embeddings {list(embeddings.shape)}", len(embeddings)
+            raise InputError(f"the target returned {given}; expected one score, a tensor [{n}]")
         if not bool(torch.isfinite(scores).all()):
             raise InputError("the target returned a NaN or an infinity; give finite scores")
         return scores
@@ -353,24 +330,20 @@ class FunctionTarget(Target):
             leaf = embeddings.detach().clone().requires_grad_()
             score = self.score(leaf)
             if not score.requires_grad:
-                raise InputError(
-                    "the target's score does not depend on the embedding, or was cut from it; "
-                    "compute it with torch from the embeddings it is given, without detach"
-                )
+                what = "the target's score does not depend on the embedding, or was cut from it"
+                raise InputError(f"{what}; compute it with torch from the embeddings it is given")
             gradient = torch.autograd.grad(score.sum(), leaf, allow_unused=True)[0]
         return (torch.zeros_like(embeddings) if gradient is None else gradient)[:, None], None
 
 
-def as_target(target: Any) -> Target:
+def as_target(target: Target | Score) -> Target:
     """Return a target as it is, a callable as one."""
     if isinstance(target, Target):
         return target
     if callable(target) and not isinstance(target, type):
         return FunctionTarget(target)
-    raise InputError(
-        f"target is {target!r}; give one such as Similarity(reference), or a function from "
-        "embeddings [B D] to scores [B]"
-    )
+    advice = "give one such as Similarity(reference), or a function from embeddings to scores"
+    raise InputError(f"target is {target!r}; {advice}")
 
 
 class DirectWeights:
@@ -387,14 +360,12 @@ class DirectWeights:
 
     def __init__(self, network: EmbeddingNetwork, recipe: Recipe) -> None:
         if not isinstance(network, EmbeddingNetwork) or not isinstance(recipe, Recipe):
-            raise InputError(
-                "DirectWeights takes the index's network and recipe; given "
-                f"{type(network).__name__} and {type(recipe).__name__}"
-            )
+            given = f"{type(network).__name__} and {type(recipe).__name__}"
+            raise InputError(f"DirectWeights takes the index's network and recipe; given {given}")
         self.network, self.recipe = network, recipe
 
     def weights(
-        self, inputs: Any, positives: np.ndarray, negatives: np.ndarray
+        self, inputs: np.ndarray | Tensor, positives: np.ndarray, negatives: np.ndarray
     ) -> Sequence[np.ndarray]:
         """Return weights `[K]` of each layer, in the manifest's order, for one input `[3 H W]`.
 
@@ -404,13 +375,10 @@ class DirectWeights:
         if isinstance(entry, LayersMethod):
             options["layers"] = list(recipe.layers)
         batch = torch.as_tensor(inputs)[None].to(self.network.device)
+        norm = "through" if self.network.already_normalized else recipe.head_norm
+        target, seed = self._target(positives, negatives, batch), recipe.seed % (1 << 63)
         with Subject(
-            self.network,
-            batch.float(),
-            self._target(positives, negatives, batch),
-            norm="through" if self.network.already_normalized else recipe.head_norm,
-            seed=recipe.seed % (1 << 63),
-            fill=recipe.fill,
+            self.network, batch.float(), target, norm=norm, seed=seed, fill=recipe.fill
         ) as subject:
             output = run_method(subject, entry, **options)
         if output.layers is not None:

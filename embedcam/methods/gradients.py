@@ -26,8 +26,8 @@ def cam(subject: Subject) -> MethodOutput:
     features = subject.features
     if not subject.network.head_kind.affine:
         raise NetworkError(
-            f"CAM needs average pooling and one linear map behind layer {subject.network.layer!r}, "
-            "and something else follows it; use 'gradcam', its generalisation"
+            "CAM needs average pooling and one linear map, and something else follows layer "
+            f"{subject.network.layer!r}; use 'gradcam', its generalisation"
         )
     pooled = features.activations.mean((-2, -1))
     return MethodOutput(subject.network.pooled_vjp(pooled, subject.mean_cotangents(features)))
@@ -143,10 +143,8 @@ def integrated_gradcam(subject: Subject, *, steps: Count = 20) -> MethodOutput:
 
 def _refuse_words(subject: Subject, what: str) -> None:
     if not subject.images.is_floating_point():
-        raise InputError(
-            f"{what}, and this network's input is numbers of words ({subject.images.dtype}), which "
-            "lie on no line; use a method of one gradient, such as 'gradcam'"
-        )
+        words = f"this network's input is numbers of words ({subject.images.dtype})"
+        raise InputError(f"{what}, and {words}; use a method of one gradient, such as 'gradcam'")
 
 
 def eigencam(subject: Subject) -> MethodOutput:
@@ -227,16 +225,12 @@ def layercam(subject: Subject, *, layers: Layers = None, shallow: Layers = None)
     Of several `layers` the maximum of tanh(2 M / max M) where `shallow` (None: a grid more than
     twice as fine as the deepest's) and M / max M elsewhere (eq. 9); one alone is not scaled.
     """
-    if layers is None:
-        if shallow is not None:
-            raise InputError(
-                f"shallow = {shallow!r} says which of several layers are shallow; give layers= too"
-            )
-        gradients = subject.gradients
-        return MethodOutput(maps=_product(gradients.clamp(min=0), subject.activations))
+    if layers is None and shallow is not None:
+        what = f"shallow = {shallow!r} says which of several layers are shallow"
+        raise InputError(f"{what}; give layers= too")
     maps, deepest = _maps_of_layers(subject, layers, positive=True)
     if len(maps) == 1 and not shallow:
-        return MethodOutput(maps=_fused(subject, maps.values()))
+        return _fused(subject, layers, maps.values())
     if shallow is None:
         height, width = maps[deepest].shape[-2:]
         lifted = {n for n, m in maps.items() if m.shape[-2] > 2 * height or m.shape[-1] > 2 * width}
@@ -251,16 +245,13 @@ def layercam(subject: Subject, *, layers: Layers = None, shallow: Layers = None)
         shares = maps[name] / torch.where(largest > 0, largest, 1)
         return torch.tanh(GAMMA * shares) if name in lifted else shares
 
-    return MethodOutput(maps=_fused(subject, map(scaled, maps)))
+    return _fused(subject, layers, map(scaled, maps))
 
 
 def zoomcam(subject: Subject, *, layers: Layers = None) -> MethodOutput:
     """Zoom-CAM: maximum over layers of U(N(ReLU(sum_k A_k G_k))) (Shi et al. 2020, eq. 4-6)."""
-    if layers is None:
-        gradients = subject.gradients
-        return MethodOutput(maps=normalize(_product(gradients, subject.activations)))
     maps, _ = _maps_of_layers(subject, layers, positive=False)
-    return MethodOutput(maps=_fused(subject, map(normalize, maps.values())))
+    return _fused(subject, layers, map(normalize, maps.values()))
 
 
 def guided_backprop(subject: Subject) -> MethodOutput:
@@ -291,24 +282,28 @@ def _product(gradients: Tensor, activations: Tensor) -> Tensor:
 
 
 def _maps_of_layers(
-    subject: Subject, layers: tuple[str, ...], positive: bool
+    subject: Subject, layers: tuple[str, ...] | None, positive: bool
 ) -> tuple[dict[str, Tensor], str]:
-    """Return each layer's map `[B h w]` by its name, and the name of the deepest."""
+    """Return each layer's map `[B h w]` by its name, and the deepest; None: the network's own."""
+
+    def product(gradient: Tensor, activations: Tensor) -> Tensor:
+        return _product(gradient.clamp(min=0) if positive else gradient, activations)
+
+    if layers is None:
+        own, gradients = subject.network.layer, subject.gradients
+        return {own: product(gradients, subject.activations)}, own
     with subject.several(layers) as run:
         subject.passes.head_backwards += len(subject)
-        gradients = run.vjp(subject.mean_cotangents(run.features))
-        maps = {
-            name: _product(gradient.clamp(min=0) if positive else gradient, activations)
-            for name, gradient, activations in zip(
-                run.layers, gradients, run.activations, strict=True
-            )
-        }
+        found = run.vjp(subject.mean_cotangents(run.features))
+        maps = dict(zip(run.layers, map(product, found, run.activations), strict=True))
         return maps, run.layers[run.depth.index(max(run.depth))]
 
 
-def _fused(subject: Subject, maps: Iterable[Tensor]) -> Tensor:
+def _fused(subject: Subject, layers: Layers, maps: Iterable[Tensor]) -> MethodOutput:
+    """Return the maximum of layers' maps at the input's size; the network's own as it is."""
     size = _size(subject)
-    return torch.stack([resize(one, size) for one in maps]).amax(0)
+    drawn = [one if layers is None else resize(one, size) for one in maps]
+    return MethodOutput(maps=torch.stack(drawn).amax(0))
 
 
 def _size(subject: Subject) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 Channels of no group, and of a group whose map is flat, have weight 0.
 """
 
+from collections.abc import Callable
 from typing import Annotated
 
 import numpy as np
@@ -23,6 +24,8 @@ EQUAL = 6
 """Decimals, of maps scaled to a largest value of 1, to which equal maps agree."""
 # Of a sum of some dozens of numbers, in units of the last place.
 _ROUNDING = 64
+Groups = tuple[Tensor, Tensor, Tensor]
+"""Membership or its shares `[g K]`, a map of each group `[g h w]`, and its part in the whole."""
 
 
 def groupcam(
@@ -41,20 +44,16 @@ def groupcam(
     H_g = ReLU(sum_{k in g} alpha_k A_k) cut at its `percentile`, M_g = N(U(H_g)), B the blurred
     picture (Zhang et al. 2021, arXiv 2103.13859, section 3). The weight form is w_g alpha_k.
     """
-    pictures_only(subject, "Group-CAM")
-    alphas = gradcam_weights(subject.gradients)
-    weights, maps = [], []
-    for row, alpha in enumerate(alphas):
-        parts = alpha[:, None, None] * subject.activations[row]
+
+    def grouped(row: int, parts: Tensor) -> Groups:
         if clustering == "contiguous":
             member = contiguous(parts, groups)
         else:
             member = clustered(parts, groups, clustering, subject.seed)
-        group_maps = _cut(_mixed(member, parts).clamp(min=0), percentile)
-        gains = _gains(subject, row, group_maps).clamp(min=0)
-        weights.append((gains @ member) * alpha)
-        maps.append(_mixed(gains[None], group_maps)[0])
-    return MethodOutput(torch.stack(weights), torch.stack(maps))
+        maps = _cut(_mixed(member, parts).clamp(min=0), percentile)
+        return member, maps, _gains(subject, row, maps).clamp(min=0)
+
+    return _by_groups(subject, "Group-CAM", True, grouped)
 
 
 def clustercam(
@@ -72,31 +71,24 @@ def clustercam(
     b and s have the largest and the least y(X m + F (1 - m)), m = N(U(M_g)) (Feng et al. 2023,
     arXiv 2302.01642). "scored": ReLU(v M_b - (1 - v) M_s) (tetutaro/class_activation_mapping).
     """
-    pictures_only(subject, "Cluster-CAM")
     scored = weighing == "scored"
-    alphas = gradcam_weights(subject.gradients) if scored else None
-    weights, maps = [], []
-    for row, parts in enumerate(subject.activations):
-        if alphas is not None:
-            parts = alphas[row][:, None, None] * parts
+
+    def grouped(row: int, parts: Tensor) -> Groups:
         member = _shares(clustered(parts, n_clusters, clustering, subject.seed))
         means = _mixed(member, parts)
-        low, high = means.amin((-2, -1)), means.amax((-2, -1))
         seen = ~flat(means)
         if scored:
             scores = _unit(_gains(subject, row, means))
-            scales, offsets = torch.ones_like(low), torch.zeros_like(low)
             # Where nothing was gained, no group is the best or the worst.
             seen &= scores.any()
-        else:
-            fill = fill_of(subject, row)
-            scores = map_scores(subject, row, means, subject.images[row], fill)
-            scales, offsets = torch.where(seen, 1 / torch.where(seen, high - low, 1), 0), low
-        shares = _base_and_scissors(scores, seen, view, scored) * scales
-        mixed = shares @ member
-        weights.append(mixed if alphas is None else mixed * alphas[row])
-        maps.append(_mixed(shares[None], means - offsets[:, None, None])[0].clamp(min=0))
-    return MethodOutput(torch.stack(weights), torch.stack(maps))
+            return member, means, _base_and_scissors(scores, seen, view, scored)
+        scores = map_scores(subject, row, means, subject.images[row], fill_of(subject, row))
+        low, high = means.amin((-2, -1)), means.amax((-2, -1))
+        scales = torch.where(seen, 1 / torch.where(seen, high - low, 1), 0)
+        shares = _base_and_scissors(scores, seen, view, scored)
+        return member, means - low[:, None, None], shares * scales
+
+    return _by_groups(subject, "Cluster-CAM", scored, grouped)
 
 
 def cosinecam(subject: Subject, *, n_clusters: Count = 8) -> MethodOutput:
@@ -105,16 +97,27 @@ def cosinecam(subject: Subject, *, n_clusters: Count = 8) -> MethodOutput:
     Groups by k-means over alpha_k A_k at length 1; s_g = y(X m_g + B (1 - m_g)) - y(B), scaled to
     length 1 (tetutaro/class_activation_mapping). The weight form s_g alpha_k / |g| is exact.
     """
-    pictures_only(subject, "Cosine-CAM")
-    alphas = gradcam_weights(subject.gradients)
-    weights, maps = [], []
-    for row, alpha in enumerate(alphas):
-        parts = alpha[:, None, None] * subject.activations[row]
+
+    def grouped(row: int, parts: Tensor) -> Groups:
         member = _shares(clustered(parts, n_clusters, "kmeans", subject.seed, unit=True))
         means = _mixed(member, parts)
-        scores = _unit(_gains(subject, row, means))
+        return member, means, _unit(_gains(subject, row, means))
+
+    return _by_groups(subject, "Cosine-CAM", True, grouped)
+
+
+def _by_groups(
+    subject: Subject, title: str, weighed: bool, grouped: Callable[[int, Tensor], Groups]
+) -> MethodOutput:
+    """Return ReLU(sum_g s_g M_g) and its weight form, `grouped` being told A_k or alpha_k A_k."""
+    pictures_only(subject, title)
+    weights, maps = [], []
+    alphas = gradcam_weights(subject.gradients) if weighed else None
+    for row, parts in enumerate(subject.activations):
+        alpha = parts.new_ones(len(parts)) if alphas is None else alphas[row]
+        member, drawn, scores = grouped(row, alpha[:, None, None] * parts)
         weights.append((scores @ member) * alpha)
-        maps.append(_mixed(scores[None], means)[0].clamp(min=0))
+        maps.append(_mixed(scores[None], drawn)[0].clamp(min=0))
     return MethodOutput(torch.stack(weights), torch.stack(maps))
 
 
@@ -225,13 +228,7 @@ def _membership(labels: np.ndarray, like: Tensor) -> Tensor:
 
 def _labels(rows: np.ndarray, clusters: int, how: str, random: np.random.RandomState) -> np.ndarray:
     """Return a label for each row `[n d]`, with at most as many clusters as rows that differ."""
-    _, first, which, counts = np.unique(
-        np.round(rows, EQUAL) + 0.0,
-        axis=0,
-        return_index=True,
-        return_inverse=True,
-        return_counts=True,
-    )
+    _, first, which, counts = np.unique(np.round(rows, EQUAL) + 0.0, True, True, True, axis=0)
     order = np.argsort(first)
     which = np.argsort(order)[which.reshape(-1)]
     points, counts = rows[first[order]], counts[order]
@@ -256,15 +253,13 @@ def _labels(rows: np.ndarray, clusters: int, how: str, random: np.random.RandomS
 
 def _spectral(points: np.ndarray, clusters: int, random: np.random.RandomState) -> np.ndarray:
     """Return the first eigenvectors of the graph's Laplacian, `[n clusters]`."""
+    from scipy.spatial.distance import pdist, squareform
     from sklearn.manifold import spectral_embedding
 
-    squares = (points * points).sum(1)
-    distances = np.maximum(squares[:, None] + squares[None] - 2 * points @ points.T, 0)
-    np.fill_diagonal(distances, 0)
-    usual = np.median(distances[~np.eye(len(points), dtype=bool)])
-    usual = usual if usual > 0 else distances.mean()  # where half of all pairs coincide
+    apart = pdist(points, "sqeuclidean")
+    usual = np.median(apart) or apart.mean()  # where half of all pairs coincide
     # No two points are wholly apart, or the graph would fall into pieces.
-    affinity = np.maximum(np.exp(-distances / (2 * usual)), 1e-12)
+    affinity = np.maximum(np.exp(-squareform(apart) / (2 * usual)), 1e-12)
     embedded = spectral_embedding(
         affinity, n_components=clusters, random_state=random, drop_first=False
     )

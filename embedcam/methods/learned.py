@@ -3,12 +3,9 @@
 `examples/train_attention.py` trains them; `EmbeddingNetwork(module, "trunk")` explains them.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from typing import TypeVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -74,10 +71,8 @@ class LFINetwork(nn.Module):
     def stacked(self, images: Tensor, activations: Tensor) -> Tensor:
         """Return what FIN sees: U(grey(X)) * N(A_k), stacked K deep, `[B K H W]`."""
         if activations.ndim != 4 or activations.shape[1] != self.n_channels:
-            raise NetworkError(
-                f"the trunk's output is {list(activations.shape)}; expected [B {self.n_channels} "
-                "H W], as n_channels says: give LFINetwork the trunk's own number of channels"
-            )
+            expected = f"expected [B {self.n_channels} H W], as n_channels says"
+            raise NetworkError(f"the trunk's output is {list(activations.shape)}; {expected}")
         size = (activations.shape[2], activations.shape[3])
         grey = images.mean(1, keepdim=True)
         small = F.interpolate(grey, size=size, mode="bilinear", align_corners=False)
@@ -153,11 +148,9 @@ class ABNetwork(nn.Module):
         evidence = self.evidence(self.branch(activations))
         attention = self.look(evidence)[:, 0]
         if attention.shape[-2:] != activations.shape[-2:]:
-            raise NetworkError(
-                f"the branch makes {list(attention.shape[-2:])} of the trunk's "
-                f"{list(activations.shape[-2:])} positions and must keep each of them; give "
-                "branch=, a module that keeps H x W"
-            )
+            made, given = (list(one.shape[-2:]) for one in (attention, activations))
+            what = f"the branch makes {made} of the trunk's {given} positions"
+            raise NetworkError(f"{what}; give branch=, a module that keeps H x W")
         return attention, evidence.mean((-2, -1))
 
 
@@ -178,12 +171,10 @@ def lficam(subject: Subject) -> MethodOutput:
     network = subject.network
     learned = _learned(network, LFINetwork, "LFI-CAM")
     if not _is_output_of(network, learned.trunk):
-        raise NetworkError(
-            f"LFI-CAM weighs the channels of the trunk's output, and this network explains layer "
-            f"{network.layer!r}; use EmbeddingNetwork(module, 'trunk')"
-        )
+        what = f"LFI-CAM weighs the trunk, and this network explains layer {network.layer!r}"
+        raise NetworkError(f"{what}; use EmbeddingNetwork(module, 'trunk')")
     activations = subject.activations
-    with _computing_as(network):
+    with network.precision():
         importance = learned.importance(
             *(one.to(network.device, network.dtype) for one in (subject.images, activations))
         )
@@ -195,7 +186,7 @@ def abn(subject: Subject) -> MethodOutput:
     network = subject.network
     learned = _learned(network, ABNetwork, "ABN")
     activations = subject.activations  # first: it refuses training mode and unfit inputs
-    with _computing_as(network):
+    with network.precision():
         if _is_output_of(network, learned.trunk):
             attention, _ = learned.attention(activations.to(network.device, network.dtype))
         else:
@@ -207,15 +198,12 @@ def abn(subject: Subject) -> MethodOutput:
 
 def _learned(network: EmbeddingNetwork, kind: type[Learned], title: str) -> Learned:
     """Return the network's module, out of wrappers that hand images on as they are."""
-    module: nn.Module = network.module
-    while not isinstance(module, kind):
-        inner = getattr(module, "module", None)
-        if not isinstance(inner, nn.Module):
-            break
-        module = inner
-    if isinstance(module, kind) and network.hooked:
+    module: nn.Module | None = network.module if network.hooked else None
+    while isinstance(module, nn.Module) and not isinstance(module, kind):
+        module = getattr(module, "module", None)
+    if isinstance(module, kind):
         return module
-    what = type(module).__name__ if network.hooked else "network given as trunk and head"
+    what = type(network.module).__name__ if network.hooked else "network given as trunk and head"
     raise NetworkError(
         f"{title} draws what a trained branch says, and this {what} has none; wrap trunk and head "
         f"in embedcam.methods.learned.{kind.__name__}, train it as examples/train_attention.py does"
@@ -228,15 +216,3 @@ def _is_output_of(network: EmbeddingNetwork, trunk: nn.Module) -> bool:
     while layer is not trunk and isinstance(trunk, nn.Sequential) and len(trunk):
         trunk = trunk[-1]
     return layer is trunk
-
-
-@contextmanager
-def _computing_as(network: EmbeddingNetwork) -> Iterator[None]:
-    """Compute without gradients in the network's own precision, whatever surrounds the call."""
-    kind, chosen = network.device.type, network.autocast
-    with torch.inference_mode(False), torch.no_grad():
-        if chosen is None and not torch.is_autocast_enabled(kind):
-            yield
-            return
-        with torch.autocast(kind, dtype=chosen, enabled=chosen is not None, cache_enabled=False):
-            yield

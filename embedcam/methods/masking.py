@@ -5,8 +5,9 @@ and draw maps at the size of the input.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -16,58 +17,47 @@ from torch import Tensor
 from .._checks import check_sides, one_of, whole
 from .._options import Setting
 from ..errors import InputError, NetworkError
-from ..network.gradients import listed, not_finite
+from ..network.runner import listed, not_finite
 from ..ops import sharpen
+from ..preprocess import AnyPreprocess
 from ..recipe.registry import FILLS
-from .subject import Layers, MethodOutput, Subject
+from .subject import Fill, Layers, MethodOutput, Subject
 
 BLUR_SIZE, BLUR_SIGMA = 51, 50.0
+Masks = Callable[[slice], Tensor]
+MaskedScores = Callable[[int, Masks], Tensor]
+"""Scores `[n]` of one image through n masks `[n H W]`, made a slice at a time."""
 
 
-def fill_like(image: Tensor, fill: Any, preprocess: Any = None) -> Tensor:
+def fill_like(image: Tensor, fill: Fill, preprocess: AnyPreprocess | None = None) -> Tensor:
     """Return what masked pixels of one input become, of its shape `[C H W]`.
 
     "mean" is 0, the mean color; "black" -mean/std of the `preprocess`; "blur" the blurred image; a
     number, tensor or array as it is, broadcast.
     """
-    if isinstance(fill, Tensor | np.ndarray | np.generic | int | float) and not isinstance(
-        fill, bool | np.bool_
-    ):
-        return _numbers(fill, image)
-    if not isinstance(fill, str) or fill not in FILLS:
-        raise InputError(
-            f"fill = {fill!r} is unknown; use {', '.join(FILLS)}, a number, a tensor or an array"
-        )
-    if fill == "mean":
-        return torch.zeros_like(image)
-    if image.ndim != 3:
-        raise InputError(
-            f"fill {fill!r} is for pictures [C H W], and this network's inputs are "
-            f"{list(image.shape)}; use 'mean' or a number"
-        )
-    if fill == "blur":
-        return blurred(image)
-    mean, std = (getattr(preprocess, name, None) for name in ("mean", "std"))
-    if mean is None or std is None:
-        raise InputError(
-            "fill 'black' is -mean/std of the preprocessing, and this network has none that says "
-            "them; use 'mean', 'blur' or a number"
-        )
-    return _numbers((-image.new_tensor(mean) / image.new_tensor(std))[:, None, None], image)
-
-
-def fill_of(subject: Subject, row: int) -> Tensor:
-    """Return the subject's fill for one of its images, `[C H W]`."""
-    return fill_like(subject.images[row], subject.fill, subject.network.preprocess)
-
-
-def _numbers(fill: Any, image: Tensor) -> Tensor:
+    if isinstance(fill, str) and fill in FILLS:
+        if fill == "mean":
+            return torch.zeros_like(image)
+        if image.ndim != 3:
+            raise InputError(
+                f"fill {fill!r} is for pictures [C H W], and this network's inputs are "
+                f"{list(image.shape)}; use 'mean' or a number"
+            )
+        if fill == "blur":
+            return blurred(image)
+        mean, std = (getattr(preprocess, name, None) for name in ("mean", "std"))
+        if mean is None or std is None:
+            raise InputError("fill 'black' needs a preprocessing with mean and std; use 'mean'")
+        fill = (-image.new_tensor(mean) / image.new_tensor(std))[:, None, None]
+    known = isinstance(fill, Tensor | np.ndarray | np.generic | int | float)
+    if not known or isinstance(fill, bool | np.bool_ | str):
+        names = ", ".join(FILLS)
+        raise InputError(f"fill = {fill!r} is unknown; use {names}, a number, a tensor or an array")
     try:
-        numbers = fill if isinstance(fill, Tensor) else torch.as_tensor(np.asarray(fill).copy())
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"fill is an array of {np.asarray(fill).dtype}, which torch does not read; give float32"
-        ) from error
+        numbers = fill if isinstance(fill, Tensor) else torch.as_tensor(np.array(fill))
+    except TypeError as error:
+        given = np.asarray(fill).dtype
+        raise InputError(f"fill is an array of {given}, unknown to torch; give float32") from error
     if numbers.is_complex():
         raise InputError(f"fill is of {numbers.dtype}; give real numbers")
     try:
@@ -79,10 +69,13 @@ def _numbers(fill: Any, image: Tensor) -> Tensor:
             f"{list(image.shape)}; give a number, or a tensor such as {fits}"
         ) from error
     if not bool(torch.isfinite(whole).all()):
-        raise InputError(
-            f"fill holds NaN or infinity in {image.dtype}, the input's precision; give finite ones"
-        )
+        raise InputError(f"fill holds NaN or infinity in {image.dtype}; give finite numbers")
     return whole
+
+
+def fill_of(subject: Subject, row: int) -> Tensor:
+    """Return the subject's fill for one of its images, `[C H W]`."""
+    return fill_like(subject.images[row], subject.fill, subject.network.preprocess)
 
 
 def blurred(image: Tensor, size: int = BLUR_SIZE, sigma: float = BLUR_SIGMA) -> Tensor:
@@ -92,10 +85,10 @@ def blurred(image: Tensor, size: int = BLUR_SIZE, sigma: float = BLUR_SIGMA) -> 
         offsets = torch.arange(-reach, reach + 1, dtype=image.dtype, device=image.device)
         kernel = torch.exp(-(offsets**2) / (2 * sigma**2))
         kernel = kernel / kernel.sum()
-        padding = (0, 0, reach, reach) if axis == -2 else (reach, reach, 0, 0)
-        shape = (1, 1, -1, 1) if axis == -2 else (1, 1, 1, -1)
+        down = axis == -2
+        padding = (0, 0, reach, reach) if down else (reach, reach, 0, 0)
         padded = F.pad(image[None], padding, mode="reflect")[0][:, None]
-        image = F.conv2d(padded, kernel.reshape(shape))[:, 0]
+        image = F.conv2d(padded, kernel.reshape(1, 1, *((-1, 1) if down else (1, -1))))[:, 0]
     return image
 
 
@@ -123,9 +116,8 @@ def pictures_only(subject: Subject, title: str) -> None:
 
 
 def masked_scores(
-    subject: Subject, row: int, shown: Tensor, hidden: Tensor, total: int,
-    masks: Callable[[slice], Tensor],
-) -> Tensor:  # fmt: skip
+    subject: Subject, row: int, shown: Tensor, hidden: Tensor, total: int, masks: Masks
+) -> Tensor:
     """Return y `[total]` of X m + F (1 - m), `masks` making m `[n H W]` of each slice."""
     pieces = (hidden + (shown - hidden) * masks(part)[:, None] for part in subject.batches(total))
     return subject.scores(row, pieces)
@@ -133,14 +125,21 @@ def masked_scores(
 
 def map_scores(subject: Subject, row: int, maps: Tensor, shown: Tensor, hidden: Tensor) -> Tensor:
     """Return y `[n]` of `shown` over `hidden` through N(U(map)) `[n h w]`; 0 for flat maps."""
-    scores = maps.new_zeros(len(maps))
-    seen = ~flat(maps)
+    scores, seen = maps.new_zeros(len(maps)), ~flat(maps)
     if seen.any():
         uneven, size = maps[seen], (shown.shape[-2], shown.shape[-1])
         scores[seen] = masked_scores(
             subject, row, shown, hidden, len(uneven), lambda part: unit_masks(uneven[part], size)
         ).to(scores)
     return scores
+
+
+def pixel_maps(subject: Subject, draw: Callable[[int, MaskedScores], Tensor]) -> MethodOutput:
+    """Return a map of each image at its size, which `draw` makes of scores through masks."""
+    maps = subject.features.embedding.new_zeros(len(subject), *subject.images.shape[-2:])
+    for row, image in enumerate(subject.images):
+        maps[row] = draw(row, partial(masked_scores, subject, row, image, fill_of(subject, row)))
+    return MethodOutput(maps=maps.clamp(min=0))
 
 
 # Numbers of activations put through the head at once; each piece may cost a run of the trunk.
@@ -158,9 +157,8 @@ def scorecam(
     The baseline X_b is the fill; `weights="softmax"` is algorithm 1's, of w / `temperature`.
     """
     if weights == "raw" and temperature != 1:
-        raise InputError(
-            f"temperature = {temperature!r} is for a softmax; give weights='softmax' with it"
-        )
+        what = f"temperature = {temperature!r} is for a softmax"
+        raise InputError(f"{what}; give weights='softmax' with it")
     pictures_only(subject, "Score-CAM")
     activations = subject.activations
     result = torch.zeros_like(activations[:, :, 0, 0])
@@ -262,10 +260,8 @@ def polycam(
     "both" ReLU of their sum (Englebert, Cornu and De Vleeschouwer 2022, arXiv 2204.13359).
     """
     if not layers:
-        raise InputError(
-            f"Poly-CAM draws from several layers and layers = {layers!r}; give their names, such "
-            "as layers=['layer1', 'layer2', 'layer3', 'layer4']"
-        )
+        what = f"Poly-CAM draws from several layers and layers = {layers!r}; give their names"
+        raise InputError(f"{what}, such as layers=['layer1', 'layer2', 'layer3', 'layer4']")
     pictures_only(subject, "Poly-CAM")
     with subject.several(layers) as run:
         names, depth, activations = run.layers, run.depth, run.activations
@@ -298,6 +294,8 @@ def polycam(
 
 
 KINDS = ("grid", "slic")
+Superpixels = str | np.ndarray | Tensor
+Sides = int | Sequence[int] | None
 # The windows of published implementations of SBSM: 50 pixels every 20, on pictures of 224.
 _WINDOW, _STRIDE = 50 / 224, 20 / 224
 _Samples = Annotated[int, Setting(kind=int, least=2, most=1_000_000)]
@@ -330,21 +328,22 @@ def rise(
         pairs = zip(whole, offsets[part], strict=True)
         return torch.stack([one[y : y + height, x : x + width] for one, (y, x) in pairs])
 
-    maps = like.new_zeros(len(subject), height, width)
-    for row, image in enumerate(subject.images):
-        scores = masked_scores(subject, row, image, fill_of(subject, row), masks, masks_of)
+    def draw(row: int, scores_of: MaskedScores) -> Tensor:
+        scores = scores_of(masks, masks_of)
         shifted = scores - scores[0]  # exactly 0 where all are equal
-        above = shifted - shifted.mean()
+        above, total = shifted - shifted.mean(), like.new_zeros(height, width)
         for part in subject.batches(masks):
-            maps[row] += torch.tensordot(above[part], masks_of(part), 1)
-    return MethodOutput(maps=(maps / (masks * probability)).clamp(min=0))
+            total += torch.tensordot(above[part], masks_of(part), 1)
+        return total / (masks * probability)
+
+    return pixel_maps(subject, draw)
 
 
 def lime(
     subject: Subject,
     *,
     samples: _Samples = 1000,
-    superpixels: Any = "grid",
+    superpixels: Superpixels = "grid",
     segments: Annotated[int, Setting(kind=int, least=1, most=1_000_000)] = 50,
     kernel: _Positive = 0.25,
     ridge: _Positive = 1.0,
@@ -354,20 +353,18 @@ def lime(
     `superpixels` are "grid", "slic" (scikit-image), both about `segments`, or labels `[H W]`.
     """
     pictures_only(subject, "LIME")
-    maps = subject.features.embedding.new_zeros(len(subject), *subject.images.shape[-2:])
-    for row, image in enumerate(subject.images):
-        labels = superpixels_of(image, superpixels, segments)
+    like = subject.features.embedding
+
+    def draw(row: int, scores_of: MaskedScores) -> Tensor:
+        labels = superpixels_of(subject.images[row], superpixels, segments)
         count = int(labels.max()) + 1
         present = torch.randint(2, (samples, count), generator=subject.generator())
         present[0] = 1
-        masks = present.to(maps)
+        masks = present.to(like)
+        scores = scores_of(samples, lambda part: masks[part][:, labels])
+        return _ridge(present, scores, kernel, ridge).to(like)[labels]
 
-        def masks_of(part: slice, masks: Tensor = masks, labels: Tensor = labels) -> Tensor:
-            return masks[part][:, labels]
-
-        scores = masked_scores(subject, row, image, fill_of(subject, row), samples, masks_of)
-        maps[row] = _ridge(present, scores, kernel, ridge).to(maps)[labels]
-    return MethodOutput(maps=maps.clamp(min=0))
+    return pixel_maps(subject, draw)
 
 
 def _ridge(present: Tensor, scores: Tensor, kernel: float, penalty: float) -> Tensor:
@@ -383,37 +380,32 @@ def _ridge(present: Tensor, scores: Tensor, kernel: float, penalty: float) -> Te
     return torch.from_numpy(fitted.coef_)
 
 
-def sbsm(subject: Subject, *, window: Any = None, stride: Any = None) -> MethodOutput:
+def sbsm(subject: Subject, *, window: Sides = None, stride: Sides = None) -> MethodOutput:
     """SBSM: sum_i max(y - y_i, 0) (1 - M_i) / sum_i (1 - M_i) (Dong et al. 2019).
 
     M_i is 0 in window i, y_i the score with it filled. `window` and `stride` are (height, width)
     in pixels, or one number; None: 50/224 and 20/224 of the picture.
     """
     pictures_only(subject, "SBSM")
-    embeddings, size = subject.features.embedding, (*subject.images.shape[-2:],)
+    size, like = subject.images.shape[-2:], subject.features.embedding
     sides, steps = _pair("window", window, size, _WINDOW), _pair("stride", stride, size, _STRIDE)
     if sides[0] > size[0] or sides[1] > size[1]:
-        raise InputError(
-            f"window = {sides[0]} x {sides[1]} is larger than the picture, {size[0]} x {size[1]} "
-            "pixels; give a smaller one"
-        )
+        what = "window = {} x {} is larger than the picture, {} x {} pixels".format(*sides, *size)
+        raise InputError(f"{what}; give a smaller one")
     # Which rows, and which columns, each window covers: [n H] and [n W].
-    rows, columns = (
-        _covered(*axis).to(embeddings) for axis in zip(size, sides, steps, strict=True)
-    )
-    across = len(columns)
+    rows, columns = (_covered(*axis).to(like) for axis in zip(size, sides, steps, strict=True))
+    across, covering = len(columns), rows.sum(0)[:, None] * columns.sum(0)
 
     def masks_of(part: slice) -> Tensor:
         each = torch.arange(part.start, part.stop, device=rows.device)
         return 1 - rows[each // across][:, :, None] * columns[each % across][:, None]
 
-    maps = embeddings.new_zeros(len(subject), *size)
-    covering, total = rows.sum(0)[:, None] * columns.sum(0), len(rows) * across
-    for row, image in enumerate(subject.images):
-        scores = masked_scores(subject, row, image, fill_of(subject, row), total, masks_of)
+    def draw(row: int, scores_of: MaskedScores) -> Tensor:
+        scores = scores_of(len(rows) * across, masks_of)
         drops = (subject.score(row) - scores).clamp(min=0).reshape(len(rows), across)
-        maps[row] = rows.mT @ drops.to(maps) @ columns / covering.clamp(min=1)
-    return MethodOutput(maps=maps)
+        return rows.mT @ drops.to(like) @ columns / covering.clamp(min=1)
+
+    return pixel_maps(subject, draw)
 
 
 def _covered(side: int, window: int, stride: int) -> Tensor:
@@ -425,7 +417,7 @@ def _covered(side: int, window: int, stride: int) -> Tensor:
     return (begin <= pixel) & (pixel < begin + window)
 
 
-def _pair(name: str, value: Any, size: tuple[int, ...], share: float) -> tuple[int, int]:
+def _pair(name: str, value: Sides, size: Sequence[int], share: float) -> tuple[int, int]:
     if value is None:
         return max(1, round(size[0] * share)), max(1, round(size[1] * share))
     if isinstance(value, tuple | list):
@@ -433,7 +425,7 @@ def _pair(name: str, value: Any, size: tuple[int, ...], share: float) -> tuple[i
     return (whole(name, value, 1),) * 2
 
 
-def superpixels_of(image: Tensor, kind: Any, wanted: int) -> Tensor:
+def superpixels_of(image: Tensor, kind: Superpixels, wanted: int) -> Tensor:
     """Return labels 0 .. d - 1 of the pixels `[H W]` of an image `[C H W]`, d about `wanted`."""
     size = (image.shape[1], image.shape[2])
     if isinstance(kind, str):
@@ -443,8 +435,8 @@ def superpixels_of(image: Tensor, kind: Any, wanted: int) -> Tensor:
         labels = np.asarray(kind.cpu() if isinstance(kind, Tensor) else kind)
         if labels.shape != size or labels.dtype.kind not in "iu":
             raise InputError(
-                f"superpixels are {list(labels.shape)} of {labels.dtype}; expected a label, a "
-                f"whole number, for each pixel [{size[0]} {size[1]}], or 'grid' or 'slic'"
+                f"superpixels are {list(labels.shape)} of {labels.dtype}; give a whole number for "
+                f"each pixel [{size[0]} {size[1]}], or 'grid' or 'slic'"
             )
     # Without gaps, so that every label is a column of the regression that something moves.
     numbered = np.unique(labels, return_inverse=True)[1].reshape(labels.shape)
@@ -464,10 +456,9 @@ def _slic(image: Tensor, wanted: int) -> np.ndarray:
     try:
         from skimage.segmentation import slic
     except ImportError as error:
-        raise InputError(
-            "superpixels = 'slic' needs scikit-image, which is not installed; "
-            "pip install embedcam[lime], or use superpixels='grid'"
-        ) from error
+        what = "superpixels = 'slic' needs scikit-image, which is not installed"
+        advice = "pip install embedcam[lime], or use superpixels='grid'"
+        raise InputError(f"{what}; {advice}") from error
     pixels = image.double().cpu().numpy().transpose(1, 2, 0)
     pixels = (pixels - pixels.min()) / (np.ptp(pixels) or 1)
     # Unsmoothed (sigma 0), pixel noise breaks the regions into specks that are merged, down to one.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from ..targets import Target, head_cotangent
 
 Progress = Callable[[int], object]
 """Called with how many inputs or activations went through the network or its head."""
-Fill = str | float | Tensor
+Fill = str | float | np.ndarray | Tensor
 """Fill of masked pixels, and the baseline; see `masking.fill_like`."""
 Count = Annotated[int, Setting(kind=int, least=1, most=1_000_000)]
 Layers = Annotated[tuple[str, ...] | None, Setting(kind=tuple, optional=True)]

@@ -11,14 +11,6 @@ from .._checks import whole
 from ..errors import InputError
 from .maps import alike, drawn_maps, evened, finite, pixel_count, pixel_ranks, share_of
 
-DIRECT, DIAGONAL = 1 / 6, 1 / 12
-NEIGHBORS = [
-    (down, across, DIRECT if 0 in (down, across) else DIAGONAL)
-    for down in (-1, 0, 1)
-    for across in (-1, 0, 1)
-    if (down, across) != (0, 0)
-]
-
 
 def deletion_steps(maps: ArrayLike, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Return which pixels go first: deletion and insertion in S steps (Petsiuk et al., BMVC 2018).
@@ -62,17 +54,15 @@ def rank_of(scores: ArrayLike, item: ArrayLike) -> np.ndarray:
     `scores` `[B N]` are similarities, `item` is `[B]`; equal scores share their mean place.
     """
     scores, item = finite(scores, "scores", "B N"), np.asarray(item)
-    count = scores.shape[1]
+    count, given = scores.shape[1], f"items {list(item.shape)} of type {item.dtype}"
     if item.shape != scores.shape[:1] or item.dtype.kind not in "iu":
         raise InputError(
-            f"items {list(item.shape)} of type {item.dtype} with scores {list(scores.shape)}; "
-            "give one whole number a query: its item's place in the gallery"
+            f"{given} with scores {list(scores.shape)}; give one whole number a query: its item's "
+            "place in the gallery"
         )
     if item.min() < 0 or item.max() >= count:
-        raise InputError(
-            f"items {item.min()} to {item.max()} of a gallery of {count}; "
-            f"give places from 0 to {count - 1}"
-        )
+        given = f"items {item.min()} to {item.max()} of a gallery of {count}"
+        raise InputError(f"{given}; give places from 0 to {count - 1}")
     score = scores[np.arange(len(scores)), item][:, None]
     return np.asarray((scores > score).sum(1) + ((scores == score).sum(1) + 1) / 2)
 
@@ -119,10 +109,8 @@ def average_drop(full: ArrayLike, masked: ArrayLike, base: ArrayLike) -> float:
     """Return the mean of `score_drops` over the images that count, in [0, 1]; smaller is better."""
     drops, counted = score_drops(full, masked, base)
     if not counted.any():
-        raise InputError(
-            f"none of {len(counted)} images scores above its wholly masked self, so there is "
-            "nothing to drop; give other images or another fill"
-        )
+        what = f"none of {len(counted)} images scores above its wholly masked self"
+        raise InputError(f"{what}; give other images or another fill")
     return float(drops[counted].mean())
 
 
@@ -151,10 +139,7 @@ def noisy_linear_imputation(
             "give booleans [B H W], true where a pixel is removed"
         )
     if masks.all((1, 2)).any():
-        raise InputError(
-            "a mask removes the whole picture, and nothing is left to fill it from; "
-            "leave at least one pixel, or fill with a color"
-        )
+        raise InputError("a mask removes the whole picture; leave at least one pixel to fill from")
     if not 0 <= noise < np.inf:
         raise InputError(f"noise = {noise}; it must be a standard deviation, 0 or more")
     filled = images.copy()
@@ -165,7 +150,7 @@ def noisy_linear_imputation(
     for numbers in same_mask.values():
         mask = masks[numbers[0]]
         if mask.any():
-            solved = _solve(pictures[numbers].reshape(-1, height, width), mask)
+            solved = _solve(pictures[numbers].reshape(-1, height * width), mask)
             solved = solved.reshape(len(numbers), channels, -1) + noise * draw[:, mask]
             for number, values in zip(numbers, solved, strict=True):
                 filled[number][:, mask] = values
@@ -173,41 +158,26 @@ def noisy_linear_imputation(
 
 
 def _solve(planes: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Return the removed pixels of planes `[P H W]` that share a mask `[H W]`, `[P removed]`.
+    """Return the removed pixels of planes `[P H*W]` that share a mask `[H W]`, `[P removed]`.
 
     Rows are multiplied by their pixel's total weight, which makes the matrix symmetric.
     """
     from scipy import sparse
     from scipy.sparse.linalg import splu
 
-    height, width = mask.shape
-    size = int(mask.sum())
-    place = np.full(mask.shape, -1)
-    place[mask] = np.arange(size)
-    total = np.zeros(mask.shape)
-    known = np.zeros(planes.shape)
-    rows, columns, values = [np.arange(size)], [np.arange(size)], []
-    for down, across, weight in NEIGHBORS:
-        here = _shifted(-down, height), _shifted(-across, width)
-        there = _shifted(down, height), _shifted(across, width)
-        total[here] += weight
-        known[:, *here] += weight * np.where(mask[there], 0, planes[:, *there])
-        both = mask[here] & mask[there]
-        rows.append(place[here][both])
-        columns.append(place[there][both])
-        values.append(np.full(len(rows[-1]), -weight))
-    entries = np.concatenate([total[mask], *values])
-    matrix = sparse.csc_matrix(
-        (entries, (np.concatenate(rows), np.concatenate(columns))), shape=(size, size)
-    )
+    removed = np.flatnonzero(mask)
+    down, along = (sparse.csr_array(np.eye(n, k=1) + np.eye(n, k=-1)) for n in mask.shape)
+    rows, columns = map(sparse.eye, mask.shape)
+    direct = sparse.kron(down, columns) + sparse.kron(rows, along)
+    weights = (direct / 6 + sparse.kron(down, along) / 12).tocsr()[removed]
+    known = weights @ np.where(mask.ravel(), 0, planes).T
+    total = np.ravel(weights.sum(1))
     # One factorization for all channels, 2 to 4 times as fast as conjugate gradients at 224 x 224.
     # Symmetric and diagonally dominant: no pivoting.
     factors = splu(
-        matrix, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0, options={"SymmetricMode": True}
+        (sparse.diags(total) - weights[:, removed]).tocsc(),
+        permc_spec="MMD_AT_PLUS_A",
+        diag_pivot_thresh=0,
+        options={"SymmetricMode": True},
     )
-    return np.asarray(factors.solve(np.ascontiguousarray(known[:, mask].T)).T)
-
-
-def _shifted(step: int, size: int) -> slice:
-    """Return the part of an axis that, moved back by `step`, still lies in it."""
-    return slice(max(step, 0), size + min(step, 0))
+    return np.asarray(factors.solve(known).T)

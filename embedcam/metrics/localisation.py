@@ -35,17 +35,13 @@ def equal_area_share(maps: ArrayLike, inside: ArrayLike, other: ArrayLike) -> np
 
     0.5 where the map has no energy in either region, or one of them is empty.
     """
-    drawn, inside = maps_and_regions(maps, inside)
-    drawn, other = maps_and_regions(drawn, other)
-    drawn = evened(drawn)
-    areas = [region.sum((1, 2)) for region in (inside, other)]
-    dense = [
-        (drawn * region).sum((1, 2)) / np.where(area > 0, area, 1)
-        for region, area in zip((inside, other), areas, strict=True)
-    ]
-    both = dense[0] + dense[1]
-    known = (areas[0] > 0) & (areas[1] > 0) & (both > 0)
-    return np.where(known, dense[0] / np.where(both > 0, both, 1), 0.5)
+    drawn, both = evened(maps_and_regions(maps, inside)[0]), []
+    for region in (inside, other):
+        part = maps_and_regions(maps, region)[1]
+        area = part.sum((1, 2))
+        both.append((drawn * part).sum((1, 2)) / np.where(area > 0, area, np.nan))
+    total = both[0] + both[1]
+    return np.where(total > 0, both[0] / np.where(total > 0, total, 1), 0.5)
 
 
 def pointing_hit(maps: ArrayLike, inside: ArrayLike) -> np.ndarray:
@@ -64,9 +60,7 @@ def pixel_auc(maps: ArrayLike, inside: ArrayLike, outside: ArrayLike | None = No
     None takes all the rest; equal values count half; 0.5 where either region is empty.
     """
     maps, inside = maps_and_regions(maps, inside, signed=True)
-    other = 1 - inside
-    if outside is not None:
-        _, other = maps_and_regions(maps, outside, signed=True)
+    _, other = maps_and_regions(maps, 1 - inside if outside is None else outside, signed=True)
     areas = np.full(len(maps), 0.5)
     for row, (hits, misses) in enumerate(_steps(maps, inside, other)):
         if hits.sum() > 0 and misses.sum() > 0:
@@ -215,8 +209,6 @@ def _boxes(boxes: np.ndarray) -> np.ndarray:
         raise InputError(f"boxes {list(boxes.shape)} must be [B 4]: x0, y0, x1, y1 of each")
     turned = (boxes[:, 2:] < boxes[:, :2]).any(1)
     if turned.any():
-        raise InputError(
-            f"box {boxes[turned][0].tolist()} has its edges the wrong way round; "
-            "give x0, y0, x1, y1 with x0 <= x1 and y0 <= y1, not a width and a height"
-        )
+        what = f"box {boxes[turned][0].tolist()} has its edges the wrong way round"
+        raise InputError(f"{what}; give x0, y0, x1, y1, not a width and a height")
     return boxes

@@ -18,25 +18,19 @@ def finite(values: ArrayLike, what: str, axes: str) -> np.ndarray:
     except (TypeError, ValueError) as error:
         raise InputError(f"{what} must be an array of numbers [{axes}]; {error}") from error
     if array.ndim != len(axes.split()) or not array.size:
-        raise InputError(
-            f"{what} {list(array.shape)} must be [{axes}] with no empty axis; "
-            "put one image in a batch of one"
-        )
+        given = f"{what} {list(array.shape)} must be [{axes}] with no empty axis"
+        raise InputError(f"{given}; put one image in a batch of one")
     if not np.isfinite(array).all():
-        raise InputError(
-            f"{what} must be finite; got a NaN or an infinity: look at what computed them"
-        )
+        raise InputError(f"{what} must be finite; got a NaN or an infinity: look at what made it")
     return array
 
 
 def alike(first: ArrayLike, second: ArrayLike, what: str, axes: str) -> list[np.ndarray]:
     """Return two arrays as `finite` does, refusing different shapes: no pairing by broadcasting."""
     pair = [finite(values, what, axes) for values in (first, second)]
-    if pair[0].shape != pair[1].shape:
-        raise InputError(
-            f"{what} have shapes {list(pair[0].shape)} and {list(pair[1].shape)}; "
-            "give both the same, image by image"
-        )
+    shapes = [list(one.shape) for one in pair]
+    if shapes[0] != shapes[1]:
+        raise InputError(f"{what} have shapes {shapes[0]} and {shapes[1]}; give both the same")
     return pair
 
 
@@ -45,10 +39,8 @@ def drawn_maps(maps: ArrayLike) -> np.ndarray:
     # Said before `finite` could, as of a map the sign is the likelier mistake.
     array = np.asarray(maps)
     if array.dtype.kind in "biuf" and not (array >= 0).all():
-        raise InputError(
-            "a map must be >= 0 everywhere; got a NaN or a negative value: "
-            "give it as ReLU leaves it, not a signed map"
-        )
+        what = "a map must be >= 0 everywhere; got a NaN or a negative value"
+        raise InputError(f"{what}: give it as ReLU leaves it, not a signed map")
     return finite(maps, "maps", "B H W")
 
 
@@ -58,17 +50,13 @@ def maps_and_regions(
     """Return maps and the regions they are judged by, both `[B H W]` float64, regions in [0, 1]."""
     sizes = list(np.shape(maps)), list(np.shape(inside))
     if sizes[0] != sizes[1] or len(sizes[0]) != 3:
-        raise InputError(
-            f"maps {sizes[0]} and regions {sizes[1]} must both be [B H W] of one size; "
-            "resize the maps to the regions"
-        )
+        both = f"maps {sizes[0]} and regions {sizes[1]} must both be [B H W] of one size"
+        raise InputError(f"{both}; resize the maps to the regions")
     checked = finite(maps, "maps", "B H W") if signed else drawn_maps(maps)
     regions = finite(inside, "regions", "B H W")
     if regions.min() < 0 or regions.max() > 1:
-        raise InputError(
-            f"regions must lie in [0, 1], the covered part of each pixel; got "
-            f"{regions.min():g} to {regions.max():g}: a mask of 255 must be divided by 255"
-        )
+        given = f"regions must lie in [0, 1]; got {regions.min():g} to {regions.max():g}"
+        raise InputError(f"{given}: a mask of 255 must be divided by 255")
     return checked, regions
 
 

@@ -71,10 +71,8 @@ def map_at_r(
     for distances, alike in search.blocks():
         scores += precision_at_r(distances, alike)[alike.any(1)].tolist()
     if not scores:
-        raise InputError(
-            f"none of {search.queries} images has another of its label, so there is no mAP@R; give "
-            "labels that are classes, not ids"
-        )
+        what = f"none of {search.queries} images has another of its label"
+        raise InputError(f"{what}; give labels that are classes, not ids")
     return float(np.mean(scores))
 
 
@@ -85,10 +83,8 @@ def precision_at_r(distances: ArrayLike, alike: ArrayLike) -> np.ndarray:
     """
     rows, same = np.asarray(distances, np.float64), np.asarray(alike)
     if rows.ndim != 2 or rows.shape != same.shape or same.dtype != bool:
-        raise InputError(
-            f"distances {list(rows.shape)} and alike {list(same.shape)} of type {same.dtype}; give "
-            "both as [B N], alike as booleans"
-        )
+        given = f"distances {list(rows.shape)} and alike {list(same.shape)} of type {same.dtype}"
+        raise InputError(f"{given}; give both as [B N], alike as booleans")
     if np.isnan(rows).any():
         raise InputError("a distance is NaN; look at what computed it")
     return np.array([_precision_at_r(*query) for query in zip(rows, same, strict=True)])
@@ -124,13 +120,13 @@ class _Search:
         if searched.shape[1] != vectors.shape[1]:
             shapes = f"embeddings {list(vectors.shape)} and a gallery {list(searched.shape)}"
             raise InputError(f"{shapes} differ in width; take both from one network")
-        if (self._labels.dtype.kind in "US") != (self._gallery_labels.dtype.kind in "US"):
-            kinds = f"labels of type {self._labels.dtype} and {self._gallery_labels.dtype}"
-            raise InputError(f"{kinds} never match; give both as strings or as numbers")
+        kinds = self._labels.dtype, self._gallery_labels.dtype
+        if (kinds[0].kind in "US") != (kinds[1].kind in "US"):
+            what = f"labels of type {kinds[0]} and {kinds[1]} never match"
+            raise InputError(f"{what}; give both as strings or as numbers")
         # A power of two: which is nearer stays, and squares of extreme values stay numbers.
         _, exponent = np.frexp(max(np.abs(vectors).max(), np.abs(searched).max()))
-        self._embeddings = np.ldexp(vectors, -exponent)
-        self._gallery = np.ldexp(searched, -exponent)
+        self._embeddings, self._gallery = (np.ldexp(one, -exponent) for one in (vectors, searched))
         self.queries, self.size = len(vectors), len(searched)
         self.reach = self.size - self._alone
 
@@ -154,9 +150,8 @@ def _labelled(
 ) -> tuple[np.ndarray, np.ndarray]:
     array, names = finite(embeddings, what, f"{axis} D"), np.asarray(labels)
     if names.shape != array.shape[:1]:
-        raise InputError(
-            f"labels {list(names.shape)} with {what} {list(array.shape)}; give one label an image"
-        )
+        given = f"labels {list(names.shape)} with {what} {list(array.shape)}"
+        raise InputError(f"{given}; give one label an image")
     if names.dtype.kind == "f" and np.isnan(names).any():
         raise InputError("a label is NaN, which equals nothing; give every image a label")
     return array, names

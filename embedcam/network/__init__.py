@@ -1,10 +1,11 @@
 """Any torch module and the layer to explain, as one object: `EmbeddingNetwork`."""
 
 from .embedding_network import EmbeddingNetwork
-from .gradients import Features, HeadPass, SeveralPass, input_gradient, several_pass
+from .gradients import HeadPass, SeveralPass, input_gradient, several_pass
 from .head import HeadKind
 from .layers import LayoutName, OutputChoice
 from .loading import load_network
+from .runner import Features
 
 __all__ = [
     "EmbeddingNetwork",

@@ -14,16 +14,15 @@ from ..index.identity import NetworkWarning
 from .layers import near_misses
 from .module import message_of
 
-# How training scripts wrap a state dict, and what wrappers write before each name.
+# How training scripts wrap a state dict.
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
-_PREFIX = "module."
 # Names in the DenseNet files that torchvision itself distributes: norm.1 for norm1.
 _OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|conv))\.([12]\..*)$")
 _FLOATS = {"F16", "BF16", "F32", "F64"}
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """Return the state dict in a file, wrappers and their prefixes taken off."""
+    """Return the state dict in a file, wrappers taken off."""
     path = Path(path)
     _refuse_missing(path, "weights")
     try:
@@ -44,23 +43,20 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
-    expected = "expected a state dict of named tensors, perhaps under 'state_dict' or 'model'"
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
             break
-    if not isinstance(content, Mapping) or not content:
-        raise NetworkError(f"weights {path} hold a {type(content).__name__}; {expected}")
-    other = [key for key, value in content.items() if not isinstance(value, Tensor)]
-    if other:
+    what = "" if isinstance(content, Mapping) and content else f"a {type(content).__name__}"
+    if not what and (other := [str(k) for k, one in content.items() if not torch.is_tensor(one)]):
+        what = f"{len(other)} entries that are not tensors ({_some(other)})"
+    if what:
         raise NetworkError(
-            f"weights {path} hold {len(other)} entries that are not tensors ({_some(other)}); "
-            f"{expected}"
+            f"weights {path} hold {what}; expected a state dict of named tensors, perhaps under "
+            "'state_dict' or 'model'"
         )
-    # torch.compile writes its own anywhere, others before all names, whatever else is before them.
+    # torch.compile writes its own prefix anywhere; those before all names are found in loading.
     state = {str(key).replace("_orig_mod.", ""): value for key, value in content.items()}
-    while all(key.startswith(_PREFIX) for key in state):
-        state = {key.removeprefix(_PREFIX): value for key, value in state.items()}
     return {_OLD_DENSENET.sub(r"\1\2", key): value for key, value in state.items()}
 
 
@@ -136,18 +132,19 @@ def read_affine(path: str | Path, width: int | None) -> nn.Linear:
 
 def _check_affine(path: Path, kinds: dict[str, tuple[list[int], str]], width: int | None) -> None:
     """Refuse wrong names, shapes and dtypes, before any number is read."""
-    wanted = f"expected weight [D {width or 'K'}] and perhaps bias [D]"
-    if "weight" not in kinds or set(kinds) - {"weight", "bias"}:
-        raise NetworkError(f"head {path} holds {_some(sorted(kinds)) or 'nothing'}; {wanted}")
-    shape = kinds["weight"][0]
-    if len(shape) != 2 or 0 in shape or shape[1] != (width or shape[1]):
-        given = "" if width is None else f", for the {width} numbers of the network's embedding"
-        raise NetworkError(f"head {path} has a weight {shape}; expected [D {width or 'K'}]{given}")
-    if "bias" in kinds and kinds["bias"][0] != [shape[0]]:
-        raise NetworkError(f"head {path} has a bias {kinds['bias'][0]}; expected [{shape[0]}]")
-    for key, (_, dtype) in kinds.items():
-        if dtype not in _FLOATS:
-            raise NetworkError(f"head {path} has a {key} of {dtype}; expected floating point")
+    shape = kinds["weight"][0] if "weight" in kinds else []
+    fits = len(shape) == 2 and 0 not in shape and shape[1] == (width or shape[1])
+    if (
+        not fits
+        or set(kinds) - {"weight", "bias"}
+        or kinds.get("bias", (shape[:1], ""))[0] != shape[:1]
+        or not _FLOATS.issuperset(dtype for _, dtype in kinds.values())
+    ):
+        held = ", ".join(f"{key} {sides} of {dtype}" for key, (sides, dtype) in kinds.items())
+        raise NetworkError(
+            f"head {path} holds {held or 'nothing'}; expected weight [D {width or 'K'}] and "
+            "perhaps bias [D] in floating point, K the length of the network's embedding"
+        )
 
 
 def _refuse_missing(path: Path, what: str) -> None:
@@ -155,9 +152,8 @@ def _refuse_missing(path: Path, what: str) -> None:
         raise NetworkError(f"{what} {path} is not a file; give the path of an existing one")
 
 
-def _some(names: Sequence[Any], count: int = 3) -> str:
-    shown = ", ".join(str(name) for name in names[:count])
-    return f"{shown}, ..." if len(names) > count else shown
+def _some(names: Sequence[str], count: int = 3) -> str:
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
 def _short(error: Exception) -> str:

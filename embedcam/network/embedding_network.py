@@ -8,24 +8,23 @@ gradients. Parameters, their `.grad`, modes and hooks stay as they are, also aft
 import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, ClassVar, Self
+from contextlib import contextmanager, nullcontext
+from typing import Any, ClassVar, Self, TypeVar, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .._checks import check_sides
+from .._checks import check_sides, one_of, whole
 from ..errors import InputError, NetworkError
 from ..index.identity import Identity, compare
-from ..preprocess import AnyPreprocess, Embedded, HeadMatrix, from_transform, refuse_random
+from ..preprocess import AnyPreprocess, HeadMatrix, Transform, from_transform, refuse_random
 from ..preprocess.probe import probe_inputs
-from .gradients import Features, HeadPass, SeveralRun, make_features
-from .head import HeadAlone, HeadKind, NetworkHead, tolerance_of
-from .layers import Images, LayoutName, OutputChoice, check_options, describe_choice, find_layer
+from .gradients import HeadPass
+from .head import HeadAlone, HeadKind, ask_head, pooled_vjp, tolerance_of
+from .layers import TOKENS, Images, LayoutName, OutputChoice, describe_choice, find_layer
 from .module import (
-    Parts,
     RandomOperations,
     advice_of,
     bare_name,
@@ -36,19 +35,20 @@ from .module import (
     message_of,
     no_gradients,
     refuse_elsewhere,
-    refuse_inference,
     refuse_module,
     refuse_parts,
     uncompiled,
 )
-from .runner import LayoutOptions, Runner, copied, with_positions
+from .runner import Features, Head, Runner, Trunk, copied, in_graph, with_positions
 
+Numbers = TypeVar("Numbers", np.ndarray, Tensor)
 DEFAULT_INPUT_SIZE = (224, 224)
+_AUTOCAST = (None, torch.bfloat16, torch.float16)
 # Runs of one picture that show chance which leaves most embeddings as they are.
 _REPEATS = 8
 
 
-class EmbeddingNetwork:
+class EmbeddingNetwork(Runner):
     """A module that turns images into embeddings, and the layer whose activations explain them.
 
     Concurrent calls are safe. Hooks do not fire inside compiled modules: compile trunk and head
@@ -97,70 +97,76 @@ class EmbeddingNetwork:
         module: nn.Module,
         layer: str | nn.Module,
         *,
-        head: Callable[[Any], Any] | None = None,
-        trunk: Callable[[Tensor], Any] | None = None,
+        head: Head | None = None,
+        trunk: Trunk | None = None,
         normalize: bool = True,
         output: OutputChoice = None,
         layout: LayoutName = "auto",
         grid: tuple[int, int] | None = None,
         prefix_tokens: int | None = None,
-        preprocess: Any = None,
+        preprocess: Transform | None = None,
         input_size: tuple[int, int] | None = None,
         device: str | torch.device | None = None,
         autocast: torch.dtype | None = None,
         channels_last: bool = False,
         name: str | None = None,
     ) -> None:
-        refuse_parts(trunk, head, whole=True)
+        refuse_parts(trunk, head)
         if trunk is None or not isinstance(module, nn.Module):
             refuse_module(module)
-        for setting, value in (("normalize", normalize), ("channels_last", channels_last)):
-            if not isinstance(value, bool):
-                raise InputError(f"{setting}={value!r}; give True or False")
-        if not isinstance(name, str | None):
-            raise InputError(f"name={name!r}; give a text, or None")
-        if autocast not in (None, torch.bfloat16, torch.float16):
-            raise InputError(f"autocast={autocast!r}; give torch.bfloat16, torch.float16 or None")
+        chooses = output is None or isinstance(output, str | int) or callable(output)
+        for setting, value, fits, expected in (
+            ("normalize", normalize, isinstance(normalize, bool), "True or False"),
+            ("channels_last", channels_last, isinstance(channels_last, bool), "True or False"),
+            ("name", name, isinstance(name, str | None), "a text, or None"),
+            ("autocast", autocast, autocast in _AUTOCAST, "torch.bfloat16, torch.float16 or None"),
+            ("output", output, chooses, "a name, a position or a function"),
+        ):
+            if not fits:
+                raise InputError(f"{setting}={value!r}; give {expected}")
         try:
             place = None if device is None else torch.device(device)
         except (RuntimeError, TypeError) as error:
             raise InputError(
                 f"device={device!r} is no torch device; give one such as 'cpu' or 'cuda'"
             ) from error
-        check_options(layout, grid, prefix_tokens, output)
+        one_of("layout", layout, get_args(LayoutName))
+        grid = None if grid is None else check_sides("grid", grid)
+        prefix_tokens = None if prefix_tokens is None else whole("prefix_tokens", prefix_tokens)
+        input_size = None if input_size is None else check_sides("input_size", input_size)
         self.preprocess: AnyPreprocess | None = None
         if preprocess is not None:
             self.preprocess = from_transform(preprocess)
             refuse_random(self.preprocess)
-        hooked = module
+        part = module
         if trunk is None:
-            dotted, hooked = find_layer(module, layer)
+            dotted, part = find_layer(module, layer)
             layer = bare_name(dotted)
         refuse_elsewhere(module, place)
-        self.module, self.layer, self.normalize, self.name = module, str(layer), normalize, name
-        self.output, self.autocast, self.channels_last = output, autocast, channels_last
-        self.spec: dict[str, Any] | None = None
-        self.runner = Runner(
+        super().__init__(
             module,
-            self.layer,
-            hooked,
+            str(layer),
+            part,
             trunk,
             head,
             output,
-            (layout, grid, prefix_tokens),
-            None if input_size is None else check_sides("input_size", input_size),
+            input_size,
             place,
             autocast,
             channels_last,
+            normalize,
+            (layout, grid, prefix_tokens),
         )
-        self._head = NetworkHead(self.runner)
-        self._reached = self._steady = self._sound = False
+        self.name = name
+        self.spec: dict[str, Any] | None = None
+        self._kind: HeadKind | None = None
+        self._steady = self._sound = False
 
     @classmethod
     def from_parts(
         cls,
-        trunk: Callable[[Tensor], Any],
-        head: Callable[[Any], Any],
+        trunk: Trunk,
+        head: Head,
         *,
         layer: str = "trunk",
         module: nn.Module | None = None,
@@ -171,45 +177,24 @@ class EmbeddingNetwork:
         No hooks: each may be compiled, exported, or a plain function. `layer` names the trunk's
         output, `module` holds the parameters of functions; settings are the constructor's.
         """
-        refuse_parts(trunk, head, whole=False)
-        parts = Parts(trunk, head) if module is None else module
-        return cls(parts, layer, trunk=trunk, head=head, **settings)
+        if module is None:  # trunk and head side by side, for their parameters; neither changes
+            parts = {"trunk": trunk, "head": head}
+            module = nn.ModuleDict({n: p for n, p in parts.items() if isinstance(p, nn.Module)})
+            module.training = False
+        return cls(module, layer, trunk=trunk, head=head, **settings)
 
     def without_autocast(self) -> Self:
         """Return this network computing in the precision of its parameters."""
         plain = copy.copy(self)
-        plain.runner = copy.copy(self.runner)
-        plain.autocast = plain.runner.autocast = None
-        plain._head = NetworkHead(plain.runner)
+        plain.autocast = plain._kind = None
         return plain
 
     # Facts
 
     @property
-    def device(self) -> torch.device:
-        """Where images are sent: where the parameters are, unless told at construction."""
-        return self.runner.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the parameters: the input is converted to it."""
-        return self.runner.state.dtype
-
-    @property
     def layout(self) -> str:
         """The layer's layout, as found in the last forward; before one, as it was given."""
-        layout = self.runner.layout
-        return self.layout_options[0] if layout is None else layout.kind
-
-    @property
-    def layout_options(self) -> LayoutOptions:
-        """Layout, grid and prefix tokens, as they were given."""
-        return self.runner.layout_options
-
-    @property
-    def hooked(self) -> bool:
-        """Whether layers are found by hooks: False where trunk and head were given."""
-        return self.runner.parts is None
+        return self.layout_options[0] if self.found is None else self.found.kind
 
     def __repr__(self) -> str:
         norm = "normalised" if self.normalize else "not normalised"
@@ -261,8 +246,8 @@ class EmbeddingNetwork:
 
     def probe_images(self, count: int = 1) -> np.ndarray:
         """Return the synthetic pictures as this network's input, float32 `[count C H W]`."""
-        size = self.runner.input_size or DEFAULT_INPUT_SIZE
-        return probe_inputs(count, self.preprocess, size, self.runner.channels)
+        size = self.input_size or DEFAULT_INPUT_SIZE
+        return probe_inputs(count, self.preprocess, size, self.channels)
 
     @contextmanager
     def probing(self) -> Iterator[None]:
@@ -273,44 +258,13 @@ class EmbeddingNetwork:
             cause = error.__cause__
             if cause is None or self.preprocess is not None or advice_of(message_of(cause)):
                 raise
-            shape = [1, self.runner.channels, *(self.runner.input_size or DEFAULT_INPUT_SIZE)]
+            shape = [1, self.channels, *(self.input_size or DEFAULT_INPUT_SIZE)]
             raise NetworkError(
                 f"a probe picture {shape} cannot go through the network ("
                 f"{message_of(cause)}); give preprocess=, or input_size=(H, W)"
             ) from cause
 
     # Passes
-
-    def forward(self, images: Images, *, allow_zero: bool = False) -> Features:
-        """Return embeddings and activations of preprocessed images `[B C H W]`; no gradients.
-
-        With `allow_zero` zeros are embedded as zeros: of a masked picture nothing may be left.
-
-        Raises
-        ------
-        InputError
-            Images of a wrong shape, or with NaN.
-        NetworkError
-            Training mode; a layer called twice or never; an unusable embedding.
-        """
-        with no_gradients(), self.runner.precision():
-            batch = self.runner.prepare(images)
-            z, raw = self.runner.call(batch, copied, len(batch))
-        with no_gradients():
-            maps = self.runner.read_layout(batch, raw).to_maps(raw)
-            return make_features(batch, z, maps, self.normalize, allow_zero)
-
-    __call__ = forward
-
-    def embed(self, images: Images, layers: Sequence[str] | None = None) -> Embedded:
-        """Embed images `[B C H W]` into NumPy arrays; raises as `forward`."""
-        if layers is None or list(layers) == [self.layer]:
-            features = self.forward(images)
-            maps = [features.activations]
-        else:
-            features, maps = self.forward_layers(images, layers)
-        embedding, norm = features.embedding.cpu().numpy(), features.norm.cpu().numpy()
-        return Embedded(embedding, norm, [one.cpu().numpy() for one in maps])
 
     def head_pass(self, images: Images, *, twice: bool = False) -> HeadPass:
         """Return a forward that is differentiable from the layer on; in inference mode too.
@@ -319,67 +273,25 @@ class EmbeddingNetwork:
         twice. Raises as `forward`, and where the layer's output, or that of all its patch tokens,
         never reaches the embedding.
         """
-
-        def cut(raw: Tensor) -> tuple[Tensor, Tensor]:
-            leaf = raw.detach().clone().requires_grad_()
-            torch.set_grad_enabled(True)  # until the end of the context below
-            return leaf, leaf.clone()  # the head may begin with an in-place unit
-
-        if not self._reached:
-            refuse_inference(self.module)
-        attention = sdpa_kernel(SDPBackend.MATH) if twice else nullcontext()
-        with no_gradients(), self.runner.precision(), attention:
-            batch = self.runner.prepare(images)
-            z, leaf = self.runner.call(batch, cut, len(batch))
-        with no_gradients():
-            layout = self.runner.read_layout(batch, leaf)
-            maps = layout.to_maps(leaf.detach())
-            features = make_features(batch, z.detach(), maps, self.normalize)
-        passed = HeadPass(features, z, leaf, layout, self.layer)
-        if not self._reached:
-            passed.refuse_unreached(self.module)
-            self._reached = True
-        return passed
-
-    def run_several(
-        self, images: Images, layers: Sequence[str], differentiable: bool = True
-    ) -> SeveralRun:
-        """Run once, hooked at several layers; see `several_pass`, and `forward_layers` without."""
-        return self.runner.call_layers(images, layers, differentiable)
+        with sdpa_kernel(SDPBackend.MATH) if twice else nullcontext():
+            run = self.run(images, keep=in_graph)
+        return HeadPass(self, run)
 
     def traceable(self, layers: Sequence[str]) -> Callable[[Tensor], tuple[Tensor, list[Tensor]]]:
         """Return images -> z `[B D]` and layers' `[B K H W]`, for exporters; nothing is checked."""
-        return self.runner.traceable(self.probe_images(), layers)
+        layouts, named = self.run(self.probe_images(), layers).layouts, self.find(layers)
 
-    def forward_layers(
-        self, images: Images, layers: Sequence[str]
-    ) -> tuple[Features, list[Tensor]]:
-        """Return features as `forward`, of the last layer, and activations `[B K H W]` of all."""
-        run = self.run_several(images, layers, differentiable=False)
-        with no_gradients():
-            maps = run.activations()
-            return make_features(run.batch, run.z, maps[-1], self.normalize), maps
+        def run(images: Tensor) -> tuple[Tensor, list[Tensor]]:
+            z, raws, _ = self.call(images, copied, None, named)
+            return z, [layout.to_maps(raw) for layout, raw in zip(layouts, raws, strict=True)]
 
-    def run_from_input(
-        self, images: Images, mode: AbstractContextManager[Any] | None
-    ) -> tuple[Features, Tensor, Tensor]:
-        """Return features, z `[B D]` and the input as a leaf, gradients kept: `input_gradient`."""
-        runner = self.runner
-        with torch.inference_mode(False), torch.enable_grad(), runner.precision():
-            leaf = runner.prepare(images).detach().clone().requires_grad_()
-            with mode or nullcontext():
-                # The clone keeps what an in-place unit behind the layer would overwrite.
-                z, raw = runner.call(leaf, lambda raw: (raw.detach().clone(), raw), len(leaf))
-        with no_gradients():
-            maps = runner.read_layout(leaf, raw).to_maps(raw)
-            features = make_features(leaf.detach(), z.detach(), maps, self.normalize)
-        return features, z, leaf
+        return run
 
     # Checks
 
     def check_tokens(self, images: Images) -> int:
         """Refuse a layer whose patch tokens reach nothing; returns how many images were run."""
-        if self._reached or self.layout in ("bkhw", "bhwk", "bkl"):
+        if self.layer in self.reached or self.layout not in ("auto", *TOKENS):
             return 0
         self.head_pass(images[:1]).close()
         return 1
@@ -393,7 +305,7 @@ class EmbeddingNetwork:
         if gradients:
             with self.head_pass(probes) as passed:
                 features = passed.features
-                passed.refuse_flat()
+                passed.refuse_unreached(self.module, flat=True)
         else:
             features = self.forward(probes)
         maps = features.activations
@@ -402,12 +314,11 @@ class EmbeddingNetwork:
                 "the embedding is one number, which normalised is 1 or -1 whatever the picture, so "
                 "every map would be blank; give the output before it (output=), or normalize=False"
             )
-        if maps.shape[2] * maps.shape[3] == 1 and not self.runner.over_positions:
+        if maps.shape[2] * maps.shape[3] == 1 and not self.over_positions:
             names: list[str] = []
             if self.hooked:
-                with no_gradients(), self.runner.precision():
-                    batch = self.runner.prepare(probes)
-                    names = with_positions(self.module, batch, self.layer)
+                with no_gradients(), self.precision():
+                    names = with_positions(self.module, self.prepare(probes), self.layer)
             near = f", such as {names[-1]!r}" if names else ""
             size = " x ".join(str(side) for side in probes.shape[2:])
             raise NetworkError(
@@ -418,20 +329,19 @@ class EmbeddingNetwork:
 
     def check_steady(self) -> None:
         """Refuse an embedding that depends on the rest of its batch, or on chance; asked once."""
-        if self._steady or self.runner.over_positions:
+        if self._steady or self.over_positions:
             return
-        probes = self.probe_images(2)
+        probes, random = self.probe_images(2), RandomOperations()
+        allowed = tolerance_of(self.autocast or self.dtype, self.device)
         with full_float32(self.device):
             with self.probing():
                 alone = self.forward(probes[:1])
-            allowed = tolerance_of(self.autocast or self.dtype, self.device)
-            random = RandomOperations()
 
             def run_again() -> None:
                 with uncompiled(), random:
                     again = self.forward(probes[:1])
-                if (off := _difference(alone, again)) > allowed:
-                    raise by_chance(random.names, off, allowed)
+                how = "the same picture run twice"
+                _refuse_difference(alone, again, allowed, how, by_chance(random.names))
 
             run_again()
             # What is drawn may change an embedding only now and then.
@@ -441,10 +351,13 @@ class EmbeddingNetwork:
                 beside = self.forward(probes)
             except NetworkError:
                 return  # a network of one picture at a time has no batch to depend on
-            if (off := _difference(alone, beside)) > allowed:
+            how, cause = "a picture alone and beside another", by_batch(self.module)
+            try:
+                _refuse_difference(alone, beside, allowed, how, cause)
+            except NetworkError:
                 for _ in range(_REPEATS):  # chance that torch knows nothing of
                     run_again()
-                raise by_batch(self.module, off, allowed)
+                raise
         self._steady = True
 
     # The head
@@ -452,7 +365,12 @@ class EmbeddingNetwork:
     @property
     def head_kind(self) -> HeadKind:
         """Whether the head is pooled and affine; found once, at the network's input size."""
-        return self._head.kind(self._ask)
+        with self.lock, torch.inference_mode(False):
+            if self._kind is None:
+                with self.probing():
+                    alone = HeadAlone(self, self._probes(), asking=True)
+                self._kind = ask_head(self, alone)
+            return self._kind
 
     @property
     def already_normalized(self) -> bool:
@@ -461,44 +379,36 @@ class EmbeddingNetwork:
 
     def warm_up(self) -> None:
         """Find out once what later questions need: what the head is."""
-        self._head.kind(self._ask)
+        _ = self.head_kind
 
     @property
     def pooled_replay(self) -> bool:
         """Whether `pooled_vjp` can be used: the head is pooled, and affine or a function."""
-        return self.head_kind.pooled and self._head.replays
+        return self.head_kind.affine or self.head_kind.replayed
 
-    def pooled_vjp(self, pooled: Images, cotangents: Images) -> Any:
+    def pooled_vjp(self, pooled: Numbers, cotangents: Images) -> Numbers:
         """Return dy/dp `[B (S) K]` of a pooled head for p `[B K]` and dy/dz `[B (S) D]`."""
-        gradient = self._head.vjp(self.head_kind, pooled, cotangents)
+        gradient = pooled_vjp(self, self.head_kind, pooled, cotangents)
         return gradient.cpu().numpy() if isinstance(pooled, np.ndarray) else gradient
 
     def head_alone(self, image: Images, most: int | None = None) -> HeadAlone:
         """Return the head of one input `[1 C H W]` alone; at most `most` copies go at once."""
-        return self._head.alone(image, most)
+        return HeadAlone(self, image, most)
 
     def head_outputs(self, image: Images, activations: Tensor) -> Tensor:
         """Return z `[n D]` of the head alone, on activations `[n K H W]`; see `head_alone`."""
-        return self.head_alone(image)(activations)
+        return HeadAlone(self, image)(activations)
 
     def affine_head(self, stored_matrix: Callable[[], np.ndarray]) -> HeadMatrix | None:
         """Return the head where it is pooled and affine; nothing is asked of an index."""
         kind = self.head_kind
         return HeadMatrix(None if kind.identity else kind.matrix) if kind.affine else None
 
-    def _ask(self) -> tuple[Tensor, Tensor]:
-        """Return two prepared probes, and the layer's output for the first."""
-        with no_gradients(), self.runner.precision(False):
-            pictures = self.runner.prepare(self._probes())
-            with self.probing():
-                _, raw = self.runner.call(pictures[:1], lambda raw: (raw, raw.clone()), 1)
-        return pictures, raw
-
     def _probes(self) -> Images:
         """Return two inputs to ask with: pictures, or what came first and the same reversed."""
-        if not self.runner.over_positions:
+        if not self.over_positions:
             return self.probe_images(2)
-        example = self.runner.example
+        example = self.example
         if example is None:
             raise InputError(
                 "a network over positions has no probe of its own; run forward() on an input first"
@@ -506,13 +416,17 @@ class EmbeddingNetwork:
         return torch.cat([example, example.flip(-1)])
 
 
-def _difference(one: Features, other: Features) -> float:
-    """Return |a - b| / |a| of the first embeddings, or of the pooled activations if larger."""
-
-    def parts(features: Features) -> tuple[Tensor, Tensor]:
-        return features.embedding[0].double(), features.activations[0].double().mean((1, 2))
-
-    return max(
-        float(torch.linalg.vector_norm(a - b)) / (float(torch.linalg.vector_norm(a)) or 1.0)
-        for a, b in zip(parts(one), parts(other), strict=True)
-    )
+def _refuse_difference(
+    one: Features, other: Features, allowed: float, how: str, cause: str
+) -> None:
+    """Refuse first embeddings or pooled activations that differ by more than |a - b| / |a|."""
+    off = 0.0
+    for a, b in (
+        (one.embedding[0].double(), other.embedding[0].double()),
+        (one.activations[0].double().mean((1, 2)), other.activations[0].double().mean((1, 2))),
+    ):
+        off = max(off, float((a - b).norm()) / (float(a.norm()) or 1.0))
+    if off > allowed:
+        raise NetworkError(
+            f"{how} gives embeddings that differ by {off:.2g} (allowed: {allowed:g}): {cause}"
+        )

@@ -1,4 +1,4 @@
-"""What a forward pass gives, and derivatives: of the head at its layers, of all at the input.
+"""Derivatives from a forward pass: of the head at its layers, of all at the input.
 
 Guided backpropagation (Springenberg et al., ICLR 2015) keeps a gradient at a rectifier only where
 input and gradient are both positive. Rectifiers are met as they are called: no module is replaced.
@@ -6,116 +6,18 @@ input and gradient are both positive. Rectifiers are met as they are called: no 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.overrides import TorchFunctionMode
 
-from ..errors import EmbeddingError, InputError, NetworkError
-from .layers import Images, Layout, before_attention
-from .module import no_gradients, refuse_inference, user_code
-
-if TYPE_CHECKING:
-    from .embedding_network import EmbeddingNetwork
-
-_CHUNK_NUMBERS = 1 << 22
-
-
-@dataclass(frozen=True, eq=False)
-class Features:
-    """What one forward pass of B images gives; float32, or float64 for a float64 network.
-
-    embedding: `[B D]`, of length 1 iff the network normalizes.
-    norm: `[B]`, the length |z| of the head's output z before that.
-    activations: `[B K H W]`, whatever the layer's own layout.
-    """
-
-    embedding: Tensor
-    norm: Tensor
-    activations: Tensor
-
-
-@dataclass
-class SeveralRun:
-    """One run hooked at several layers.
-
-    names: of the layers, as asked for; z: the head's output `[B D]`; kept: each layer's output;
-    batch: the prepared input; layouts: of the layers; depth: their places in the order they ran.
-    """
-
-    names: list[str]
-    z: Tensor
-    kept: list[Tensor]
-    batch: Tensor
-    layouts: list[Layout]
-    depth: list[int]
-
-    def activations(self) -> list[Tensor]:
-        """Return `[B K H W]` of each layer, without a graph."""
-        return [
-            at_least_single(layout.to_maps(raw.detach())).contiguous()
-            for raw, layout in zip(self.kept, self.layouts, strict=True)
-        ]
-
-
-def make_features(
-    images: Tensor, z: Tensor, maps: Tensor, normalize: bool, allow_zero: bool = False
-) -> Features:
-    """Return the features of z `[B D]` and maps `[B K H W]`, all finite, no z of length zero."""
-    norm = torch.linalg.vector_norm(z, dim=1)
-    # In Python: for one query, five small tensor operations cost more than the division.
-    lengths = norm.tolist()
-    vanished = normalize and 0.0 in lengths
-    kept = at_least_single(maps).contiguous()
-    # One sum tells of most; a sum may also overflow where no number is infinite.
-    finite = all(map(math.isfinite, [*lengths, float(kept.sum())]))
-    if not finite or (vanished and not allow_zero):
-        _refuse_bad(images, norm, kept, normalize and not allow_zero)
-    divisor = torch.where(norm > 0, norm, 1) if vanished else norm
-    return Features(z / divisor[:, None] if normalize else z, norm, kept)
-
-
-def _refuse_bad(images: Tensor, norm: Tensor, maps: Tensor, zero_too: bool) -> None:
-    bad_images = ~torch.isfinite(images.flatten(1)).all(dim=1)
-    if bool(bad_images.any()):
-        raise InputError(
-            f"images at positions {listed(bad_images)} of the batch hold NaN or infinity; "
-            "check their preprocessing"
-        )
-    step, precise = "or use normalize=False", "or compute in float32"
-    zero, bad_maps = (norm == 0) & zero_too, ~torch.isfinite(maps.flatten(1)).all(1)
-    causes = (
-        (~torch.isfinite(norm), "the embedding holds NaN or infinity", precise),
-        (zero, "the embedding is zero and cannot be normalised", step),
-        (bad_maps, "the layer's activations hold NaN or infinity", precise),
-    )
-    bad = [(flags.nonzero().flatten().tolist(), what, step) for flags, what, step in causes]
-    if any(rows for rows, _, _ in bad):
-        # The first picture's cause, however large the batch is.
-        rows, what, step = min((one for one in bad if one[0]), key=lambda one: one[0][0])
-        advice = f"leave the picture out, or check the network's weights, {step}"
-        raise EmbeddingError(what, advice, rows, len(norm))
-
-
-def listed(flags: Tensor) -> str:
-    """Return the first few places where flags `[n]` are set, in words."""
-    places = flags.nonzero().flatten().tolist()
-    return ", ".join(map(str, places[:10])) + (", ..." if len(places) > 10 else "")
-
-
-def not_finite(which: str) -> NetworkError:
-    """Return the error for embeddings with NaN or infinity."""
-    return NetworkError(
-        f"the embeddings {which} hold NaN or infinity; check the weights, or compute in float32"
-    )
-
-
-def at_least_single(values: Tensor) -> Tensor:
-    """Return half precision as float32; float32 and float64 as they are."""
-    return values if values.dtype in (torch.float32, torch.float64) else values.float()
+from ..errors import InputError, NetworkError
+from .layers import TOKENS, Images, before_attention
+from .module import no_gradients, user_code
+from .runner import Features, Run, Runner, at_least_single
 
 
 def derivatives(
@@ -136,11 +38,6 @@ def half_scale(cotangents: Tensor) -> Tensor:
     return torch.exp2(8 - torch.log2(largest).ceil())
 
 
-def any_cotangents(z: Tensor) -> Tensor:
-    """Return cotangents `[B D]` to every number of z: what they do not reach, nothing does."""
-    return torch.linspace(-1, 1, z.shape[1] + 1, device=z.device)[1:].expand_as(z)
-
-
 def unreachable(layer: str) -> NetworkError:
     """Return the error for a layer that the embedding does not depend on."""
     return NetworkError(
@@ -149,24 +46,21 @@ def unreachable(layer: str) -> NetworkError:
     )
 
 
-def dead_tokens(layer: str, module: nn.Module) -> NetworkError:
-    """Return the error for a layer whose patch tokens the embedding does not depend on."""
-    nearest = before_attention(module)
-    advice = f", {nearest!r}" if nearest and nearest != layer else ""
-    return NetworkError(
-        f"the patch tokens of layer {layer!r} never reach the embedding: after the last attention "
-        f"only the class token counts; take the layer before its attention{advice}"
-    )
-
-
 class _Graph:
-    """The graph from several layers' outputs to z, held until it is closed (`with` closes it)."""
+    """The graph from layers' outputs to z, held until it is closed (`with` closes it).
 
-    def __init__(
-        self, z: Tensor, kept: list[Tensor], layouts: list[Layout], layers: list[str]
-    ) -> None:
-        self._held: tuple[Tensor, list[Tensor]] | None = (z, kept)
-        self._layouts, self._names = layouts, layers
+    features: with the activations of the last layer; activations: of each, `[B K H W]`.
+    """
+
+    def __init__(self, network: Runner, run: Run) -> None:
+        self._held: tuple[Tensor, list[Tensor]] | None = (run.z, run.kept)
+        self._layouts, self._names = run.layouts, run.names
+        with no_gradients():
+            self.activations = run.activations()
+            self.features = run.features(self.activations[-1], network.normalize)
+        if not network.reached.issuperset(run.names):
+            self.refuse_unreached(network.module)
+            network.reached.update(run.names)
 
     def close(self) -> None:
         """Free the graph; the features stay."""
@@ -183,45 +77,68 @@ class _Graph:
             raise InputError("this pass was closed; make another")
         return self._held
 
-    def _back(self, cotangents: Images) -> list[Tensor]:
-        """Return dy/dA `[B K H W]` of each layer for cotangents `[B D]` at z."""
+    def _back(self, cotangents: Images | None) -> list[Tensor]:
+        """Return dy/dA `[B K H W]` of each layer for cotangents `[B D]`, None for any, at z."""
         z, kept = self._open()
-        c = torch.as_tensor(cotangents, device=z.device).to(z.dtype)
-        if c.shape != z.shape:
-            raise InputError(
-                f"cotangents are {list(c.shape)}; expected one for each embedding, {list(z.shape)}"
-            )
-        if not z.requires_grad:
-            raise unreachable(", ".join(self._names))
-        c = c.clone() if c.is_inference() else c
-        half = any(raw.dtype == torch.float16 for raw in kept)
-        scale = half_scale(c) if half else torch.ones_like(c[:, :1])
-        since = f"{'layer' if len(kept) == 1 else 'layers'} {', '.join(map(repr, self._names))}"
-        gradients = []
-        for name, layout, raw in zip(
-            self._names, self._layouts, derivatives(z, kept, c * scale, since), strict=True
-        ):
-            if raw is None:
-                raise unreachable(name)
-            maps = at_least_single(layout.to_maps(raw))
-            gradients.append((maps / scale[:, :, None, None] if half else maps).contiguous())
+        with no_gradients():
+            if cotangents is None:  # to every number of z: what they do not reach, nothing does
+                cotangents = torch.linspace(-1, 1, z.shape[1] + 1)[1:].expand_as(z)
+            c = torch.as_tensor(cotangents, device=z.device).to(z.dtype)
+            if c.shape != z.shape:
+                raise InputError(
+                    f"cotangents are {list(c.shape)}; expected one for each embedding, "
+                    f"{list(z.shape)}"
+                )
+            if not z.requires_grad:
+                raise unreachable(", ".join(self._names))
+            c = c.clone() if c.is_inference() else c
+            half = any(raw.dtype == torch.float16 for raw in kept)
+            scale = half_scale(c) if half else torch.ones_like(c[:, :1])
+            since = f"{'layer' if len(kept) == 1 else 'layers'} {', '.join(map(repr, self._names))}"
+            gradients = []
+            for name, layout, raw in zip(
+                self._names, self._layouts, derivatives(z, kept, c * scale, since), strict=True
+            ):
+                if raw is None:
+                    raise unreachable(name)
+                maps = at_least_single(layout.to_maps(raw))
+                gradients.append((maps / scale[:, :, None, None] if half else maps).contiguous())
         return gradients
+
+    def refuse_unreached(self, module: nn.Module, flat: bool = False) -> None:
+        """Refuse a layer whose output, or all whose patch tokens, cannot change the embedding.
+
+        With `flat` also an embedding whose derivative is zero everywhere.
+        """
+        for name, layout, gradient in zip(
+            self._names, self._layouts, self._back(None), strict=True
+        ):
+            reached = bool(gradient.any())
+            if layout.kind in TOKENS and not reached:
+                nearest = before_attention(module)
+                advice = f", {nearest!r}" if nearest and nearest != name else ""
+                raise NetworkError(
+                    f"the patch tokens of layer {name!r} never reach the embedding: after the last "
+                    f"attention only the class token counts; take the layer before its "
+                    f"attention{advice}"
+                )
+            if flat and not reached:
+                raise NetworkError(
+                    f"the derivative of the embedding at layer {name!r} is zero everywhere, as "
+                    "behind a sign, a rounding or a hash, so every map would be blank; give the "
+                    "output before that step (output=), or take a method of scores, such as "
+                    "'scorecam'"
+                )
 
 
 class HeadPass(_Graph):
     """One forward of B images that can be differentiated from the layer on, until it is closed."""
 
-    def __init__(
-        self, features: Features, z: Tensor, leaf: Tensor, layout: Layout, layer: str
-    ) -> None:
-        super().__init__(z, [leaf], [layout], [layer])
-        self.features, self.layout, self.layer = features, layout, layer
-        self._twice: tuple[Tensor, Tensor] | None = None
+    _twice: tuple[Tensor, Tensor] | None = None
 
     def vjp(self, cotangents: Images) -> Tensor:
         """Return dy/dA `[B K H W]` for the cotangents dy/dz `[B D]` at z, before normalization."""
-        with no_gradients():
-            return self._back(cotangents)[0]
+        return self._back(cotangents)[0]
 
     def jvp(self, tangents: Images) -> Tensor:
         """Return dz/dA dA `[B D]`, prefix tokens as they are; the pass is of `twice=True`."""
@@ -240,12 +157,12 @@ class HeadPass(_Graph):
                     u = torch.zeros_like(z, requires_grad=True)
                     self._twice = u, torch.autograd.grad(z, leaf, u, create_graph=True)[0]
                 u, back = self._twice
-                raw = self.layout.to_raw(moved, torch.zeros_like(leaf))
+                raw = self._layouts[0].to_raw(moved, torch.zeros_like(leaf))
                 outcome = torch.autograd.grad(back, u, raw, retain_graph=True)[0]
             except (RuntimeError, NotImplementedError) as error:
                 message = str(error).partition("\n")[0][:200]
                 raise NetworkError(
-                    f"what follows layer {self.layer!r} cannot be differentiated twice "
+                    f"what follows layer {self._names[0]!r} cannot be differentiated twice "
                     f"({message}); make the pass with twice=True, or take a layer behind that step"
                 ) from error
         return at_least_single(outcome)
@@ -255,100 +172,51 @@ class HeadPass(_Graph):
         super().close()
         self._twice = None
 
-    def refuse_unreached(self, module: nn.Module) -> None:
-        """Refuse a layer whose output, or whose patch tokens, cannot change the embedding."""
-        gradient = self.vjp(any_cotangents(self._open()[0]))
-        if self.layout.tokens and not bool(gradient.any()):
-            raise dead_tokens(self.layer, module)
-
-    def refuse_flat(self) -> None:
-        """Refuse an embedding whose derivative at the layer is zero everywhere."""
-        if not bool(self.vjp(any_cotangents(self._open()[0])).any()):
-            raise NetworkError(
-                f"the derivative of the embedding at layer {self.layer!r} is zero everywhere, as "
-                "behind a sign, a rounding or a hash, so every map would be blank; give the output "
-                "before that step (output=), or take a method of scores, such as 'scorecam'"
-            )
-
 
 class SeveralPass(_Graph):
-    """Activations of several layers from one forward of B images, and dy/dA at each of them.
+    """One forward that can be differentiated from several layers on, until it is closed.
 
-    layers: names, in the order they were asked for; features: with the activations of the last;
-    activations: of each, `[B K H W]`; depth: the layers' places in the order they ran.
+    layers: names, in the order they were asked for; depth: their places in the order they ran.
     """
 
-    def __init__(self, run: SeveralRun, normalize: bool, module: nn.Module) -> None:
-        super().__init__(run.z, run.kept, run.layouts, run.names)
-        self.layers, self.depth, self._module = run.names, run.depth, module
-        with no_gradients():
-            self.activations = run.activations()
-            last = self.activations[-1]
-            self.features = make_features(run.batch, run.z.detach(), last, normalize)
+    def __init__(self, network: Runner, run: Run) -> None:
+        super().__init__(network, run)
+        self.layers, self.depth = run.names, run.depth
 
-    def vjp(self, cotangents: Tensor) -> list[Tensor]:
+    def vjp(self, cotangents: Images) -> list[Tensor]:
         """Return dy/dA of each layer, `[B K H W]`, for the cotangents dy/dz `[B D]` at z."""
-        with no_gradients():
-            gradients = self._back(cotangents)
-            z, kept = self._open()
-            for layer, layout, raw, gradient in zip(
-                self.layers, self._layouts, kept, gradients, strict=True
-            ):
-                # Zeros may be the target's own; those that no cotangent moves are the network's.
-                if layout.tokens and not bool(gradient.any()):
-                    every = any_cotangents(z).to(z.dtype)
-                    every = every * half_scale(every)
-                    (reached,) = torch.autograd.grad(z, raw, every, retain_graph=True)
-                    if not bool(layout.to_maps(reached).any()):
-                        raise dead_tokens(layer, self._module)
-        return gradients
+        return self._back(cotangents)
 
 
-def several_pass(network: "EmbeddingNetwork", images: Images, layers: Sequence[str]) -> SeveralPass:
+def several_pass(network: Runner, images: Images, layers: Sequence[str]) -> SeveralPass:
     """Run a network, given as a module, once and keep several layers' outputs, differentiable."""
-    refuse_inference(network.module)
-    run = network.run_several(images, layers)
-    return SeveralPass(run, network.normalize, network.module)
-
-
-def replay_vjp(replay: Callable[[Tensor], Tensor], pooled: Tensor, cotangents: Tensor) -> Tensor:
-    """Return dy/dp `[B S K]` of a head behind the pooling, p `[B K]`, dy/dz `[B S D]`."""
-    images, triplets, width = cotangents.shape
-    rows = pooled.repeat_interleave(triplets, dim=0)
-    flat = cotangents.reshape(-1, width)
-    step = max(1, _CHUNK_NUMBERS // max(pooled.shape[1], width))
-    gradients = torch.zeros_like(rows)
-    with torch.enable_grad():
-        for start in range(0, len(rows), step):
-            part = rows[start : start + step].detach().clone().requires_grad_()
-            # A clone is handed on: the head may begin with an in-place unit.
-            z = replay(part.clone())
-            c = flat[start : start + step]
-            back = derivatives(z, [part], c, "the pooling", keep=False)[0]
-            if back is None:
-                raise unreachable("the pooling")
-            gradients[start : start + step] = back
-    return gradients.reshape(images, triplets, -1)
+    return SeveralPass(network, network.run_several(images, layers))
 
 
 # At the input
 
 _RELU = (F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
 _IN_PLACE = (F.relu_, torch.relu_, Tensor.relu_, F.hardtanh_)
-# Where `inplace` stands among the arguments of those that have it.
-_INPLACE_AT = {F.relu: 1, F.relu6: 1, F.hardtanh: 3}
+# The arguments behind the input of those that have any.
+_ARGUMENTS: dict[Callable[..., Tensor], Sequence[str]] = {
+    F.relu: ["inplace"],
+    F.relu6: ["inplace"],
+    F.hardtanh: ["min_val", "max_val", "inplace"],
+    F.hardtanh_: ["min_val", "max_val"],
+}
+Argument = Tensor | float
 
 
 class _Guided(torch.autograd.Function):
     """max(x, 0), at most `top`; back through it goes what is positive, where x was between."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, top: float) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, top: float) -> Tensor:
         ctx.save_for_backward((x > 0) & (x < top))
         return x.clamp(0, top)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: BackwardCFunction, *gradients: Tensor) -> tuple[Tensor, None]:
         (passed,) = ctx.saved_tensors
         return gradients[0].clamp(min=0) * passed, None
 
@@ -356,45 +224,39 @@ class _Guided(torch.autograd.Function):
 class _GuidedMode(TorchFunctionMode):
     """Every rectifier called inside is a guided one; they are counted."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
+    count = 0
 
     def __torch_function__(
         self,
-        func: Callable[..., Any],
+        func: Callable[..., Tensor],
         types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+        args: Sequence[Argument] = (),
+        kwargs: Mapping[str, Argument] | None = None,
+    ) -> Tensor:
         kwargs = kwargs or {}
-        top = _top_of(func, args, kwargs)
-        if top is None:
+        names = ("input", *_ARGUMENTS.get(func, ()))
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        x, top = given.get("input"), _top_of(func, given)
+        if top is None or not isinstance(x, Tensor):
             return func(*args, **kwargs)
         self.count += 1
-        x = args[0] if args else kwargs["input"]
-        rectified = _Guided.apply(x, top)
-        place = _INPLACE_AT.get(func)
-        asked = args[place] if place and len(args) > place else kwargs.get("inplace", False)
+        rectified: Tensor = _Guided.apply(x, top)
         # Whoever asked for a change in place may go on with its own tensor.
-        return x.copy_(rectified) if func in _IN_PLACE or asked else rectified
+        in_place = func in _IN_PLACE or given.get("inplace", False)
+        return x.copy_(rectified) if in_place else rectified
 
 
-def _top_of(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> float | None:
+def _top_of(func: Callable[..., Tensor], given: Mapping[str, Argument]) -> float | None:
     """Return where a rectifier is cut off above, infinity for a plain one; None for the rest."""
-    if func in _RELU or func is F.relu6:
-        return 6.0 if func is F.relu6 else math.inf
-    if func not in (F.hardtanh, F.hardtanh_):
-        return None
-    low = args[1] if len(args) > 1 else kwargs.get("min_val", -1.0)
-    high = args[2] if len(args) > 2 else kwargs.get("max_val", 1.0)
-    return float(high) if low == 0 else None
+    if func in _RELU:
+        return math.inf
+    if func in (F.hardtanh, F.hardtanh_) and given.get("min_val", -1.0) == 0:
+        return float(given.get("max_val", 1.0))
+    return 6.0 if func is F.relu6 else None
 
 
 def input_gradient(
-    network: "EmbeddingNetwork",
+    network: Runner,
     images: Images,
     cotangents: Callable[[Features], Tensor],
     *,
@@ -409,7 +271,6 @@ def input_gradient(
             "the input is whole numbers, such as words, which have no gradient; use a method of "
             "the layer, such as 'gradcam'"
         )
-    refuse_inference(network.module)
     mode = _GuidedMode()
     features, z, leaf = network.run_from_input(images, mode if guided else None)
     if guided and not mode.count:

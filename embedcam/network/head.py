@@ -7,17 +7,18 @@ dropout or second linear layer behind the pooling needs no special case: all are
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import EmbedcamError, InputError, NetworkError
-from .gradients import at_least_single, derivatives, replay_vjp, unreachable
+from .gradients import derivatives, unreachable
 from .layers import Images, Layout, choose_embedding
 from .module import no_gradients
-from .runner import Runner, run_head
+from .runner import Runner, at_least_single, run_part
 
 # Scale and sign (0: both) of the random activations. Signed ones tell a ReLU or a power mean from a
 # mean, different scales a normalization or a saturating unit from an affine map.
@@ -38,6 +39,7 @@ class HeadKind:
     identity: the embedding is p itself, plus perhaps a constant.
     unit_norm: its output always has length 1: the module normalizes by itself.
     uses_positions: a shift of the activations makes it largely another output.
+    replayed: it was given as a function, which is one of p and gives the network's own output.
     """
 
     pooled: bool
@@ -46,42 +48,51 @@ class HeadKind:
     identity: bool = False
     unit_norm: bool = False
     uses_positions: bool = False
+    replayed: bool = False
+    _weights: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
+
+    def weight(self, device: torch.device) -> Tensor:
+        """Return W `[D K]` on a device, where it stays."""
+        if device not in self._weights:
+            self._weights[device] = torch.as_tensor(self.matrix, device=device)
+        return self._weights[device]
 
 
 class HeadAlone:
     """The head of one input as a function of the activations; `inputs` counts what the trunk saw.
 
-    The trunk sees one picture and the head a batch; where a module does not allow that, the picture
-    is repeated. While it is asked what it is, gradients are the caller's and nothing is cast.
+    The trunk sees one picture and the head a batch, in pieces of `most`; where a module does not
+    allow that, the picture is repeated. While it is asked what it is, gradients are the caller's,
+    nothing is cast, and `maps` are the first input's activations.
     """
 
     def __init__(
-        self,
-        runner: Runner,
-        pictures: Tensor,
-        layout: Layout,
-        *,
-        most: int | None = None,
-        asking: bool = False,
-        inputs: int = 0,
+        self, runner: Runner, images: Images, most: int | None = None, *, asking: bool = False
     ) -> None:
-        self.inputs = inputs
-        self._runner, self._pictures, self._layout = runner, pictures, layout
-        self._most, self._asking, self._repeat = most, asking, False
-        function = None if runner.parts is None or layout.prefix else runner.parts[1]
-        self._function = None if asking or runner.plain_dtype is None else function
+        self.inputs = 0
+        self._runner, self._most, self._asking, self._repeat = runner, most, asking, False
+        with no_gradients(), runner.precision(not asking):
+            self._pictures = runner.prepare(images)
+            layout = runner.found
+            if asking or layout is None:
+                one = self._pictures[:1]
+                _, (raw,), _ = runner.call(one, lambda raw: (raw, raw.clone()), 1)
+                layout, self.inputs = runner.read_layout(runner.layer, raw, one), 1
+                self.maps = layout.to_maps(raw)
+        self.layout = layout
+        plain = runner.parts is not None and not layout.prefix and not asking
+        self._dtype = runner.plain_dtype if plain else None
 
     def __call__(self, maps: Tensor, picture: int = 0, shake: bool = False) -> Tensor:
         """Return z `[n D]` for activations `[n K H W]`; `shake` also changes the prefix tokens."""
+        runner = self._runner
         with torch.inference_mode(False):
             maps = maps.to(self._pictures.device)
-            if self._function is not None:
-                with no_gradients(), self._runner.precision():
-                    raw = self._layout.to_raw(maps, maps)
+            if self._dtype is not None:
+                with no_gradients(), runner.precision():
                     # A copy: the head may begin with an in-place unit.
-                    raw = raw.to(self._runner.plain_dtype, copy=True)
-                    output = run_head(self._function, raw)
-                    return at_least_single(choose_embedding(output, self._runner.output, len(maps)))
+                    raw = self.layout.to_raw(maps, maps).to(self._dtype, copy=True)
+                    return _embedded(runner, raw, len(maps))
             one = self._pictures[picture : picture + 1]
             if not self._repeat:
                 try:
@@ -99,108 +110,72 @@ class HeadAlone:
         def inject(raw: Tensor) -> tuple[Tensor, Tensor]:
             like = raw.detach() * -3 + 1 if shake else raw.detach()
             torch.set_grad_enabled(gradients)
-            onward = self._layout.to_raw(maps, like.to(maps.dtype))
+            onward = self.layout.to_raw(maps, like.to(maps.dtype))
             return raw, onward.to(raw.dtype).clone()
 
         with no_gradients(), self._runner.precision(not self._asking):
             return self._runner.call(images, inject, len(maps))[0]
 
 
-class NetworkHead:
-    """A network's head: asked once what it is, run alone, differentiated from pooled vectors."""
+def _embedded(runner: Runner, raw: Tensor, count: int) -> Tensor:
+    """Return z `[n D]` of a layer's output, by the head as a function."""
+    if runner.head is None:
+        raise unreachable(runner.layer)
+    return at_least_single(
+        choose_embedding(run_part(runner.head, "head", raw), runner.output, count)
+    )
 
-    def __init__(self, runner: Runner) -> None:
-        self._runner = runner
-        self._kind: HeadKind | None = None
-        self._matrix: Tensor | None = None
-        self._replays = False
 
-    def kind(self, ask: Callable[[], tuple[Tensor, Tensor]]) -> HeadKind:
-        """Return what the head is; `ask` gives two inputs, and the layer's output for the first."""
-        with self._runner.lock:
-            if self._kind is None:
-                with torch.inference_mode(False):
-                    pictures, raw = ask()
-                    self._kind = self._asked(pictures, raw)
-            return self._kind
+def _replayed(runner: Runner, layout: Layout, pooled: Tensor) -> Tensor:
+    """Return z `[n D]` of pooled activations `[n K]`, by the head on a grid of one position."""
+    return _embedded(runner, layout.one_position(pooled.to(runner.dtype)), len(pooled))
 
-    @property
-    def replays(self) -> bool:
-        """Whether a head that was asked can be replayed from pooled vectors."""
-        return self._kind is not None and (self._kind.affine or self._replays)
 
-    def _asked(self, pictures: Tensor, raw: Tensor) -> HeadKind:
-        layout = self._runner.read_layout(pictures[:1], raw)
-        maps, dtype = layout.to_maps(raw), self._runner.state.dtype
-        run = HeadAlone(self._runner, pictures, layout, asking=True)
-        shape = (maps.shape[1], maps.shape[2], maps.shape[3])
-        kind = find_head_kind(run, shape, dtype, maps.device, layout.prefix > 0)
-        if self._runner.head is not None and kind.pooled and not kind.affine:
-            self._replays = self._agrees(run, maps, tolerance_of(dtype, maps.device))
-        return kind
-
-    def _agrees(self, run: HeadAlone, maps: Tensor, tolerance: float) -> bool:
-        """Return whether the head, a function of pooled vectors, gives the network's own z."""
-        maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
-        several = torch.cat([maps, -3 * maps])
-        with torch.no_grad():
-            expected = run(several)
-            try:
-                replayed = self._replay(several.mean((2, 3)))
-            # A head made for larger grids just cannot be replayed.
-            except EmbedcamError:
-                return False
-            if replayed.shape != expected.shape:
-                return False
-            allowed = tolerance * torch.linalg.vector_norm(expected, dim=1)
-            return bool((_distance(replayed, expected) <= allowed).all())
-
-    def alone(self, image: Images, most: int | None) -> HeadAlone:
-        """Return the head of one input `[1 C H W]` as a function of the activations."""
-        runner, inputs = self._runner, 0
-        with no_gradients(), runner.precision():
-            batch = runner.prepare(image)
-            layout = runner.layout
-            if layout is None:
-                _, raw = runner.call(batch, lambda raw: (raw, raw.clone()), 1)
-                layout, inputs = runner.read_layout(batch, raw), 1
-        return HeadAlone(runner, batch, layout, most=most, inputs=inputs)
-
-    def vjp(self, kind: HeadKind, pooled: Images, cotangents: Images) -> Tensor:
-        """Return dy/dp `[B K]` or `[B S K]` for p `[B K]` and dy/dz `[B D]` or `[B S D]`."""
-        runner = self._runner
-        if not self.replays:
-            raise NetworkError(
-                f"what follows layer {runner.layer!r} is not a function of the pooled "
-                "activations; use head_pass(images).vjp"
+def pooled_vjp(runner: Runner, kind: HeadKind, pooled: Images, cotangents: Images) -> Tensor:
+    """Return dy/dp `[B K]` or `[B S K]` for p `[B K]` and dy/dz `[B D]` or `[B S D]`."""
+    layout = runner.found
+    if layout is None or not (kind.affine or kind.replayed):
+        raise NetworkError(
+            f"what follows layer {runner.layer!r} is not a function of the pooled activations; use "
+            "head_pass(images).vjp"
+        )
+    single = torch.float64 if runner.dtype == torch.float64 else torch.float32
+    with no_gradients():
+        p = torch.as_tensor(pooled, device=runner.device).to(single)
+        c = torch.as_tensor(cotangents, device=runner.device).to(single)
+        if p.ndim != 2 or c.ndim not in (2, 3) or len(c) != len(p):
+            raise InputError(
+                f"pooled {list(p.shape)} and cotangents {list(c.shape)} do not belong together; "
+                "expected [B K] with [B D] or [B S D]"
             )
-        single = torch.float64 if runner.state.dtype == torch.float64 else torch.float32
-        with no_gradients():
-            p = torch.as_tensor(pooled, device=runner.device).to(single)
-            c = torch.as_tensor(cotangents, device=runner.device).to(single)
-            if p.ndim != 2 or c.ndim not in (2, 3) or len(c) != len(p):
-                raise InputError(
-                    f"pooled {list(p.shape)} and cotangents {list(c.shape)} do not belong "
-                    "together; expected [B K] with [B D] or [B S D]"
-                )
-            if kind.identity:
-                return c.clone()
-            if kind.affine:
-                if self._matrix is None or self._matrix.device != c.device:
-                    self._matrix = torch.as_tensor(kind.matrix, device=c.device)
-                return c @ self._matrix.to(c.dtype)
-            with runner.precision():
-                every = c.clone() if c.ndim == 3 else c.clone()[:, None]
-                gradient = replay_vjp(self._replay, p.clone(), every)
-            return gradient if c.ndim == 3 else gradient[:, 0]
+        if kind.identity:
+            return c.clone()
+        if kind.affine:
+            return c @ kind.weight(c.device).to(c.dtype)
+        with runner.precision():
+            every = c.clone() if c.ndim == 3 else c.clone()[:, None]
+            gradient = _replay_vjp(partial(_replayed, runner, layout), p.clone(), every)
+        return gradient if c.ndim == 3 else gradient[:, 0]
 
-    def _replay(self, pooled: Tensor) -> Tensor:
-        """Return z `[n D]` of pooled activations `[n K]`, by the head on a grid of one position."""
-        head, layout = self._runner.head, self._runner.layout
-        if head is None or layout is None:
-            raise unreachable(self._runner.layer)
-        output = run_head(head, layout.one_position(pooled.to(self._runner.state.dtype)))
-        return at_least_single(choose_embedding(output, self._runner.output, len(pooled)))
+
+def _replay_vjp(replay: Callable[[Tensor], Tensor], pooled: Tensor, cotangents: Tensor) -> Tensor:
+    """Return dy/dp `[B S K]` of a head behind the pooling, p `[B K]`, dy/dz `[B S D]`."""
+    images, triplets, width = cotangents.shape
+    rows = pooled.repeat_interleave(triplets, dim=0)
+    flat = cotangents.reshape(-1, width)
+    step = max(1, _CHUNK_NUMBERS // max(pooled.shape[1], width))
+    gradients = torch.zeros_like(rows)
+    with torch.enable_grad():
+        for start in range(0, len(rows), step):
+            part = rows[start : start + step].detach().clone().requires_grad_()
+            # A clone is handed on: the head may begin with an in-place unit.
+            z = replay(part.clone())
+            c = flat[start : start + step]
+            back = derivatives(z, [part], c, "the pooling", keep=False)[0]
+            if back is None:
+                raise unreachable("the pooling")
+            gradients[start : start + step] = back
+    return gradients.reshape(images, triplets, -1)
 
 
 # What a head is
@@ -214,14 +189,10 @@ def tolerance_of(dtype: torch.dtype, device: torch.device) -> float:
     return 1e-4 if device.type == "cpu" else 2e-3
 
 
-def find_head_kind(
-    run: HeadAlone,
-    shape: tuple[int, int, int],
-    dtype: torch.dtype,
-    device: torch.device,
-    has_prefix: bool,
-) -> HeadKind:
-    """Ask a deterministic head of activations (K, H, W) whether it is pooled and affine."""
+def ask_head(runner: Runner, run: HeadAlone) -> HeadKind:
+    """Ask a deterministic head whether it is pooled and affine."""
+    channels, *grid = run.maps.shape[1:]
+    shape, dtype, device = (channels, grid[0], grid[1]), runner.dtype, run.maps.device
     tolerance = tolerance_of(dtype, device)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     draws = _random_activations(shape, compute, device)
@@ -231,18 +202,38 @@ def find_head_kind(
     if pooled and large:
         pooled, z = _is_pooled(run, draws, tolerance)
     unit_norm = _near(torch.linalg.vector_norm(z, dim=1), 1.0, max(tolerance, 1e-3))
-    if pooled and has_prefix:  # a head that uses prefix tokens is not pooled
+    if pooled and run.layout.prefix:  # a head that uses prefix tokens is not pooled
         with torch.no_grad():
             moved = _distance(run(draws, shake=True), z)
         pooled = bool((moved <= tolerance * torch.linalg.vector_norm(z, dim=1)).all())
     products = _affine_products(run, draws, tolerance) if pooled else None
     if products is None:
         placed = not pooled and _uses_positions(run, draws[:2])
-        return HeadKind(pooled, False, unit_norm=unit_norm, uses_positions=placed)
+        replayed = pooled and runner.head is not None and _agrees(runner, run, tolerance)
+        return HeadKind(
+            pooled, False, unit_norm=unit_norm, uses_positions=placed, replayed=replayed
+        )
     if all(c.shape == w.shape and _near(w - c, 0.0, tolerance) for c, w in products):
-        identity = torch.eye(shape[0], dtype=compute).numpy()
+        identity = torch.eye(channels, dtype=compute).numpy()
         return HeadKind(True, True, identity, True, unit_norm)
     return HeadKind(True, True, _matrix(run, shape, compute, device), False, unit_norm)
+
+
+def _agrees(runner: Runner, run: HeadAlone, tolerance: float) -> bool:
+    """Return whether the head as a function of pooled vectors gives the network's own z."""
+    maps = run.maps.to(torch.promote_types(run.maps.dtype, torch.float32))
+    several = torch.cat([maps, -3 * maps])
+    with torch.no_grad():
+        expected = run(several)
+        try:
+            replayed = _replayed(runner, run.layout, several.mean((2, 3)))
+        # A head made for larger grids just cannot be replayed.
+        except EmbedcamError:
+            return False
+    allowed = tolerance * torch.linalg.vector_norm(expected, dim=1)
+    return replayed.shape == expected.shape and bool(
+        (_distance(replayed, expected) <= allowed).all()
+    )
 
 
 def _random_activations(

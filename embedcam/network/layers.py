@@ -10,27 +10,29 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_sides, one_of, whole
 from ..errors import InputError, NetworkError
 from .module import bare_name, user_code
 
 LayoutName = Literal["auto", "bkhw", "bhwk", "btk", "tbk", "bkt", "bkl"]
+Output: TypeAlias = "Tensor | Mapping[str | int, Output] | Sequence[Output] | None"
+"""What a module returns."""
 OutputChoice = str | int | Callable[[Any], Tensor] | None
 Images = np.ndarray | Tensor
 
-# How to bring tokens to [B T K]; each order is its own inverse.
-_ORDERS = {"btk": (0, 1, 2), "tbk": (1, 0, 2), "bkt": (0, 2, 1)}
+# How to bring tokens, or a signal's positions, to [B T K]; each order is its own inverse.
+ORDERS = {"btk": (0, 1, 2), "tbk": (1, 0, 2), "bkt": (0, 2, 1), "bkl": (0, 2, 1)}
+TOKENS = ("btk", "tbk", "bkt")
 # Class token, register tokens and a distillation token: no published network has more.
 MAX_PREFIX = 16
+_EMBEDDING = "the embedding, a tensor [B D]"
 # What transformers' models of one tower return.
 _POOLED, _UNPOOLED = "pooler_output", ("last_hidden_state", "hidden_states", "attentions")
-_OUTPUT = "give a function that takes what the network returns and gives the embedding [B D]"
 
 # Finding a layer
 
@@ -80,30 +82,27 @@ def find_layers(module: nn.Module, layers: Sequence[str]) -> list[tuple[str, nn.
     """Return (bare name, module) of several layers, each given once."""
     if isinstance(layers, str) or not layers:
         raise InputError("give a list of layers, such as ['layer3', 'layer4']")
-    pairs = [find_layer(module, layer) for layer in layers]
-    bare = [(bare_name(name), part) for name, part in pairs]
-    if len(dict(bare)) < len(bare):
-        names = ", ".join(name for name, _ in bare)
+    found = [(bare_name(name), part) for name, part in (find_layer(module, one) for one in layers)]
+    if len(dict(found)) < len(found):
+        names = ", ".join(name for name, _ in found)
         raise InputError(f"a layer is given twice among {names}; name each once")
-    return bare
+    return found
 
 
 def _refuse_compiled(named: dict[str, nn.Module], layer: str) -> None:
     """Refuse TorchScript, and what is behind `torch.compile`: hooks do not fire there."""
-    if isinstance(named[layer], torch.jit.ScriptModule):
-        raise NetworkError(
-            f"layer {bare_name(layer)!r} is TorchScript, where hooks do not fire; choose a layer "
-            "before or after it, or give trunk and head as EmbeddingNetwork.from_parts(trunk, head)"
-        )
     parts = layer.split(".") if layer else []
-    for depth in range(len(parts) + 1):
-        inside = depth < len(parts) and parts[depth] == "_orig_mod"
-        part = named[".".join(parts[:depth])]
-        if inside or getattr(part, "_compiled_call_impl", None) is not None:
-            raise NetworkError(
-                f"layer {bare_name(layer)!r} lies inside a compiled module, where hooks fail; "
-                "give the module before torch.compile, or EmbeddingNetwork.from_parts(trunk, head)"
-            )
+    around = [named[".".join(parts[:depth])] for depth in range(len(parts) + 1)]
+    why = ""
+    if isinstance(around[-1], torch.jit.ScriptModule):
+        why = "is TorchScript, where hooks do not fire; choose a layer before or after it"
+    elif "_orig_mod" in parts or any(getattr(p, "_compiled_call_impl", None) for p in around):
+        why = "lies inside a compiled module, where hooks fail; give the module before it"
+    if why:
+        raise NetworkError(
+            f"layer {bare_name(layer)!r} {why}, or give trunk and head as "
+            "EmbeddingNetwork.from_parts(trunk, head)"
+        )
 
 
 def before_attention(module: nn.Module) -> str | None:
@@ -131,32 +130,19 @@ class Layout:
     grid: tuple[int, int]
     prefix: int = 0
 
-    @property
-    def tokens(self) -> bool:
-        """Whether the positions are tokens."""
-        return self.kind in _ORDERS
-
     def to_maps(self, raw: Tensor) -> Tensor:
         """Return `[B K H W]` of a layer's output or its gradient, without prefix tokens."""
-        if self.kind == "bkhw":
-            return raw
-        if self.kind == "bhwk":
-            return raw.permute(0, 3, 1, 2)
-        if self.kind == "bkl":
-            return raw[:, :, None]
-        tokens = raw.permute(_ORDERS[self.kind])[:, self.prefix :]
+        if self.kind not in ORDERS:
+            return raw if self.kind == "bkhw" else raw.permute(0, 3, 1, 2)
+        tokens = raw.permute(ORDERS[self.kind])[:, self.prefix :]
         # The shape, not len(): an exporter follows a batch of any size through it.
         return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], *self.grid)
 
     def to_raw(self, maps: Tensor, like: Tensor) -> Tensor:
         """Return the layer's output with `[B K H W]` in it and the prefix tokens of `like`."""
-        if self.kind == "bkhw":
-            return maps
-        if self.kind == "bhwk":
-            return maps.permute(0, 2, 3, 1)
-        if self.kind == "bkl":
-            return maps[:, :, 0]
-        order = _ORDERS[self.kind]
+        if self.kind not in ORDERS:
+            return maps if self.kind == "bkhw" else maps.permute(0, 2, 3, 1)
+        order = ORDERS[self.kind]
         tokens = maps.flatten(2).transpose(1, 2)
         if self.prefix:
             prefix = like.permute(order)[:, : self.prefix].expand(len(maps), -1, -1)
@@ -177,44 +163,43 @@ def resolve(
     layer: str = "layer",
 ) -> Layout:
     """Return the layout of a layer's output for `images`, held against what the user said of it."""
-    shape = tuple(raw.shape)
-    returned = f"layer {layer!r} returned {list(shape)}"
+    shape, size = tuple(raw.shape), (int(images.shape[-2]), int(images.shape[-1]))
     if raw.ndim not in (3, 4):
         raise NetworkError(
             f"layer {layer!r} returned a tensor {list(shape)}; expected [B K H W], [B H W K] or "
             "tokens [B T K]: choose a layer before the pooling"
         )
+
+    def wrong(said: str) -> NetworkError:
+        return NetworkError(f"layer {layer!r} returned {list(shape)}{said}")
+
     if shape[1 if kind == "tbk" else 0] != len(images):
-        raise NetworkError(
-            f"{returned} for a batch of {len(images)}; expected the batch as first dimension: "
-            "choose a layer that keeps images apart, or say layout='tbk' of tokens before it"
+        raise wrong(
+            f" for a batch of {len(images)}; expected the batch as first dimension: choose a layer "
+            "that keeps images apart, or say layout='tbk' of tokens before it"
         )
-    if kind == "bkl":
-        if len(shape) != 3 or grid is not None or prefix is not None:
-            raise NetworkError(
-                f"{returned}, but layout='bkl' says [B K L], channels over positions, without "
-                "grid= or prefix_tokens="
-            )
-        return Layout("bkl", (1, shape[2]))
-    size = (int(images.shape[-2]), int(images.shape[-1]))
     if kind == "auto":
         # Of four dimensions the channels are last where only the middle two have the aspect.
         last = raw.ndim == 4 and _same_aspect(shape[1:3], size)
         kind = "bhwk" if last and not _same_aspect(shape[2:4], size) else "bkhw"
         kind = "btk" if raw.ndim == 3 else kind
-    if (kind in _ORDERS) != (raw.ndim == 3):
-        raise NetworkError(
-            f"{returned}, but layout={kind!r} says {'three' if kind in _ORDERS else 'four'} "
-            'dimensions; leave layout="auto" or choose another layer'
+    if (kind in ORDERS) != (raw.ndim == 3):
+        raise wrong(
+            f", but layout={kind!r} says {'three' if kind in ORDERS else 'four'} dimensions; "
+            'leave layout="auto" or choose another layer'
         )
-    if kind in _ORDERS:
-        count = shape[_ORDERS[kind].index(1)]
-        return replace(_tokens(count, size, grid, prefix, layer), kind=kind)
+    if kind in ORDERS:
+        count = shape[ORDERS[kind].index(1)]
+        if kind == "bkl" and (grid, prefix) == (None, None):
+            return Layout(kind, (1, count))
+        if kind == "bkl":
+            raise wrong(", but layout='bkl' says [B K L], without grid= or prefix_tokens=")
+        return Layout(kind, *_tokens(count, size, grid, prefix, layer))
     height, width = shape[1:3] if kind == "bhwk" else shape[2:4]
     if grid is not None and tuple(grid) != (height, width):
-        raise NetworkError(
-            f"{returned}, read as {kind} with a grid of {height} x {width}, but grid={_by(grid)} "
-            "was given; leave grid= out or set layout="
+        raise wrong(
+            f", read as {kind} with a grid of {height} x {width}, but grid={_by(grid)} was given; "
+            "leave grid= out or set layout="
         )
     return Layout(kind, (height, width))
 
@@ -267,7 +252,8 @@ def _tokens(
     grid: tuple[int, int] | None,
     prefix: int | None,
     layer: str,
-) -> Layout:
+) -> tuple[tuple[int, int], int]:
+    """Return the grid of tokens, and how many others come before it."""
     if grid is not None:
         before = count - grid[0] * grid[1]
         if before < 0 or (prefix is not None and before != prefix):
@@ -276,13 +262,13 @@ def _tokens(
                 f"layer {layer!r} returned {count} tokens, but grid={_by(grid)}{said} makes "
                 f"{count - before + (prefix or 0)}; correct grid= or prefix_tokens="
             )
-        return Layout("btk", grid, before)
+        return grid, before
     prefixes = range(min(MAX_PREFIX + 1, count)) if prefix is None else [prefix]
     for exact in (True, False):
         for candidate in prefixes:
             sides = _grid(count - candidate, size, exact)
             if sides is not None:
-                return Layout("btk", sides, candidate)
+                return sides, candidate
     said = "" if prefix is None else f" after {prefix} prefix tokens"
     raise NetworkError(
         f"the {count} tokens of layer {layer!r}{said} fit no grid of a {_by(size)} input; "
@@ -312,24 +298,29 @@ def _by(size: Sequence[int]) -> str:
 # The tensors in what a layer or a network returns
 
 
-def first_tensor(output: Any, layer: str) -> Tensor:
-    """Return a layer's activations: its output, or the first tensor of a tuple, list or dict."""
-    values = [output] if isinstance(output, Tensor) else _values(output)
-    first = next((value for value in values if isinstance(value, Tensor)), None)
+def _entries(output: Output) -> dict[str | int, Output]:
+    """Return the values of a dict or dataclass by name, else by position."""
+    if isinstance(output, Mapping):
+        return dict(output)
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        return {one.name: getattr(output, one.name) for one in dataclasses.fields(output)}
+    return dict(enumerate(output if isinstance(output, tuple | list) else [output]))
+
+
+def first_tensor(output: Output, layer: str) -> Tensor:
+    """Return a layer's activations: its output, or the first tensor in what it returned."""
+    first = next((one for one in _entries(output).values() if isinstance(one, Tensor)), None)
+    what = ""
     if first is None:
+        what = type(output).__name__
+    elif torch._C._functorch.is_functorch_wrapped_tensor(first):
+        what = "a tensor inside torch.vmap"
+    elif not first.is_floating_point() or first.layout != torch.strided:
+        what = f"a tensor of {_numbers(first)}"
+    if first is None or what:
         raise NetworkError(
-            f"layer {layer!r} returned {type(output).__name__}; expected a tensor, or a tuple, "
-            "list or dict with a tensor in it: choose a layer inside or after it"
-        )
-    if torch._C._functorch.is_functorch_wrapped_tensor(first):
-        raise NetworkError(
-            f"layer {layer!r} runs inside torch.vmap, where its activations cannot be kept; choose "
-            "a layer outside of it, or give a module that takes the whole batch at once"
-        )
-    if not first.is_floating_point() or first.layout != torch.strided:
-        raise NetworkError(
-            f"layer {layer!r} returned a tensor of {_numbers(first)}; expected real numbers in "
-            "floating point: choose a layer before or after it"
+            f"layer {layer!r} returned {what}; expected real numbers in floating point, a tensor, "
+            "or a tuple, list or dict with one: choose a layer before it, inside it or after it"
         )
     return first
 
@@ -340,41 +331,32 @@ def _numbers(tensor: Tensor) -> str:
     return " ".join(str(kind).removeprefix("torch.") for kind in kinds)
 
 
-def replace_first(output: Any, tensor: Tensor) -> Any:
+def replace_first(output: Output, tensor: Tensor) -> Output:
     """Return the same output with its first tensor replaced."""
     if isinstance(output, Tensor):
         return tensor
-    if isinstance(output, Mapping):
-        changed: Any = type(output)(**output) if dataclasses.is_dataclass(output) else {**output}
-        changed[next(key for key, value in output.items() if isinstance(value, Tensor))] = tensor
-        return changed
-    items = list(output)
-    items[next(i for i, value in enumerate(items) if isinstance(value, Tensor))] = tensor
-    named_tuple = getattr(output, "_fields", None) is not None
-    return type(output)(*items) if named_tuple else type(output)(items)
+    entries = _entries(output)
+    entries[next(key for key, one in entries.items() if isinstance(one, Tensor))] = tensor
+    kind: Callable[..., Output] = type(output)
+    names = getattr(output, "_fields", entries if dataclasses.is_dataclass(output) else None)
+    if names is not None:
+        return kind(**dict(zip(names, entries.values(), strict=True)))
+    return entries if isinstance(output, Mapping) else kind(entries.values())
 
 
-def _values(output: Any) -> list[Any]:
-    if isinstance(output, Mapping):
-        return list(output.values())
-    return list(output) if isinstance(output, tuple | list) else []
-
-
-def choose_embedding(output: Any, choice: OutputChoice, batch: int | None) -> Tensor:
+def choose_embedding(output: Output, choice: OutputChoice, batch: int | None) -> Tensor:
     """Return the embedding `[B D]` in what a network's forward returned.
 
     Without a `choice`: a tensor, the first of a tuple, the only one of a dict, or `pooler_output`.
     """
-    value = _chosen(output, choice)
+    value = output if choice is None and isinstance(output, Tensor) else _chosen(output, choice)
     if not isinstance(value, Tensor):
         by = "the network" if choice is None else f"output={describe_choice(choice)!r}"
-        raise NetworkError(
-            f"{by} returned {type(value).__name__}; expected the embedding, a tensor [B D]"
-        )
+        raise NetworkError(f"{by} returned {type(value).__name__}; expected {_EMBEDDING}")
     if value.is_complex() or value.layout != torch.strided:
         real = "torch.view_as_real(out).flatten(1)" if value.is_complex() else "out.to_dense()"
         raise NetworkError(
-            f"the network's output is a tensor of {_numbers(value)}; expected an embedding of real "
+            f"the network's output is a tensor of {_numbers(value)}; expected {_EMBEDDING} of real "
             f"numbers, such as output=lambda out: {real}"
         )
     if value.ndim > 2 and all(side == 1 for side in value.shape[2:]):
@@ -382,58 +364,49 @@ def choose_embedding(output: Any, choice: OutputChoice, batch: int | None) -> Te
     if value.ndim != 2 or value.shape[1] == 0 or (batch and value.shape[0] != batch):
         images = "" if batch is None else f" for a batch of {batch}"
         raise NetworkError(
-            f"the network's output is {list(value.shape)}{images}; expected an embedding [B D]: "
-            "choose it with output=, such as lambda out: out.last_hidden_state[:, 0]"
+            f"the network's output is {list(value.shape)}{images}; expected {_EMBEDDING}: choose "
+            "it with output=, such as lambda out: out.last_hidden_state[:, 0]"
         )
     return value
 
 
-def _chosen(output: Any, choice: OutputChoice) -> Any:
+def _chosen(output: Output, choice: OutputChoice) -> Output:
     if callable(choice):
-        with user_code(f"output={describe_choice(choice)}", advice=_OUTPUT):
+        advice = "give a function that takes what the network returns and gives the embedding [B D]"
+        with user_code(f"output={describe_choice(choice)}", advice=advice):
             return choice(output)
-    if choice is None and isinstance(output, Tensor):
-        return output
-    named = _named(output)
+    entries = _entries(output)
     if isinstance(choice, str):
-        if isinstance(output, Mapping) and choice in output:
-            return output[choice]
-        if not isinstance(output, Tensor) and getattr(output, choice, None) is not None:
-            return getattr(output, choice)
+        attribute: Output = None if isinstance(output, Tensor) else getattr(output, choice, None)
+        if (found := entries.get(choice, attribute)) is not None:
+            return found
+        names = ", ".join(one for one in entries if isinstance(one, str))
         raise NetworkError(
-            f"output={choice!r} is not in what the network returned "
-            f"({type(output).__name__} with {', '.join(named or ()) or 'no names'})"
+            f"output={choice!r} is not in what the network returned ({type(output).__name__} with "
+            f"{names or 'no names'})"
         )
+    values = list(entries.values())
     if isinstance(choice, int):
-        values = [output] if isinstance(output, Tensor) else _values(output)
         if not -len(values) <= choice < len(values):
             raise NetworkError(
                 f"output={choice} is beyond the {len(values)} values that the network returned"
             )
         return values[choice]
-    if named is None:
-        return output[0] if isinstance(output, tuple | list) and output else output
-    if len(named) == 1:
-        return next(iter(named.values()))
+    named = {
+        name: one
+        for name, one in entries.items()
+        if isinstance(name, str) and isinstance(one, Tensor)
+    }
+    if len(named) < 2:
+        return next(iter(named.values()), values[0] if values else output)
     if _POOLED in named and set(named) <= {_POOLED, *_UNPOOLED}:
         return named[_POOLED]
     # Of several, the first that is one vector an image.
-    likely = [name for name, value in named.items() if value.ndim == 2] or [*named, ""]
+    likely = next((name for name, value in named.items() if value.ndim == 2), next(iter(named)))
     raise NetworkError(
         f"the network returned {type(output).__name__} with {', '.join(named)}; say which is "
-        f"the embedding, e.g. output={likely[0]!r}"
+        f"the embedding, e.g. output={likely!r}"
     )
-
-
-def _named(output: Any) -> dict[str, Tensor] | None:
-    """Return the tensors of a dict or dataclass by name; None for what has no names."""
-    if isinstance(output, Mapping):
-        items = {str(key): value for key, value in output.items()}
-    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
-        items = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
-    else:
-        return None
-    return {name: value for name, value in items.items() if isinstance(value, Tensor)}
 
 
 def describe_choice(choice: OutputChoice) -> str | int | None:
@@ -441,46 +414,3 @@ def describe_choice(choice: OutputChoice) -> str | int | None:
     if callable(choice):
         return getattr(choice, "__qualname__", type(choice).__name__)
     return choice
-
-
-# What is given
-
-
-def check_options(
-    layout: str, grid: tuple[int, int] | None, prefix: int | None, output: OutputChoice
-) -> None:
-    """Refuse options that no layer's output could ever fit."""
-    one_of("layout", layout, get_args(LayoutName))
-    if grid is not None:
-        check_sides("grid", grid)
-    if prefix is not None:
-        whole("prefix_tokens", prefix)
-    if not (output is None or isinstance(output, str | int) or callable(output)):
-        raise InputError(
-            f"output={output!r} cannot choose an embedding; give a name, a position or a function"
-        )
-
-
-def check_images(images: Images, positions: bool = False) -> Tensor:
-    """Return images `[B C H W]`, or with `positions` signals, tables or words, as a tensor."""
-    if isinstance(images, np.ndarray):
-        # torch warns about arrays it could write to though it should not.
-        images = torch.from_numpy(images if images.flags.writeable else images.copy())
-    dimensions = (2, 3) if positions else (4,)
-    if not isinstance(images, Tensor) or images.ndim not in dimensions or 0 in images.shape:
-        what = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        if positions:
-            raise InputError(
-                f"the input is {what}; layout='bkl' expects signals [B C L], tables [B L] or the "
-                "numbers of words [B L], at least one"
-            )
-        raise InputError(
-            f"images are {what}; expected preprocessed images [B 3 H W], at least one: add the "
-            "batch dimension to a single image"
-        )
-    if not positions and not images.is_floating_point():
-        raise InputError(
-            f"images are {images.dtype}; expected preprocessed floats: apply the network's "
-            "preprocess first"
-        )
-    return images

@@ -2,11 +2,14 @@
 
 import importlib
 import inspect
+import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,13 +18,13 @@ from torch import Tensor, nn
 
 from .._checks import check_sides, one_of
 from ..errors import InputError, NetworkError
-from ..preprocess import AnyPreprocess, Preprocess, from_transform
+from ..preprocess import AnyPreprocess, Preprocess, Transform, from_transform
 from ..preprocess.probe import probe_inputs
 from .checkpoints import load_state, read_affine, read_state
 from .embedding_network import DEFAULT_INPUT_SIZE, EmbeddingNetwork
-from .layers import LayoutName, choose_embedding, near_misses
+from .layers import LayoutName, Output, choose_embedding, near_misses
 from .module import input_channels, message_of, module_device, no_gradients, user_code
-from .runner import with_positions
+from .runner import Head, Trunk, with_positions
 
 Sides = tuple[int, int] | None
 PathLike = str | Path | None
@@ -39,8 +42,8 @@ class Loaded:
     module: nn.Module
     layer: str | None
     preprocess: AnyPreprocess | None = None
-    head: Callable[[Tensor], Any] | None = None
-    trunk: Callable[[Tensor], Any] | None = None
+    head: Head | None = None
+    trunk: Trunk | None = None
     prefix_tokens: int | None = None
 
 
@@ -57,7 +60,7 @@ def load_network(
     layout: LayoutName = "auto",
     grid: tuple[int, int] | None = None,
     prefix_tokens: int | None = None,
-    preprocess: Any = None,
+    preprocess: Transform | None = None,
     device: str | torch.device | None = None,
     autocast: torch.dtype | str | None = None,
     channels_last: bool = False,
@@ -114,18 +117,15 @@ def load_network(
     sides = None
     if size is not None:
         sides = check_sides("size", (size, size) if isinstance(size, int) else size)
-    if source == "torchvision":
-        loaded = _from_torchvision(name, weights, head, sides, seed)
-    elif source == "timm":
-        loaded = _from_timm(name, weights, head, sides, seed)
+    if source in ("torchvision", "timm"):
+        load = _from_torchvision if source == "torchvision" else _from_timm
+        loaded = load(name, weights, head, sides, seed)
     else:
         product = _call_factory(source, name)
         if isinstance(product, EmbeddingNetwork):
             return _as_made(product, {**arguments, "autocast": autocast})
         loaded = _from_factory(product, network, weights, head, output)
-    if loaded.trunk is not None and layer in (None, PARTS_LAYER):
-        layer = PARTS_LAYER
-    elif layer is not None and layer != loaded.layer:
+    if layer not in (None, loaded.layer):
         loaded.head = loaded.trunk = None
     layer = layer or loaded.layer
     if layer is None:
@@ -156,15 +156,10 @@ def load_network(
         name=network,
     )
     del arguments["preprocess"], arguments["device"]
-    result.spec = {
-        **arguments,
-        "weights": None if weights is None else str(weights),
-        "head": None if head is None else str(head),
-        "layer": result.layer,
-        "size": None if sides is None else list(sides),
-        "grid": None if grid is None else list(grid),
-        "autocast": next((k for k, kind in _AUTOCAST.items() if kind and kind == autocast), None),
-    }
+    cast = next((name for name, kind in _AUTOCAST.items() if kind and kind == autocast), None)
+    spec = {**arguments, "layer": result.layer, "size": sides, "autocast": cast}
+    # As it will come back from JSON: paths as texts, tuples as lists.
+    result.spec = json.loads(json.dumps(spec, default=str))
     return result
 
 
@@ -200,25 +195,23 @@ def _resized(
     return replace(preprocess, size=size, resize=mode, resize_to=round(min(size) * share))
 
 
-def _built(build: Callable[[], nn.Module], seed: int, network: str) -> Any:
-    """Return a module with random weights of its own seed; no generator of the caller's moves."""
+def _made(build: Callable[[bool], Any], name: str, weights: PathLike, seed: int) -> Any:
+    """Return a module pretrained, or random by a seed of its own; no generator's state changes."""
+    if weights is None:
+        try:
+            return build(True)
+        # Offline, a library may raise anything from URLError to its own kinds.
+        except Exception as error:
+            raise NetworkError(
+                f"the pretrained weights of {name} could not be fetched ({type(error).__name__}: "
+                f"{message_of(error)}); give a file with --weights FILE, or random ones with "
+                "--weights random"
+            ) from error
     advice = "choose another size, or another network"
-    with user_code(f"making {network}", advice=advice), torch.random.fork_rng(devices=[]):
+    with user_code(f"making {name}", advice=advice), torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed, which would also seed accelerators.
         torch.default_generator.manual_seed(seed)
-        return build()
-
-
-def _fetched(build: Callable[[], nn.Module], network: str) -> Any:
-    try:
-        return build()
-    # Offline, a library may raise anything from URLError to its own kinds.
-    except Exception as error:
-        raise NetworkError(
-            f"the pretrained weights of {network} could not be fetched ({type(error).__name__}: "
-            f"{message_of(error)}); give a file with --weights FILE, or random ones with --weights "
-            "random"
-        ) from error
+        return build(False)
 
 
 def _load_weights(module: nn.Module, weights: PathLike, dropped: list[str]) -> None:
@@ -229,15 +222,14 @@ def _load_weights(module: nn.Module, weights: PathLike, dropped: list[str]) -> N
 # torchvision: which layer explains a family's networks, and where their classifier is
 
 
-def _last_relu(module: nn.Module) -> str:
-    """Return the last convolution's ReLU, before the max pooling halves its grid (VGG, AlexNet)."""
-    units = [name for name, part in module.named_modules() if isinstance(part, nn.ReLU)]
-    return [str(name) for name in units if name.startswith("features.")][-1]
+def _last(start: str, end: str, kind: type[nn.Module]) -> Callable[[nn.Module], str]:
+    """Return what finds the last module of a kind by the ends of its name."""
 
+    def find(module: nn.Module) -> str:
+        parts = [str(name) for name, part in module.named_modules() if isinstance(part, kind)]
+        return [name for name in parts if name.startswith(start) and name.endswith(end)][-1]
 
-def _last_norm_before_attention(module: nn.Module) -> str:
-    """Return a ViT's: after its last attention only the class token reaches the embedding."""
-    return [str(name) for name, _ in module.named_modules() if name.endswith(".ln_1")][-1]
+    return find
 
 
 @dataclass(frozen=True)
@@ -253,6 +245,8 @@ class Family:
     head: bool = False
 
 
+# The last convolution's ReLU, before the max pooling halves its grid.
+_VGG = Family(_last("features.", "", nn.ReLU), "classifier.6")
 FAMILIES: dict[str, Family] = {
     r"(wide_)?resnet|resnext": Family("layer4", "fc"),
     r"mobilenet_v2": Family("features", "classifier.1"),
@@ -260,11 +254,12 @@ FAMILIES: dict[str, Family] = {
     r"efficientnet": Family("features", "classifier.1"),
     r"convnext": Family("features", "classifier.2", head=True),
     r"densenet": Family("features", "classifier"),
-    r"vgg": Family(_last_relu, "classifier.6"),
-    r"alexnet": Family(_last_relu, "classifier.6"),
+    r"vgg": _VGG,
+    r"alexnet": _VGG,
     r"squeezenet": Family("features", "classifier"),
     r"swin": Family("permute", "head"),
-    r"vit_": Family(_last_norm_before_attention, "heads.head"),
+    # After a ViT's last attention only the class token reaches the embedding.
+    r"vit_": Family(_last("", ".ln_1", nn.LayerNorm), "heads.head"),
     r"regnet": Family("trunk_output", "fc"),
     r"shufflenet": Family("conv5", "fc"),
     r"mnasnet": Family("layers", "classifier.1"),
@@ -291,25 +286,25 @@ def _from_torchvision(
 ) -> Loaded:
     from torchvision import models
 
-    family = _family_of(name)
-    default = models.get_model_weights(name).DEFAULT
-    build, side = models.get_model, {}
+    family, full = _family_of(name), f"torchvision:{name}"
+    default, size = models.get_model_weights(name).DEFAULT, {}
     if name.startswith("vit_"):
         # A ViT's position embeddings belong to one input size.
         if sides is not None and sides[0] != sides[1]:
-            raise InputError(f"size={sides} is not square, which torchvision:{name} needs")
-        side = {"image_size": sides[0] if sides else default.transforms().crop_size[0]}
-    module: Any = None
-    if weights is None:
-        module = _fetched(lambda: build(name, weights=default), f"torchvision:{name}")
-    if module is None or (side and side["image_size"] != module.image_size):
-        fetched, module = module, _built(lambda: build(name, weights=None, **side), seed, name)
-        if fetched is not None:
-            from torchvision.models.vision_transformer import interpolate_embeddings
+            raise InputError(f"size={sides} is not square, which {full} needs")
+        size = {"image_size": sides[0] if sides else default.transforms().crop_size[0]}
 
-            state = fetched.state_dict()
-            state = interpolate_embeddings(side["image_size"], module.patch_size, state)
-            module.load_state_dict(state)
+    def build(pretrained: bool) -> Any:
+        settings = {"weights": default} if pretrained else {"weights": None, **size}
+        return models.get_model(name, **settings)
+
+    module = _made(build, full, weights, seed)
+    if size and size["image_size"] != module.image_size:
+        state = models.vision_transformer.interpolate_embeddings(
+            size["image_size"], module.patch_size, module.state_dict()
+        )
+        module = _made(build, full, "random", seed)
+        module.load_state_dict(state)
     width = _cut_classifier(module, family)
     _load_weights(module, weights, [f"{family.classifier}."])
     if head is not None:
@@ -332,7 +327,8 @@ def _cut_classifier(module: nn.Module, family: Family) -> int:
         return last.in_features
     # SqueezeNet classifies by a convolution; its embedding is the global average of its features.
     width = next(part.in_channels for part in last.modules() if isinstance(part, nn.Conv2d))
-    _replace(module, family.classifier, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    pooling = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    _replace(module, family.classifier, pooling)
     return width
 
 
@@ -341,12 +337,13 @@ def _replace(module: nn.Module, name: str, part: nn.Module) -> None:
     setattr(module.get_submodule(parent), child, part)
 
 
-def _classified(module: Any, activations: Tensor) -> Any:
-    pooled = module.avgpool(activations)
+def _classified(module: nn.Module, activations: Output) -> Output:
+    pool, classifier = module.get_submodule("avgpool"), module.get_submodule("classifier")
     # ConvNeXt's classifier begins with a normalization over channels of `[B K 1 1]`.
-    if not isinstance(module.classifier[0], nn.Linear):
-        return module.classifier(pooled)
-    return module.classifier(torch.flatten(pooled, 1))
+    flat = isinstance(classifier.get_submodule("0"), nn.Linear)
+    pooled: Tensor = pool(activations)
+    output: Output = classifier(pooled.flatten(1) if flat else pooled)
+    return output
 
 
 # timm
@@ -360,14 +357,16 @@ class _TimmNetwork(nn.Module):
         self.module: Any = module
         self.embedding_head = nn.Identity() if head is None else head
 
-    def forward(self, images: Tensor) -> Any:
+    def forward(self, images: Tensor) -> Output:
         return self.head(self.trunk(images))
 
-    def trunk(self, images: Tensor) -> Any:
-        return self.module.forward_features(images)
+    def trunk(self, images: Tensor) -> Output:
+        output: Output = self.module.forward_features(images)
+        return output
 
-    def head(self, activations: Tensor) -> Any:
-        return self.embedding_head(self.module.forward_head(activations))
+    def head(self, activations: Output) -> Output:
+        output: Output = self.embedding_head(self.module.forward_head(activations))
+        return output
 
 
 def _from_timm(name: str, weights: PathLike, head: PathLike, sides: Sides, seed: int) -> Loaded:
@@ -383,35 +382,33 @@ def _from_timm(name: str, weights: PathLike, head: PathLike, sides: Sides, seed:
     if not timm.is_model(name):
         raise NetworkError(f"timm has no model {name!r}{near_misses(name, timm.list_models())}")
 
-    def build() -> nn.Module:
-        settings: dict[str, Any] = {"pretrained": weights is None, "num_classes": 0}
+    def build(pretrained: bool) -> nn.Module:
+        create = partial(timm.create_model, name, pretrained=pretrained, num_classes=0)
         if sides is not None:
-            try:
-                return timm.create_model(name, img_size=sides, **settings)
-            except TypeError:  # a network that takes any size has no such argument
-                pass
-        return timm.create_model(name, **settings)
+            with suppress(TypeError):  # a network that takes any size has no such argument
+                return create(img_size=sides)
+        return create()
 
-    fetch = weights is None
-    module = _fetched(build, f"timm:{name}") if fetch else _built(build, seed, name)
+    module = _made(build, f"timm:{name}", weights, seed)
+    config: dict[str, Any] = data.resolve_model_data_config(module)
     classifier = module.pretrained_cfg.get("classifier") or ()
-    names = [classifier] if isinstance(classifier, str) else list(classifier)
+    names = [classifier] if isinstance(classifier, str) else classifier
     _load_weights(module, weights, [f"{name}." for name in names])
     affine = None if head is None else read_affine(head, module.head_hidden_size)
-    whole = _TimmNetwork(module, affine)
-    preprocess = _timm_preprocess(data.resolve_model_data_config(module))
-    prefix = getattr(module, "num_prefix_tokens", None)
+    whole, prefix = _TimmNetwork(module, affine), getattr(module, "num_prefix_tokens", None)
+    loaded = Loaded(whole, PARTS_LAYER, _timm_preprocess(config), prefix_tokens=prefix)
     blocks = getattr(module, "blocks", None)
     late = [getattr(module, part, None) for part in ("cls_attn_blocks", "blocks_token_only")]
+    by_token = prefix and getattr(module, "global_pool", "") == "token"
     if blocks is not None and late != [None, None]:
         # CaiT and XCiT: the class token comes after the blocks, and reads the patches there.
-        return Loaded(whole, f"blocks.{len(blocks) - 1}", preprocess, prefix_tokens=0)
-    by_token = prefix and getattr(module, "global_pool", "") == "token"
-    if by_token and blocks is not None and getattr(blocks[-1], "norm1", None) is not None:
+        loaded.layer, loaded.prefix_tokens = f"blocks.{len(blocks) - 1}", 0
+    elif by_token and blocks is not None and getattr(blocks[-1], "norm1", None) is not None:
         # Only the class token is read: after the last attention the patches count no more.
-        layer = f"blocks.{len(blocks) - 1}.norm1"
-        return Loaded(whole, layer, preprocess, prefix_tokens=prefix)
-    return Loaded(whole, PARTS_LAYER, preprocess, whole.head, whole.trunk, prefix_tokens=prefix)
+        loaded.layer = f"blocks.{len(blocks) - 1}.norm1"
+    else:
+        loaded.head, loaded.trunk = whole.head, whole.trunk
+    return loaded
 
 
 def _timm_preprocess(config: dict[str, Any]) -> Preprocess:
@@ -438,15 +435,18 @@ class _WithHead(nn.Module):
         self.training = module.training
         self.module, self.embedding_head, self.output = module, head, output
 
-    def forward(self, images: Tensor) -> Any:
+    def forward(self, images: Tensor) -> Tensor:
         # Batches are told apart by the embedding: a layer's replaced output may hold more images.
-        return self.embedding_head(choose_embedding(self.module(images), self.output, None))
+        output: Tensor = self.embedding_head(
+            choose_embedding(self.module(images), self.output, None)
+        )
+        return output
 
 
 def _call_factory(source: str, name: str) -> Any:
     with user_code(f"importing {source}", advice="import it by itself to see the whole of it"):
         try:
-            target: Any = importlib.import_module(source)
+            module = importlib.import_module(source)
         except ModuleNotFoundError as error:
             if not f"{source}.".startswith(f"{error.name}."):
                 raise  # it is there, and something that it imports is not
@@ -454,12 +454,11 @@ def _call_factory(source: str, name: str) -> Any:
                 f"{source!r} cannot be imported ({error}); expected {_FORMS}, the package "
                 f"installed or on PYTHONPATH{near_misses(source, ['torchvision', 'timm'], 1)}"
             ) from error
-    for part in name.split("."):
-        public = [known for known in dir(target) if not known.startswith("_")]
-        try:
-            target = getattr(target, part)
-        except AttributeError:
-            raise NetworkError(f"{source} has no {name!r}{near_misses(name, public)}") from None
+    try:
+        target = attrgetter(name)(module)
+    except AttributeError:
+        public = [known for known in dir(module) if not known.startswith("_")]
+        raise NetworkError(f"{source} has no {name!r}{near_misses(name, public)}") from None
     if not callable(target):
         raise NetworkError(f"{source}:{name} is a {type(target).__name__}; expected a function")
     with user_code(f"{source}:{name}", advice="call it by itself to see the whole of it"):
@@ -468,16 +467,12 @@ def _call_factory(source: str, name: str) -> Any:
 
 def _as_made(product: EmbeddingNetwork, arguments: dict[str, Any]) -> EmbeddingNetwork:
     """Return a factory's own `EmbeddingNetwork`, which settles everything by itself."""
-    network, device = arguments["network"], arguments["device"]
+    network, device = arguments.pop("network"), arguments["device"]
     if device is not None and torch.device(device) == product.device:
         arguments["device"] = None
-    free = ("network", "seed")
-    settled = sorted(
-        name
-        for name, parameter in inspect.signature(load_network).parameters.items()
-        if name not in free and arguments[name] != parameter.default
-    )
-    if settled:
+    defaults = inspect.signature(load_network).parameters
+    given = [name for name, value in arguments.items() if value != defaults[name].default]
+    if settled := sorted({*given} - {"seed"}):
         raise InputError(
             f"{network} returns an EmbeddingNetwork, which settles {', '.join(settled)} itself; "
             "set it there, or return the module"

@@ -3,9 +3,8 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import EmbedcamError, InputError, NetworkError, ran_out, text_of
 
 # Layers that treat a batch differently in training mode: their numbers would mix images.
-_MODAL = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+MODAL = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 _LONGEST_MESSAGE = 300
 _ADVICE = {
     "missing 1 required": "embedcam calls it with images alone: give one that takes nothing else",
@@ -29,53 +28,40 @@ _ADVICE = {
 
 def refuse_module(module: object) -> None:
     """Refuse a module that hooks do not reach into, or that takes something else than images."""
-    kind = type(module).__name__
     if not isinstance(module, nn.Module):
         raise InputError(
             f"expected a torch.nn.Module, given {_kind(module)}; for two functions use "
             "EmbeddingNetwork.from_parts(trunk, head)"
         )
-    if isinstance(module, torch.jit.ScriptModule):
-        raise NetworkError(
-            f"the network is a TorchScript module ({kind}), whose layers cannot be watched; give "
-            "the one it was made from, or its halves as EmbeddingNetwork.from_parts(trunk, head)"
-        )
-    if any(base.__name__ == "SentenceTransformer" for base in type(module).__mro__):
-        raise NetworkError(
-            "a SentenceTransformer takes a dict of features, not images; give the vision model in "
-            "it, such as model[0].model.vision_model, with its layer and preprocess="
-        )
-    main = getattr(module, "main_input_name", "pixel_values")
-    if main != "pixel_values":
-        raise NetworkError(
-            f"{kind} takes {main!r} first, not images; give its vision part, such as "
-            "CLIPVisionModelWithProjection or model.vision_model"
-        )
-    try:
-        parameters = list(inspect.signature(module.forward).parameters.values())
-    except (TypeError, ValueError):  # builtins tell nothing; the first run will
-        return
+    asked: list[inspect.Parameter] = []
+    with suppress(TypeError, ValueError):  # builtins tell nothing; the first run will
+        asked = list(inspect.signature(module.forward).parameters.values())
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    others = [
-        one.name
-        for place, one in enumerate(parameters)
-        if one.default is one.empty
-        and one.kind not in variable
-        and (place > 0 or one.kind is one.KEYWORD_ONLY)
-    ]
-    if others:
-        raise NetworkError(
-            f"the forward of {kind} also asks for {', '.join(others)}, and embedcam calls it with "
-            "images alone; give a module whose forward takes nothing else, such as one around it"
-        )
+    others = [one for one in asked if one.default is one.empty and one.kind not in variable]
+    others = [one for one in others if one is not asked[0] or one.kind is one.KEYWORD_ONLY]
+    main = getattr(module, "main_input_name", "pixel_values")
+    bases = [base.__name__ for base in type(module).__mro__]
+    why = step = ""
+    if isinstance(module, torch.jit.ScriptModule):
+        why = "is a TorchScript module, whose layers cannot be watched"
+        step = "the one it was made from, or its halves as EmbeddingNetwork.from_parts(trunk, head)"
+    elif "SentenceTransformer" in bases:
+        why = "takes a dict of features, not images"
+        step = "the vision model in it, such as model[0].model.vision_model, with preprocess="
+    elif main != "pixel_values":
+        why = f"takes {main!r} first, not images"
+        step = "its vision part, such as CLIPVisionModelWithProjection or model.vision_model"
+    elif others:
+        why = f"also asks for {', '.join(one.name for one in others)}, not images alone"
+        step = "a module whose forward takes nothing else, such as one around it"
+    if why:
+        raise NetworkError(f"the network, a {_kind(module)}, {why}; give {step}")
 
 
-def refuse_parts(
-    trunk: Callable[..., Any] | None, head: Callable[..., Any] | None, whole: bool
-) -> None:
-    """Refuse what cannot be called, and a trunk alone; of a whole module both may be missing."""
+def refuse_parts(trunk: object, head: object) -> None:
+    """Refuse what cannot be called, and a trunk alone."""
     for part, role in ((trunk, "trunk"), (head, "head")):
-        if (part is not None or not whole) and (not callable(part) or isinstance(part, type)):
+        if part is not None and (not callable(part) or isinstance(part, type)):
             raise InputError(f"{role} is {_kind(part)}; expected something to call")
     if trunk is not None and head is None:
         raise InputError(
@@ -106,85 +92,26 @@ def refuse_elsewhere(module: nn.Module, device: torch.device | None) -> None:
         )
 
 
-def refuse_inference(module: nn.Module) -> None:
-    """Refuse parameters made in inference mode, with which autograd can do nothing."""
-    if any(tensor.is_inference() for tensor in _tensors(module)):
-        raise NetworkError(
-            "the network's parameters were made inside torch.inference_mode and cannot be "
-            "differentiated through; make the network outside of it"
-        )
-
-
 # Its place, precision and mode
 
 
-class Parts(nn.Module):
-    """Trunk and head side by side, for their parameters; neither is changed."""
-
-    def __init__(self, trunk: object, head: object) -> None:
-        super().__init__()
-        self.training = False
-        for name, part in (("trunk", trunk), ("head", head)):
-            if isinstance(part, nn.Module):
-                self.add_module(name, part)
-
-
-class ModuleState:
-    """A module's place, precision and mode, asked before every run without walking its parts."""
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._modules = modules
-        modal = [part for one in modules for part in one.modules() if isinstance(part, _MODAL)]
-        self._with_mode = [*modules, *modal]
-        places = [
-            (value.is_floating_point(), (part, name))
-            for part in modules[0].modules()
-            for name, value in part.named_parameters(recurse=False)
-        ]
-        # The part and the name, not the parameter: loading weights may put another in its place.
-        self._first = next((place for _, place in places), None)
-        self._first_floating = next((place for floating, place in places if floating), None)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters or buffers are; the CPU if there are none."""
-        first = _parameter(self._first)
-        return module_device(self._modules[0]) if first is None else first.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the first floating-point parameter; float32 if there is none."""
-        first = _parameter(self._first_floating)
-        return torch.float32 if first is None else first.dtype
-
-    def refuse_training(self) -> None:
-        """Refuse a network that is, or whose batch norm or dropout is, in training mode."""
-        if any(part.training for part in self._with_mode):
-            for module in self._modules:
-                _refuse_training(module)
-
-
-def _parameter(place: tuple[nn.Module, str] | None) -> nn.Parameter | None:
-    return None if place is None else getattr(place[0], place[1], None)
-
-
-def _refuse_training(module: nn.Module) -> None:
-    # An exported graph carries a meaningless flag, and plain layers without a mode do not mind it.
-    modeless = type(module).__name__.startswith("GraphModule") or all(
-        type(part).__module__.startswith("torch.nn.") and not isinstance(part, _MODAL)
-        for part in module.modules()
-    )
-    if module.training and not modeless:
-        raise NetworkError(
-            f"the network ({type(module).__name__}) is in training mode, where batch norm and "
-            "dropout make each embedding depend on the others; call .eval() on it first"
+def refuse_training(modules: Sequence[nn.Module]) -> None:
+    """Refuse a network that is, or whose batch norm or dropout is, in training mode."""
+    for module in modules:
+        # An exported graph's flag says nothing, nor a compiled module's in torch 2.4; plain layers
+        # without a mode do not mind it.
+        modeless = type(module).__name__.startswith(("GraphModule", "OptimizedModule")) or all(
+            type(part).__module__.startswith("torch.nn.") and not isinstance(part, MODAL)
+            for part in module.modules()
         )
-    for name, part in module.named_modules():
-        if part.training and isinstance(part, _MODAL):
-            raise NetworkError(
-                f"{name!r} ({type(part).__name__}) of the network is in training mode; call "
-                ".eval() on the network first"
-            )
+        wrong = [("the network", module)] if module.training and not modeless else []
+        wrong += [(repr(n), p) for n, p in module.named_modules() if isinstance(p, MODAL)]
+        for name, part in wrong:
+            if part.training:
+                raise NetworkError(
+                    f"{name} ({type(part).__name__}) is in training mode, where batch norm and "
+                    "dropout make each embedding depend on the others; call .eval() on the network"
+                )
 
 
 def input_channels(module: nn.Module) -> int:
@@ -216,20 +143,11 @@ def uncompiled() -> AbstractContextManager[object]:
     return nullcontext() if stance is None else stance("force_eager")
 
 
-@contextmanager
-def full_float32(device: torch.device) -> Iterator[None]:
+def full_float32(device: torch.device) -> AbstractContextManager[object]:
     """Run without TF32, which on GPUs alone would move a deep network's probe by about `SAME`."""
-    if device.type != "cuda":
-        yield
-        return
     cudnn = torch.backends.cudnn
-    with cudnn.flags(
-        enabled=cudnn.enabled,
-        benchmark=cudnn.benchmark,
-        deterministic=cudnn.deterministic,
-        allow_tf32=False,
-    ):
-        yield
+    kept = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
+    return cudnn.flags(**kept, allow_tf32=False) if device.type == "cuda" else nullcontext()
 
 
 # Its parameters
@@ -267,31 +185,37 @@ def hash_parameters(module: nn.Module, with_bytes: bool = True) -> str:
 
 
 @contextmanager
-def user_code(
-    what: str,
-    module: object = None,
-    images: Tensor | None = None,
-    advice: str = "call it by itself on a tensor of that shape to see the whole of it",
-) -> Iterator[None]:
+def user_code(what: str, advice: str) -> Iterator[None]:
     """Report an exception of the user's own code as a `NetworkError`; memory's and ours pass."""
     try:
         yield
-    except EmbedcamError:
-        raise
     except (Exception, SystemExit) as error:
-        if ran_out(error):
-            raise
-        message = message_of(error)
-        if images is not None and "channels, but got" in message:
+        tell_failure(error, what, advice)
+        raise
+
+
+def tell_failure(
+    error: BaseException,
+    what: str,
+    advice: str,
+    module: object = None,
+    images: object = None,
+) -> None:
+    """Raise an exception of the user's own code as a `NetworkError`; not memory's and ours."""
+    if isinstance(error, EmbedcamError) or ran_out(error):
+        return
+    message, shown = message_of(error), ""
+    if isinstance(images, Tensor):
+        shown = f" on an input {list(images.shape)}"
+        if "channels, but got" in message:
             raise InputError(
                 f"the images are {list(images.shape)}, and the network takes another number of "
                 f"channels ({message}); give inputs as the network's preprocessing makes them"
             ) from error
-        shown = "" if images is None else f" on an input {list(images.shape)}"
-        raise NetworkError(
-            f"{what} failed{shown}{_place(error, module)} with {type(error).__name__}: "
-            f"{message or 'no message'}; {advice_of(message) or advice}"
-        ) from error
+    raise NetworkError(
+        f"{what} failed{shown}{_place(error, module)} with {type(error).__name__}: "
+        f"{message or 'no message'}; {advice_of(message) or advice}"
+    ) from error
 
 
 def advice_of(message: str) -> str | None:
@@ -330,37 +254,31 @@ class RandomOperations(TorchDispatchMode):
 
     def __torch_dispatch__(
         self,
-        func: Any,
+        func: torch._ops.OpOverload,
         types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         if torch.Tag.nondeterministic_seeded in func.tags:
-            self.names.add(str(func.name()).partition("::")[2].partition(".")[0].rstrip("_"))
+            self.names.add(func.name().partition("::")[2].partition(".")[0].rstrip("_"))
         return func(*args, **(kwargs or {}))
 
 
-def by_chance(operations: set[str], off: float, allowed: float) -> NetworkError:
-    """Return the error for a network that embeds one picture otherwise each time."""
+def by_chance(operations: set[str]) -> str:
+    """Return what is wrong with a network that embeds one picture otherwise each time."""
     cause = "something in it depends on chance or on what ran before"
     if operations:
         names = ", ".join(sorted(operations)[:3])
         cause = f"it draws random numbers ({names}), as a dropout that is always on does"
-    return NetworkError(
-        f"the same picture run twice gives embeddings that differ by {off:.2g} (allowed: "
-        f"{allowed:g}): {cause}; switch that off in eval mode, as in F.dropout(x, p, self.training)"
-    )
+    return f"{cause}; switch that off in eval mode, as in F.dropout(x, p, self.training)"
 
 
-def by_batch(module: nn.Module, off: float, allowed: float) -> NetworkError:
-    """Return the error for a network that embeds a picture otherwise beside another one."""
+def by_batch(module: nn.Module) -> str:
+    """Return what is wrong with a network that embeds a picture otherwise beside another one."""
     cause = "something mixes the pictures of a batch, such as a norm by the batch's statistics"
     for name, part in module.named_modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None:
             kind = type(part).__name__
             cause = f"{name!r} ({kind}) keeps no running statistics and norms by the batch's"
             break
-    return NetworkError(
-        f"a picture alone and beside another gives embeddings that differ by {off:.2g} (allowed: "
-        f"{allowed:g}): {cause}; make each its own, as batch norm with running statistics does"
-    )
+    return f"{cause}; make each its own, as batch norm with running statistics does"

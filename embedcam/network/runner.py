@@ -3,26 +3,27 @@
 The only file that registers hooks, and the one that calls the user's code.
 """
 
+import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .._files import ProcessLock
-from ..errors import EmbedcamError, NetworkError
-from .gradients import SeveralRun, at_least_single
+from ..errors import EmbedcamError, EmbeddingError, InputError, NetworkError
+from ..preprocess import Embedded
 from .layers import (
     Images,
     Layout,
     LayoutName,
+    Output,
     OutputChoice,
     axes_told,
-    check_images,
     choose_embedding,
     find_layers,
     first_tensor,
@@ -30,160 +31,166 @@ from .layers import (
     resolve,
     smaller,
 )
-from .module import ModuleState, bare_name, input_channels, no_gradients, uncompiled, user_code
+from .module import (
+    MODAL,
+    bare_name,
+    input_channels,
+    module_device,
+    no_gradients,
+    refuse_training,
+    tell_failure,
+    uncompiled,
+)
 
-Change = Callable[[Tensor], tuple[Tensor, Tensor]]
+Keep = Callable[[Tensor], tuple[Tensor, Tensor]]
 """A layer's output -> what to keep of it, and what to hand on."""
 LayoutOptions = tuple[LayoutName, tuple[int, int] | None, int | None]
 """Layout, grid and prefix tokens, as they were given."""
+Trunk = Callable[[Tensor], Output]
+Head = Callable[[Output], Output]
+
+# What a run gives
 
 
-class ForwardHook:
-    """Sees a layer's output once, keeps one tensor of it and decides what goes on."""
+@dataclass(frozen=True, eq=False)
+class Features:
+    """What one forward pass of B images gives; float32, or float64 for a float64 network.
 
-    def __init__(self, layer: str, change: Change) -> None:
-        self.layer, self.change = layer, change
-        self.calls = 0
-        self._kept: Tensor | None = None
-        self._thread = threading.get_ident()
+    embedding: `[B D]`, of length 1 iff the network normalizes.
+    norm: `[B]`, the length |z| of the head's output z before that.
+    activations: `[B K H W]`, whatever the layer's own layout.
+    """
 
-    def take(self, output: Any) -> Any:
-        """Return the output to go on with."""
-        self.calls += 1
-        if self.calls > 1:
-            return output
-        self._kept, onward = self.change(first_tensor(output, self.layer))
-        return replace_first(output, onward)
-
-    def __call__(self, module: nn.Module, arguments: Any, output: Any) -> Any:
-        """Take the output of the layer's call, in the thread that is run for."""
-        # Another thread may be running the same module for somebody else.
-        return self.take(output) if threading.get_ident() == self._thread else None
-
-    @property
-    def kept(self) -> Tensor:
-        """What was kept; a `NetworkError` where the layer was called never or more than once."""
-        if self._kept is None:
-            raise NetworkError(
-                f"layer {self.layer!r} is never called in a forward; choose one that is, or give "
-                "the network as two functions with EmbeddingNetwork.from_parts"
-            )
-        if self.calls > 1:
-            raise NetworkError(
-                f"layer {self.layer!r} is called {self.calls} times in one forward, so its output "
-                "is not one thing; choose a layer that is called once, such as the block around it"
-            )
-        return self._kept
+    embedding: Tensor
+    norm: Tensor
+    activations: Tensor
 
 
-@contextmanager
-def _registered(hooks: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    handles = []
+@dataclass(eq=False)
+class Run:
+    """One run hooked at one layer or several.
+
+    names: of the layers, as asked for; z: the head's output `[B D]`; kept: each layer's output;
+    batch: the prepared input; layouts: of the layers; depth: their places in the order they ran.
+    """
+
+    names: list[str]
+    z: Tensor
+    kept: list[Tensor]
+    batch: Tensor
+    layouts: list[Layout]
+    depth: list[int]
+
+    def activations(self) -> list[Tensor]:
+        """Return `[B K H W]` of each layer, without a graph."""
+        return [
+            at_least_single(layout.to_maps(raw.detach())).contiguous()
+            for raw, layout in zip(self.kept, self.layouts, strict=True)
+        ]
+
+    def features(self, maps: Tensor, normalize: bool, allow_zero: bool = False) -> Features:
+        """Return the features with maps `[B K H W]`, all finite, no z of length zero."""
+        z = self.z.detach()
+        norm = torch.linalg.vector_norm(z, dim=1)
+        # In Python: for one query, five small tensor operations cost more than the division.
+        lengths = norm.tolist()
+        vanished = normalize and 0.0 in lengths
+        # One sum tells of most; a sum may also overflow where no number is infinite.
+        finite = all(map(math.isfinite, [*lengths, float(maps.sum())]))
+        if not finite or (vanished and not allow_zero):
+            _refuse_bad(self.batch.detach(), norm, maps, normalize and not allow_zero)
+        divisor = torch.where(norm > 0, norm, 1) if vanished else norm
+        return Features(z / divisor[:, None] if normalize else z, norm, maps)
+
+
+def _refuse_bad(images: Tensor, norm: Tensor, maps: Tensor, zero_too: bool) -> None:
+    bad_images = ~torch.isfinite(images.flatten(1)).all(dim=1)
+    if bool(bad_images.any()):
+        raise InputError(
+            f"images at positions {listed(bad_images)} of the batch hold NaN or infinity; "
+            "check their preprocessing"
+        )
+    step, precise = "or use normalize=False", "or compute in float32"
+    zero, bad_maps = (norm == 0) & zero_too, ~torch.isfinite(maps.flatten(1)).all(1)
+    causes = (
+        (~torch.isfinite(norm), "the embedding holds NaN or infinity", precise),
+        (zero, "the embedding is zero and cannot be normalised", step),
+        (bad_maps, "the layer's activations hold NaN or infinity", precise),
+    )
+    bad = [(flags.nonzero().flatten().tolist(), what, step) for flags, what, step in causes]
+    if any(rows for rows, _, _ in bad):
+        # The first picture's cause, however large the batch is.
+        rows, what, step = min((one for one in bad if one[0]), key=lambda one: one[0][0])
+        advice = f"leave the picture out, or check the network's weights, {step}"
+        raise EmbeddingError(what, advice, rows, len(norm))
+
+
+def listed(flags: Tensor) -> str:
+    """Return the first few places where flags `[n]` are set, in words."""
+    places = flags.nonzero().flatten().tolist()
+    return ", ".join(map(str, places[:10])) + (", ..." if len(places) > 10 else "")
+
+
+def not_finite(which: str) -> NetworkError:
+    """Return the error for embeddings with NaN or infinity."""
+    return NetworkError(
+        f"the embeddings {which} hold NaN or infinity; check the weights, or compute in float32"
+    )
+
+
+def at_least_single(values: Tensor) -> Tensor:
+    """Return half precision as float32; float32 and float64 as they are."""
+    return values if values.dtype in (torch.float32, torch.float64) else values.float()
+
+
+# What a run keeps
+
+
+def copied(raw: Tensor) -> tuple[Tensor, Tensor]:
+    """Keep a copy and hand on the original: what follows may change it in place."""
+    return raw.clone(), raw
+
+
+def in_graph(raw: Tensor) -> tuple[Tensor, Tensor]:
+    """Keep a tensor of the graph, which begins at the first layer, and hand on its copy."""
+    # Behind the first, a layer's output is part of the graph already.
+    kept = raw if raw.requires_grad else raw.detach().clone().requires_grad_()
+    torch.set_grad_enabled(True)  # until the end of the caller's context
+    return kept, kept.clone()  # what follows may begin with an in-place unit
+
+
+def run_part(part: Callable[..., Output], what: str, given: Output) -> Output:
+    """Return what the user's network, trunk or head makes of what it is given."""
     try:
-        for part, hook in hooks:
-            handles.append(part.register_forward_hook(hook))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _run_whole(module: nn.Module, images: Tensor) -> Any:
-    with user_code(f"the network ({type(module).__name__})", module, images):
-        return module(images.clone())  # which it may change in place
-
-
-def run_head(head: Callable[[Any], Any], activations: Any) -> Any:
-    """Return what a head given as a function makes of activations in the layer's own layout."""
-    shown = activations if isinstance(activations, Tensor) else None
-    with user_code(f"the head ({_named(head)})", head, shown):
-        return head(activations)
-
-
-def _named(part: object) -> str:
-    return getattr(part, "__qualname__", type(part).__name__)
-
-
-def _run_hooked(
-    module: nn.Module,
-    layers: Sequence[tuple[str, nn.Module]],
-    images: Tensor,
-    change: Callable[[int, Tensor], tuple[Tensor, Tensor]],
-) -> tuple[Any, list[Tensor]]:
-    """Return what the module returned, and what `change(place, output)` kept of each layer's."""
-    hooks = [ForwardHook(name, partial(change, place)) for place, (name, _) in enumerate(layers)]
-    with _registered([(part, hook) for (_, part), hook in zip(layers, hooks, strict=True)]):
-        output = _run_whole(module, images)
-    return output, [hook.kept for hook in hooks]
-
-
-def _run_parts(
-    trunk: Callable[[Tensor], Any],
-    head: Callable[[Any], Any],
-    layer: str,
-    images: Tensor,
-    change: Change,
-) -> tuple[Any, Tensor]:
-    """Return the same of a network given as two functions, without any hook."""
-    hook = ForwardHook(layer, change)
-    with user_code(f"the trunk ({_named(trunk)})", trunk, images):
-        raw = trunk(images.clone())
-    output = run_head(head, hook.take(raw))
-    return output, hook.kept
-
-
-def _run_layers(
-    module: nn.Module,
-    layers: Sequence[tuple[str, nn.Module]],
-    images: Tensor,
-    differentiable: bool,
-) -> tuple[Any, list[Tensor], list[int]]:
-    """Return the output, each layer's own, and the layers' places in the order they ran."""
-    order: list[int] = []
-
-    def keep(place: int, raw: Tensor) -> tuple[Tensor, Tensor]:
-        order.append(place)
-        if not differentiable:
-            return raw.clone(), raw
-        # Behind the first, a layer's output is part of the graph already.
-        kept = raw if raw.requires_grad else raw.detach().clone().requires_grad_()
-        torch.set_grad_enabled(True)  # until the end of the caller's context
-        return kept, kept.clone()  # what follows may begin with an in-place unit
-
-    output, kept = _run_hooked(module, layers, images, keep)
-    return output, kept, [order.index(place) for place in range(len(layers))]
-
-
-def _watch(
-    module: nn.Module, parts: Mapping[str, nn.Module], images: Tensor
-) -> dict[str, tuple[int, ...]]:
-    """Return the shapes that parts return in one run, in order; those before a failure count."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    thread = threading.get_ident()
-
-    def look(name: str, output: Any) -> None:
-        if threading.get_ident() == thread:
-            with suppress(NetworkError):
-                shapes.setdefault(name, tuple(first_tensor(output, name).shape))
-
-    hooks = [
-        (part, lambda *seen, name=name: look(name, seen[2]))
-        for name, part in parts.items()
-        if not isinstance(part, torch.jit.ScriptModule)  # it takes no hooks
-    ]
-    with _registered(hooks), suppress(EmbedcamError):
-        _run_whole(module, images)
-    return shapes
+        return part(given)
+    except (Exception, SystemExit) as error:
+        name = getattr(part, "__qualname__", type(part).__name__)
+        advice = "call it by itself on a tensor of that shape to see the whole of it"
+        tell_failure(error, f"the {what} ({name})", advice, part, given)
+        raise
 
 
 def with_positions(module: nn.Module, images: Tensor, before: str | None = None) -> list[str]:
     """Return the names of layers with several positions, in the order they run, up to `before`."""
-    shapes = _watch(module, {bare_name(n): part for n, part in module.named_modules() if n}, images)
+    shapes: dict[str, tuple[int, ...]] = {}
+    thread = threading.get_ident()
+
+    def look(name: str, output: Output) -> None:
+        if threading.get_ident() == thread:
+            with suppress(NetworkError):
+                shapes.setdefault(name, tuple(first_tensor(output, name).shape))
+
+    with ExitStack() as stack, suppress(EmbedcamError):  # what ran before a failure counts
+        for dotted, part in module.named_modules():
+            if dotted and not isinstance(part, torch.jit.ScriptModule):  # it takes no hooks
+                name = bare_name(dotted)
+                hook = part.register_forward_hook(lambda *seen, name=name: look(name, seen[2]))
+                stack.enter_context(hook)
+        run_part(module, "network", images.clone())
     names = list(shapes)
-    names = names[: names.index(before)] if before in names else names
     return [
         name
-        for name in names
+        for name in names[: names.index(before) if before in names else None]
         if len(shape := shapes[name]) in (3, 4)
         and shape[0] == len(images)
         and (shape[1] > 1 if len(shape) == 3 else max(shape[2:]) > 1)
@@ -194,65 +201,194 @@ def with_positions(module: nn.Module, images: Tensor, before: str | None = None)
 class Runner:
     """Runs a module hooked at its layer, or a trunk and a head, and reads what they return.
 
-    Remembers the input's size, layouts, and in which type a trunk returns one plain tensor.
+    Remembers the input's size, layouts, which layers reach the embedding, and in which type a
+    trunk returns one plain tensor.
     """
 
     module: nn.Module
     layer: str
-    hooked: nn.Module
-    trunk: Callable[[Tensor], Any] | None
-    head: Callable[[Any], Any] | None
+    part: nn.Module
+    trunk: Trunk | None
+    head: Head | None
     output: OutputChoice
-    layout_options: LayoutOptions
     input_size: tuple[int, int] | None
     told_device: torch.device | None
     autocast: torch.dtype | None
     channels_last: bool
-    layout: Layout | None = None
+    normalize: bool
+    layout_options: LayoutOptions = ("auto", None, None)
     example: Tensor | None = None
     plain_dtype: torch.dtype | None = None
     lock: ProcessLock = field(default_factory=ProcessLock)
-    _last_layout: tuple[tuple[torch.Size, torch.Size], Layout] | None = None
+    reached: set[str] = field(default_factory=set)
+    _layouts: dict[str, tuple[tuple[torch.Size, torch.Size], Layout]] = field(default_factory=dict)
     _told: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.channels = input_channels(self.module)
-        run_by = [part for part in self.parts or () if isinstance(part, nn.Module)]
-        self.state = ModuleState([self.module, *run_by])
+        self._run_by = [self.module, *(p for p in self.parts or () if isinstance(p, nn.Module))]
+        modal = [part for one in self._run_by for part in one.modules() if isinstance(part, MODAL)]
+        self._with_mode = [*self._run_by, *modal]
+        # The part and the name, not the parameter: loading weights may put another in its place.
+        places = [
+            (value.is_floating_point(), (part, name))
+            for part in self.module.modules()
+            for name, value in part.named_parameters(recurse=False)
+        ]
+        self._first = next((place for _, place in places), None)
+        self._first_floating = next((place for floating, place in places if floating), None)
 
     @property
     def device(self) -> torch.device:
         """Where images are sent: where the parameters are, unless told at construction."""
-        return self.told_device or self.state.device
+        if self.told_device is not None:
+            return self.told_device
+        first: Tensor | None = self._first and getattr(*self._first, None)
+        return module_device(self.module) if first is None else first.device
 
     @property
-    def parts(self) -> tuple[Callable[[Tensor], Any], Callable[[Any], Any]] | None:
+    def dtype(self) -> torch.dtype:
+        """Of the first floating-point parameter: the input is converted to it."""
+        first: Tensor | None = self._first_floating and getattr(*self._first_floating, None)
+        return torch.float32 if first is None else first.dtype
+
+    @property
+    def parts(self) -> tuple[Trunk, Head] | None:
         """Trunk and head, where the network was given as two functions."""
         return None if self.trunk is None or self.head is None else (self.trunk, self.head)
+
+    @property
+    def hooked(self) -> bool:
+        """Whether layers are found by hooks: False where trunk and head were given."""
+        return self.parts is None
 
     @property
     def over_positions(self) -> bool:
         """Whether inputs are signals, tables or words instead of images."""
         return self.layout_options[0] == "bkl"
 
+    @property
+    def found(self) -> Layout | None:
+        """The layer's layout in the last run."""
+        return self._layouts[self.layer][1] if self.layer in self._layouts else None
+
+    # Passes
+
+    def forward(self, images: Images, *, allow_zero: bool = False) -> Features:
+        """Return embeddings and activations of preprocessed images `[B C H W]`; no gradients.
+
+        With `allow_zero` zeros are embedded as zeros: of a masked picture nothing may be left.
+
+        Raises
+        ------
+        InputError
+            Images of a wrong shape, or with NaN.
+        NetworkError
+            Training mode; a layer called twice or never; an unusable embedding.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            run = self.run(images)
+            return run.features(run.activations()[0], self.normalize, allow_zero)
+
+    __call__ = forward
+
+    def forward_layers(
+        self, images: Images, layers: Sequence[str]
+    ) -> tuple[Features, list[Tensor]]:
+        """Return features as `forward`, of the last layer, and activations `[B K H W]` of all."""
+        with torch.inference_mode(False), torch.no_grad():
+            run = self.run(images, layers)
+            maps = run.activations()
+            return run.features(maps[-1], self.normalize), maps
+
+    def embed(self, images: Images, layers: Sequence[str] | None = None) -> Embedded:
+        """Embed images `[B C H W]` into NumPy arrays; raises as `forward`."""
+        features, maps = self.forward_layers(images, (self.layer,) if layers is None else layers)
+        embedding, norm = features.embedding.cpu().numpy(), features.norm.cpu().numpy()
+        return Embedded(embedding, norm, [one.cpu().numpy() for one in maps])
+
+    def run_several(
+        self, images: Images, layers: Sequence[str], differentiable: bool = True
+    ) -> Run:
+        """Run once, hooked at several layers; see `several_pass`, and `forward_layers` without."""
+        return self.run(images, layers, in_graph if differentiable else copied)
+
+    def run_from_input(
+        self, images: Images, mode: AbstractContextManager[object] | None
+    ) -> tuple[Features, Tensor, Tensor]:
+        """Return features, z `[B D]` and the input as a leaf, gradients kept: `input_gradient`."""
+        with torch.inference_mode(False), torch.enable_grad(), self.precision():
+            leaf = self.prepare(images).detach().clone().requires_grad_()
+            with mode or nullcontext():
+                # The clone keeps what an in-place unit behind the layer would overwrite.
+                run = self._run_prepared(leaf, lambda raw: (raw.detach().clone(), raw))
+        with no_gradients():
+            return run.features(run.activations()[0], self.normalize), run.z, leaf
+
+    def run(self, images: Images, layers: Sequence[str] | None = None, keep: Keep = copied) -> Run:
+        """Run once without gradients until `keep` turns them on, hooked at the layer or several."""
+        with torch.inference_mode(False), torch.no_grad(), self.precision():
+            return self._run_prepared(self.prepare(images), keep, layers)
+
+    def _run_prepared(self, batch: Tensor, keep: Keep, layers: Sequence[str] | None = None) -> Run:
+        named = self.find(layers)
+        z, kept, depth = self.call(batch, keep, len(batch), named)
+        names = [name for name, _ in named]
+        layouts = [self.read_layout(n, raw, batch) for n, raw in zip(names, kept, strict=True)]
+        return Run(names, z, kept, batch, layouts, depth)
+
+    def find(self, layers: Sequence[str] | None) -> list[tuple[str, nn.Module]]:
+        """Return bare names and modules of layers; None for the network's own."""
+        if layers is None or list(layers) == [self.layer]:
+            return [(self.layer, self.part)]
+        if self.parts is not None:
+            raise NetworkError(
+                "this network was given as trunk and head, so no other layer can be found in it; "
+                "give it as a module and a layer"
+            )
+        return find_layers(self.module, layers)
+
+    # One run
+
     def prepare(self, images: Images) -> Tensor:
         """Return images as the module wants them: `[B C H W]`, its device, dtype and format."""
-        self.state.refuse_training()
-        checked = check_images(images, self.over_positions)
-        if self.over_positions:
-            self.example = checked[:1] if self.example is None else self.example
+        if any([part.training for part in self._with_mode]):
+            refuse_training(self._run_by)
+        if isinstance(images, np.ndarray):
+            # torch warns about arrays it could write to though it should not.
+            images = torch.from_numpy(images if images.flags.writeable else images.copy())
+        positions = self.over_positions
+        fits = isinstance(images, Tensor) and 0 not in images.shape
+        if fits and positions:
+            fits = images.ndim in (2, 3)
+        elif fits:
+            fits = images.ndim == 4 and images.is_floating_point()
+        if not fits:
+            what = type(images).__name__
+            if isinstance(images, Tensor):
+                what = f"{list(images.shape)} of {images.dtype}"
+            if positions:
+                raise InputError(
+                    f"the input is {what}; layout='bkl' expects signals [B C L], tables [B L] or "
+                    "the numbers of words [B L], at least one"
+                )
+            raise InputError(
+                f"images are {what}; expected floats [B 3 H W], at least one: add the batch "
+                "dimension to a single image, and apply the network's preprocess first"
+            )
+        if positions:
+            self.example = images[:1] if self.example is None else self.example
         elif self.input_size is None:
-            self.input_size = checked.shape[2], checked.shape[3]
-            self.channels = checked.shape[1]
+            self.channels, self.input_size = images.shape[1], (images.shape[2], images.shape[3])
         # Numbers of words stay whole, in a width that every embedding table takes.
-        kind = self.state.dtype if checked.is_floating_point() else torch.int64
-        batch = checked.to(self.device, kind)
-        if self.channels_last and not self.over_positions:
+        kind = self.dtype if images.is_floating_point() else torch.int64
+        batch = images.to(self.device, kind)
+        if self.channels_last and not positions:
             batch = batch.contiguous(memory_format=torch.channels_last)
         # An inference tensor cannot take part in gradients.
         return batch.clone() if batch.is_inference() else batch
 
-    def precision(self, autocast: bool = True) -> AbstractContextManager[Any]:
+    def precision(self, autocast: bool = True) -> AbstractContextManager[object]:
         """Return the context of the chosen precision, shielded from an autocast around the call."""
         kind = self.device.type
         if self.autocast is not None and autocast:
@@ -264,84 +400,69 @@ class Runner:
             return torch.autocast(kind, enabled=False)
         return nullcontext()
 
-    def call(self, images: Tensor, change: Change, batch: int | None) -> tuple[Tensor, Tensor]:
-        """Run once, hooked at the layer: z `[batch D]`, and what `change` kept."""
+    def call(
+        self,
+        images: Tensor,
+        keep: Keep,
+        batch: int | None,
+        layers: Sequence[tuple[str, nn.Module]] = (),
+    ) -> tuple[Tensor, list[Tensor], list[int]]:
+        """Run once, hooked: z `[batch D]`, what `keep` kept of each layer, their order."""
+        layers = layers or [(self.layer, self.part)]
+        kept: dict[str, Tensor] = {}
+        calls, thread = Counter[str](), threading.get_ident()
+
+        def take(name: str, output: Output) -> Output:
+            calls[name] += 1
+            if calls[name] > 1:
+                return output
+            raw = first_tensor(output, name)
+            kept[name], onward = keep(raw)
+            return onward if raw is output else replace_first(output, onward)
+
+        def hook(name: str) -> Callable[[nn.Module, object, Output], Output]:
+            # Another thread may be running the same module for somebody else.
+            return lambda _, __, out: take(name, out) if threading.get_ident() == thread else None
+
         if self.parts is not None:
             trunk, head = self.parts
-
-            def run_trunk(inputs: Tensor) -> Any:
-                output = trunk(inputs)
-                if self.autocast is None or torch.is_autocast_enabled(self.device.type):
-                    self.plain_dtype = output.dtype if isinstance(output, Tensor) else None
-                return output
-
-            output, kept = _run_parts(run_trunk, head, self.layer, images, change)
+            raw = run_part(trunk, "trunk", images.clone())  # which it may change in place
+            if self.autocast is None or torch.is_autocast_enabled(self.device.type):
+                self.plain_dtype = raw.dtype if isinstance(raw, Tensor) else None
+            output = run_part(head, "head", take(self.layer, raw))
         else:
-            layer = [(self.layer, self.hooked)]
-            with self.lock:
-                output, (kept,) = _run_hooked(
-                    self.module, layer, images, lambda _, raw: change(raw)
+            with ExitStack() as stack:
+                stack.enter_context(self.lock)
+                for name, part in layers:
+                    stack.enter_context(part.register_forward_hook(hook(name)))
+                output = run_part(self.module, "network", images.clone())
+        for name, _ in layers:
+            if not calls[name]:
+                raise NetworkError(
+                    f"layer {name!r} is never called in a forward; choose one that is, or give "
+                    "the network as two functions with EmbeddingNetwork.from_parts"
                 )
-        return at_least_single(choose_embedding(output, self.output, batch)), kept
+            if calls[name] > 1:
+                raise NetworkError(
+                    f"layer {name!r} is called {calls[name]} times in one forward, so its output "
+                    "is not one thing; choose a layer called once, such as the block around it"
+                )
+        z, order = at_least_single(choose_embedding(output, self.output, batch)), list(kept)
+        return z, [kept[name] for name, _ in layers], [order.index(name) for name, _ in layers]
 
-    def call_layers(
-        self, images: Images, layers: Sequence[str], differentiable: bool = True
-    ) -> SeveralRun:
-        """Run once, hooked at several layers of a module."""
-        named = find_layers(self.module, layers)
-        if self.parts is not None:
-            raise NetworkError(
-                "this network was given as trunk and head, so no other layer can be found in it; "
-                "give it as a module and a layer"
-            )
-        with no_gradients(), self.precision(), self.lock:
-            batch = self.prepare(images)
-            output, kept, depth = _run_layers(self.module, named, batch, differentiable)
-            z = at_least_single(choose_embedding(output, self.output, len(batch)))
-        names = [name for name, _ in named]
-        layouts = [self._layout_of(name, raw, batch) for name, raw in zip(names, kept, strict=True)]
-        return SeveralRun(names, z, kept, batch, layouts, depth)
+    # Layouts
 
-    def traceable(
-        self, probe: Images, layers: Sequence[str]
-    ) -> Callable[[Tensor], tuple[Tensor, list[Tensor]]]:
-        """Return images -> z `[B D]`, layers' `[B K H W]`, laid out as on the probe; no checks."""
-        if self.parts is not None and list(layers) == [self.layer]:
-            with no_gradients(), self.precision(False):
-                batch = self.prepare(probe)
-                _, raw = self.call(batch, lambda raw: (raw, raw), 1)
-            layouts = [self.read_layout(batch, raw)]
-        else:
-            layouts = self.call_layers(probe, layers, differentiable=False).layouts
-
-        def run(images: Tensor) -> tuple[Tensor, list[Tensor]]:
-            if self.parts is not None:
-                output, kept = _run_parts(*self.parts, self.layer, images, copied)
-                raws = [kept]
-            else:
-                named = find_layers(self.module, layers)
-                output, raws, _ = _run_layers(self.module, named, images, False)
-            z = at_least_single(choose_embedding(output, self.output, None))
-            return z, [layout.to_maps(raw) for layout, raw in zip(layouts, raws, strict=True)]
-
-        return run
-
-    def read_layout(self, images: Tensor, raw: Tensor) -> Layout:
-        """Return the layout of the layer's output for `images`, read anew where shapes change."""
-        shapes = (raw.shape, images.shape)
-        known = self._last_layout
+    def read_layout(self, layer: str, raw: Tensor, images: Tensor) -> Layout:
+        """Return the layout of a layer's output for `images`, read anew where shapes change."""
+        shapes, known = (raw.shape, images.shape), self._layouts.get(layer)
         if known is None or known[0] != shapes:
-            known = shapes, self._layout_of(self.layer, raw, images)
-            self._last_layout, self.layout = known, known[1]
+            kind, grid, prefix = self.layout_options
+            if layer != self.layer:  # the network's own options are for its own layer
+                kind, grid, prefix = "bkl" if kind == "bkl" else "auto", None, None
+            told = self._axes(layer, raw, images) if kind == "auto" else kind
+            known = shapes, resolve(raw, images, told, grid, prefix, layer)
+            self._layouts[layer] = known
         return known[1]
-
-    def _layout_of(self, layer: str, raw: Tensor, images: Tensor) -> Layout:
-        """Return a layout by the network's own options for its own layer; others are asked."""
-        kind, grid, prefix = self.layout_options
-        if layer != self.layer:
-            kind, grid, prefix = "bkl" if kind == "bkl" else "auto", None, None
-        told = self._axes(layer, raw, images) if kind == "auto" else kind
-        return resolve(raw, images, told, grid, prefix, layer)
 
     def _axes(self, layer: str, raw: Tensor, images: Tensor) -> str:
         """Return which axes of a layer are positions, those a smaller input changes; asked once."""
@@ -351,28 +472,19 @@ class Runner:
             more = len(images) == 1 or shape[0] == shape[1]
             few = images[:1].repeat(len(images) + 1 if more else 1, 1, 1, 1)
             size = (int(images.shape[2]), int(images.shape[3]))
-            answers = (
-                self._shape_for(layer, few[:, :, :height, :width].contiguous())
-                for height, width in smaller(size)
-            )
-            answer = next(filter(None, answers), ())
-            self._told[layer] = axes_told((shape, answer), (len(images), len(few)), size, layer)
+            seen: list[tuple[int, ...]] = []
+
+            def look(raw: Tensor) -> tuple[Tensor, Tensor]:
+                seen.append(tuple(raw.shape))
+                return raw, raw
+
+            for height, width in smaller(size):
+                part = few[:, :, :height, :width].contiguous()
+                # What comes behind the layer may not take the input.
+                with no_gradients(), self.precision(), uncompiled(), suppress(EmbedcamError):
+                    self.call(part, look, None, self.find([layer]))
+                if seen:
+                    break
+            shapes, batches = (shape, seen[0] if seen else ()), (len(images), len(few))
+            self._told[layer] = axes_told(shapes, batches, size, layer)
         return self._told.get(layer, "auto")
-
-    def _shape_for(self, layer: str, images: Tensor) -> tuple[int, ...]:
-        """Return the shape of a layer's output for an input; nothing where it is not taken."""
-        with no_gradients(), self.precision(), uncompiled(), self.lock:
-            if self.parts is None:
-                parts = dict(find_layers(self.module, [layer]))
-                return _watch(self.module, parts, images).get(layer, ())
-            with suppress(EmbedcamError):
-                kept = _run_parts(
-                    self.parts[0], lambda raw: raw, layer, images, lambda raw: (raw, raw)
-                )[1]
-                return tuple(kept.shape)
-        return ()
-
-
-def copied(raw: Tensor) -> tuple[Tensor, Tensor]:
-    """Keep a copy and hand on the original: what follows may change it in place."""
-    return raw.clone(), raw

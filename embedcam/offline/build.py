@@ -11,8 +11,8 @@ from ..errors import InputError
 from ..images import MAX_PIXELS, ImageSource, Item, load_batches
 from ..index import (
     ADD_INSTEAD,
-    EmbeddingRows,
     Index,
+    IndexRows,
     append,
     check_target,
     create,
@@ -342,7 +342,7 @@ def calibrate_index(
         index.refuse_prototypes("calibrate the index before compressing it")
         recipe = Recipe.of_index(manifest)
         # Read where they are asked for: a large collection's need not fit into memory.
-        embeddings, labels = EmbeddingRows(index, live), list(index.labels[live])
+        embeddings, labels = IndexRows(index, live), list(index.labels[live])
         calibrations = {
             "match": calibrate_match(embeddings, labels, recipe.metric, recipe.seed, recipe.near)
         }

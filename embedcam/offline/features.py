@@ -210,9 +210,8 @@ def _matrix(name: str, values: np.ndarray) -> np.ndarray:
 
 
 def _check_numbers(name: str, values: np.ndarray) -> None:
-    wrong = wrong_number(values)
-    if wrong is not None:
-        raise InputError(f"{name}: row {wrong[0]} {wrong[1]}")
+    if wrong := wrong_number(values):
+        raise InputError(f"{name}: {wrong}")
 
 
 def _agreeing(

@@ -13,9 +13,8 @@ from ..errors import InputError
 from ..images.progress import Advance
 from ..images.sources import relative_path
 from ..index import Index, PartData
-from ..index.encoding import Dense, Encoding, LowRank, TopM, fit_by_position, fit_pca
+from ..index.encoding import Dense, Encoding, LowRank, TopM, fit_pca
 from ..recipe.recipe import Recipe
-from ..recipe.registry import PositionMethod
 from .plan import Plan
 from .shard import map_chunk
 from .strategies import HeadCodes, is_derived, weights_of_layer
@@ -103,8 +102,7 @@ def make_encoding(
         offset = -mean @ basis if derived else np.zeros(basis.shape[1])
         return LowRank(basis, offset, "head", "embedding" if derived else "stored", recipe.dtype)
     if recipe.encoding == "low-rank":
-        by_position = isinstance(recipe.entry, PositionMethod)
-        return (fit_by_position if by_position else fit_pca)(sample(), recipe.rank, recipe.dtype)
+        return fit_pca(sample(), recipe.rank, recipe.dtype)
     if recipe.encoding == "dense":
         return Dense(n_channels, recipe.dtype)
     return TopM(n_channels, recipe.m, recipe.by, recipe.dtype)

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from ..index import quantize_coarse
 from ..index.encoding import Encoding, LowRank
-from ..methods import Subject, inputs_a_pass, run_method, weights_for
+from ..methods import Subject, inputs_a_pass, run_method
 from ..methods.weights import PooledHead, weights_from_head, weights_from_pooled
 from ..network import EmbeddingNetwork
 from ..ops import area_average, cam
 from ..recipe.recipe import Recipe
-from ..recipe.registry import PositionMethod, WeightMethod
 from ..targets import Direction, head_cotangent
 from .cotangents import Cotangents
 
@@ -197,11 +196,11 @@ class ZooMethod(Strategy):
     ) -> dict[str, np.ndarray]:
         """Return weights, and cached activations."""
         entry = self.recipe.entry
-        if not isinstance(entry, WeightMethod | PositionMethod):
-            raise TypeError(f"{entry.title} has no weights of one layer")
         with self._subject(images, cotangents) as subject:
-            weights = weights_for(subject, entry, **self.recipe.method_options)
+            weights = run_method(subject, entry, **self.recipe.method_options).weights
             activations = subject.activations.detach()
+        if weights is None:
+            raise TypeError(f"{entry.title} has no weights of one layer")
         cached = self.cached(activations) if self.caches else {}
         return {"weights": to_numpy(weights), **cached}
 

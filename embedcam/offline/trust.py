@@ -121,7 +121,7 @@ def calibrate_trust(
     for place, view in enumerate(views):
         for name, left_out in sample.items():
             one = left_out[place]
-            if fallback is None:
+            if fallback is None or view.inputs is None:
                 norms, factors, direct = _by_codes(one, view, network, encodings[0])
             else:
                 norms = factors = [

@@ -27,12 +27,22 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from ..errors import EmbeddingError, IndexFormatError, InputError, NetworkError, NetworkMismatch
+from ..errors import (
+    EmbeddingError,
+    IndexFormatError,
+    InputError,
+    NetworkError,
+    NetworkMismatch,
+    reason,
+    short,
+)
 from ..index.identity import Identity, compare
 from ..preprocess import (
     AnyPreprocess,
+    Array,
     Embedded,
     HeadMatrix,
+    Transform,
     from_transform,
     preprocess_from_dict,
 )
@@ -63,23 +73,19 @@ class Head:
         return {"kind": self.kind, "bias": base64.b64encode(raw).decode("ascii")}
 
     @classmethod
-    def from_dict(cls, values: Any) -> Self:
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Return what `to_dict` described; a ValueError for anything else."""
-        if not isinstance(values, dict) or values.get("kind") not in HEAD_KINDS:
-            raise ValueError(f"the head is none of {', '.join(HEAD_KINDS)}")
-        kind, text = values["kind"], values.get("bias")
-        if (kind == "other") != (text is None):
-            raise ValueError(f"a head of kind {kind!r} {'has no' if text else 'needs a'} bias")
-        if text is None:
-            return cls(kind)
-        if not isinstance(text, str):
-            raise ValueError("the head's bias is no text")
-        raw = base64.b64decode(text, validate=True)
-        if not 0 < len(raw) <= 4 * _MAX_WIDTH or len(raw) % 4:
-            raise ValueError(f"the head's bias has {len(raw)} bytes")
-        bias = np.frombuffer(raw, "<f4").astype(np.float32)
-        if not np.isfinite(bias).all():
-            raise ValueError("the head's bias holds NaN or infinity")
+        try:
+            kind, text = values["kind"], values["bias"]
+            raw = None if text is None else base64.b64decode(text, validate=True)
+            bias = None if raw is None else np.frombuffer(raw, "<f4").astype(np.float32)
+        except (TypeError, KeyError, ValueError):
+            kind = bias = None
+        fits = bias is None or (0 < bias.size <= _MAX_WIDTH and bool(np.isfinite(bias).all()))
+        if kind not in HEAD_KINDS or (kind == "other") != (bias is None) or not fits:
+            raise ValueError(
+                f"the head is {short(values)}, none of {', '.join(HEAD_KINDS)} with its bias"
+            )
         return cls(kind, bias)
 
 
@@ -108,9 +114,8 @@ class Described:
         if not texts:
             return None
         try:
-            missing = [key for key in _KEYS if key not in texts]
-            if missing:
-                raise ValueError(f"{PREFIX}{missing[0]} is missing")
+            if missing := [f"{PREFIX}{key}" for key in _KEYS if key not in texts]:
+                raise ValueError(f"{missing[0]} is missing")
             if sum(map(len, texts.values())) > _MAX_CHARACTERS:
                 raise ValueError(f"it has more than {_MAX_CHARACTERS:,} characters")
             network, layers = json.loads(texts["network"]), json.loads(texts["layers"])
@@ -119,10 +124,10 @@ class Described:
             # One number stands for the probe, which is the file's to compute.
             probe = np.zeros(1, np.float32)
             Identity.from_dict(network, {"probe_embedding": probe, "probe_pooled": probe})
-            if not isinstance(layers, list) or not 0 < len(layers) == len(set(map(str, layers))):
-                raise ValueError("the layers are no list of names")
-            if layers[0] != network["layer"] or not all(isinstance(name, str) for name in layers):
-                raise ValueError(f"the layers {layers} do not begin with {network['layer']!r}")
+            names = layers if isinstance(layers, list) else []
+            texts_only = all(isinstance(name, str) for name in names)
+            if not texts_only or len(set(names)) < len(names) or names[:1] != [network["layer"]]:
+                raise ValueError(f"the layers {short(layers)} do not begin with the network's own")
             head = Head.from_dict(json.loads(texts["head"]))
         except (ValueError, RecursionError, IndexFormatError) as error:
             said = "nested too deeply" if isinstance(error, RecursionError) else str(error)
@@ -168,7 +173,7 @@ class OnnxNetwork:
         self,
         path: str | os.PathLike[str],
         *,
-        preprocess: Any = None,
+        preprocess: Transform | None = None,
         threads: int | None = None,
         providers: Sequence[str] = PROVIDERS,
     ) -> None:
@@ -177,12 +182,12 @@ class OnnxNetwork:
         self._session = Session(path, threads, providers)
         self.path, self.threads = self._session.path, self._session.threads
         self.described = Described.from_props(self._session.props, self.path)
-        said = {} if self.described is None else self.described.network
+        said = self.describe()
         self.layer: str | None = said.get("layer")
         self.normalize: bool | None = said.get("normalize")
         self.name: str | None = said.get("name")
-        self.head: Head | None = None if self.described is None else self.described.head
-        self.layers = () if self.described is None else self.described.layers
+        self.head = self.described.head if self.described else None
+        self.layers = self.described.layers if self.described else ()
         self.preprocess: AnyPreprocess | None = None
         if preprocess is not None:
             self.preprocess = from_transform(preprocess)
@@ -210,7 +215,7 @@ class OnnxNetwork:
         size = self.sides or (_ANY_SIDE, _ANY_SIDE)
         return probe_inputs(count, self.preprocess, size, self._session.shape[1] or 3)
 
-    def embed(self, images: Any, layers: Sequence[str] | None = None) -> Embedded:
+    def embed(self, images: Array, layers: Sequence[str] | None = None) -> Embedded:
         """Embed preprocessed images `[B 3 H W]`, an array or CPU tensor.
 
         Activations are those of the network's own layer, or of several in the order given.
@@ -305,23 +310,19 @@ class OnnxNetwork:
             f"{EMBEDDING} [B D], as `embedcam export` writes them"
         )
 
-    def _run(self, images: Any, names: Sequence[str], seconds: float | None = None) -> Embedded:
+    def _run(self, images: Array, names: Sequence[str], seconds: float | None = None) -> Embedded:
         batch = self._checked(images)
         # A file whose batch is fixed at one picture takes them one at a time.
-        single = self.batch == 1 and len(batch) > 1
-        pieces = np.split(batch, len(batch)) if single else [batch]
+        pieces = np.split(batch, len(batch)) if self.batch == 1 else [batch]
         runs = [self._session.run([*names, self._embedding], piece, seconds) for piece in pieces]
-        *maps, embedding = (
-            [np.concatenate(one) for one in zip(*runs, strict=True)] if single else runs[0]
-        )
-        fine = embedding.ndim == 2 and len(embedding) == len(batch) and embedding.shape[1] > 0
-        if not fine or any(
-            one.ndim != 4 or len(one) != len(batch) or 0 in one.shape for one in maps
+        *maps, embedding = map(np.concatenate, zip(*runs, strict=True)) if runs[1:] else runs[0]
+        shapes = [one.shape for one in (*maps, embedding)]
+        if [len(one) for one in shapes] != [4] * len(maps) + [2] or any(
+            one[0] != len(batch) or 0 in one for one in shapes
         ):
-            shown = ", ".join(str(list(one.shape)) for one in (*maps, embedding))
             raise NetworkError(
-                f"{self.path}: gives {shown} for {len(batch)} images; expected activations "
-                "[B K H W] and an embedding [B D]"
+                f"{self.path}: gives {', '.join(str(list(one)) for one in shapes)} for "
+                f"{len(batch)} images; expected activations [B K H W] and an embedding [B D]"
             )
         deepest = maps[names.index(self._maps[0])] if self._maps[0] in names else None
         embedding, norm = self._lengths(batch, deepest, embedding)
@@ -352,25 +353,20 @@ class OnnxNetwork:
         z = maps.mean((2, 3), dtype=np.float64) + self.head.bias
         return embedding, np.linalg.norm(z, axis=1).astype(np.float32)
 
-    def _checked(self, images: Any) -> np.ndarray:
+    def _checked(self, images: Array) -> np.ndarray:
         try:
             batch = np.asarray(images)
         except (TypeError, ValueError, RuntimeError) as error:
-            message = str(error).partition("\n")[0]
-            raise InputError(f"the images cannot be read as an array ({message})") from error
-        if batch.ndim != 4 or 0 in batch.shape or batch.dtype.kind != "f":
-            raise InputError(
-                f"images are {list(batch.shape)} of {batch.dtype}; expected preprocessed floats "
-                "[B 3 H W], at least one"
-            )
+            raise InputError(f"the images cannot be read as an array ({reason(error)})") from error
         wanted = self._session.shape[1:]
-        if any(n not in (None, m) for n, m in zip(wanted, batch.shape[1:], strict=True)):
+        if batch.ndim != 4 or 0 in batch.shape or batch.dtype.kind != "f":
+            expected = "expected preprocessed floats [B 3 H W], at least one"
+        elif any(n not in (None, m) for n, m in zip(wanted, batch.shape[1:], strict=True)):
             shown = " ".join("any" if n is None else str(n) for n in wanted)
-            raise InputError(
-                f"images are {list(batch.shape)}; {self.path} takes [B {shown}]: prepare them as "
-                "the index says"
-            )
-        return np.ascontiguousarray(batch, np.float32)
+            expected = f"{self.path} takes [B {shown}]: prepare them as the index says"
+        else:
+            return np.ascontiguousarray(batch, np.float32)
+        raise InputError(f"images are {list(batch.shape)} of {batch.dtype}; {expected}")
 
 
 def output_name(place: int) -> str:

@@ -7,13 +7,18 @@ import os
 import stat
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .._checks import whole
 from ..errors import InputError, NetworkError
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 PROVIDERS = ("CPUExecutionProvider",)
 MAX_BYTES = (1 << 31) - 1
@@ -34,11 +39,10 @@ class Session:
     ) -> None:
         self.path = Path(path)
         self.threads = None if threads is None else whole("threads", threads, 1, 1024)
-        known = _onnxruntime().get_available_providers()
-        if isinstance(providers, str) or not providers or not set(providers) <= set(known):
+        known = ", ".join(available := _onnxruntime().get_available_providers())
+        if isinstance(providers, str) or not providers or not set(providers) <= set(available):
             raise InputError(
-                f"providers = {providers!r}; give a list of those this onnxruntime has: "
-                f"{', '.join(known)}"
+                f"providers = {providers!r}; give a list of those this onnxruntime has: {known}"
             )
         self.providers = tuple(providers)
         self._stamp = _stamp(self.path)
@@ -96,7 +100,7 @@ class Session:
                 raise NetworkError(f"{self.path}: output {name!r} is {kind}; expected floats")
         return [values.astype(np.float32, copy=False) for values in arrays]
 
-    def _opened_again(self) -> Any:
+    def _opened_again(self) -> InferenceSession:
         """Return a session in a forked child, where the parent's would wait for ever."""
         # Another of the parent's threads may have held its lock at the fork.
         if self._lock_pid != os.getpid():
@@ -111,7 +115,7 @@ class Session:
                 self._session, self._pid = self._open(1), os.getpid()
             return self._session
 
-    def _open(self, threads: int | None) -> Any:
+    def _open(self, threads: int | None) -> InferenceSession:
         onnxruntime = _onnxruntime()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what goes wrong is raised; nothing is printed as well
@@ -128,15 +132,14 @@ class Session:
             ) from error
 
 
-def _onnxruntime() -> Any:
+def _onnxruntime() -> ModuleType:
     try:
-        import onnxruntime
+        return import_module("onnxruntime")
     except ImportError as error:
         raise NetworkError(
             "an ONNX file is run by onnxruntime, which is not installed; run "
             'pip install "embedcam[onnx]"'
         ) from error
-    return onnxruntime
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:
@@ -150,11 +153,10 @@ def _stamp(path: Path) -> tuple[int, int, int]:
         ) from error
     except ValueError as error:
         raise InputError(f"{str(path)!r} is not a path ({error})") from error
-    if not stat.S_ISREG(state.st_mode):
-        raise NetworkError(f"{path}: is not a regular file; give an ONNX file")
-    if not 0 < state.st_size <= MAX_BYTES:
+    if not stat.S_ISREG(state.st_mode) or not 0 < state.st_size <= MAX_BYTES:
         raise NetworkError(
-            f"{path}: has {state.st_size:,} bytes; an ONNX file in one piece has 1 to {MAX_BYTES:,}"
+            f"{path}: is not a regular file of 1 to {MAX_BYTES:,} bytes; give an ONNX file of one "
+            "piece"
         )
     return state.st_ino, state.st_size, state.st_mtime_ns
 
@@ -180,7 +182,6 @@ _FIELDS = {
     "tensor": {},
 }
 _EXTERNAL_DATA, _DATA_LOCATION = 13, 14
-_DEEPEST = 200
 
 
 def refuse_external(path: Path) -> None:
@@ -190,7 +191,7 @@ def refuse_external(path: Path) -> None:
             open(path, "rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
         ):
-            external = _is_external(data, 0, len(data), "model", 0)
+            external = _is_external(data)
     except OSError as error:
         raise NetworkError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
@@ -202,17 +203,17 @@ def refuse_external(path: Path) -> None:
         )
 
 
-def _is_external(data: mmap.mmap, start: int, stop: int, kind: str, depth: int) -> bool:
-    if depth > _DEEPEST:
-        raise ValueError("it is nested too deeply")
-    inner = _FIELDS[kind]
-    for field, first, last in _fields(data, start, stop):
-        if kind == "tensor" and field in (_EXTERNAL_DATA, _DATA_LOCATION):
-            # A location of 0 is the file itself.
-            if field == _EXTERNAL_DATA or data[first:last].strip(b"\x80") != b"\x00":
-                return True
-        elif field in inner and _is_external(data, first, last, inner[field], depth + 1):
-            return True
+def _is_external(data: mmap.mmap) -> bool:
+    left = [(0, len(data), "model")]
+    while left:
+        start, stop, kind = left.pop()
+        for field, first, last in _fields(data, start, stop):
+            if kind == "tensor" and field in (_EXTERNAL_DATA, _DATA_LOCATION):
+                # A location of 0 is the file itself.
+                if field == _EXTERNAL_DATA or data[first:last].strip(b"\x80") != b"\x00":
+                    return True
+            elif field in _FIELDS[kind]:
+                left.append((first, last, _FIELDS[kind][field]))
     return False
 
 

@@ -23,7 +23,7 @@ from .._checks import one_of, whole
 from ..errors import InputError
 from ..explain.drawing import save_picture
 from ..explain.explanation import Json
-from ..render import Mark, draw_on_axes, in_notebook, receipt_picture
+from ..render import draw_on_axes, in_notebook, receipt_picture
 from .sides import NOT_SHOWN, Contributions, Shown, Side, evidence_of
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ class Receipt(Total):
             apart=int(self.centred),
             headings=["Query", "Result"],
             links=[
-                Mark(self.query.middle(*link.query), self.result.middle(*link.result))
+                (self.query.middle(*link.query), self.result.middle(*link.result))
                 for link in self.links(links)
             ],
             title=title,

@@ -3,9 +3,11 @@
 from .protocol import Embedded, HeadMatrix, Network
 from .transforms import (
     AnyPreprocess,
+    Array,
     CustomPreprocess,
     Extent,
     Preprocess,
+    Transform,
     custom,
     from_transform,
     preprocess_from_dict,
@@ -14,12 +16,14 @@ from .transforms import (
 
 __all__ = [
     "AnyPreprocess",
+    "Array",
     "CustomPreprocess",
     "Embedded",
     "Extent",
     "HeadMatrix",
     "Network",
     "Preprocess",
+    "Transform",
     "custom",
     "from_transform",
     "preprocess_from_dict",

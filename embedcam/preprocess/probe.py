@@ -4,7 +4,6 @@ Whole-number arithmetic only: the same on every machine, with every version of e
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -28,7 +27,7 @@ def probe_picture(index: int = 0) -> np.ndarray:
 
 def probe_inputs(
     count: int,
-    preprocess: Callable[[Image.Image], Any] | None,
+    preprocess: Callable[[Image.Image], np.ndarray] | None,
     size: tuple[int, int],
     channels: int = 3,
 ) -> np.ndarray:

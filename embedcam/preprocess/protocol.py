@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self, run
 
 import numpy as np
 
-from .transforms import AnyPreprocess
+from .transforms import AnyPreprocess, Array
 
 if TYPE_CHECKING:
     from ..index.identity import Identity
@@ -52,7 +52,7 @@ class Network(Protocol):
     def autocast(self) -> object:
         """The type it computes in where that is not its parameters'; None for those."""
 
-    def embed(self, images: Any, layers: Sequence[str] | None = None) -> Embedded:
+    def embed(self, images: Array, layers: Sequence[str] | None = None) -> Embedded:
         """Embed preprocessed images `[B C H W]`; activations are its own layer's, or of these."""
 
     def probe_images(self, count: int = 1) -> np.ndarray:

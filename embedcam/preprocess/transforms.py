@@ -6,19 +6,26 @@ side, crop the center, scale to [0, 1], normalize), or of a plain resize ("squas
 
 from __future__ import annotations
 
-import itertools
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Final, Literal, Self
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Self, TypeAlias
 
 import numpy as np
 from PIL import Image
 
 from .._checks import as_array, one_of, whole
-from ..errors import EmbedcamError, ImageError, InputError
+from ..errors import EmbedcamError, ImageError, InputError, reason
 from .probe import probe_inputs
 
+if TYPE_CHECKING:
+    import torch
+
+Array: TypeAlias = "np.ndarray | torch.Tensor"
+Transform = Callable[..., Any]
+"""What `from_transform` takes."""
 Extent = tuple[float, float, float, float]
 
 IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
@@ -40,33 +47,16 @@ RESAMPLING: Final = {
 _KIND: Final = "standard"
 
 
-def _channels(name: str, value: object) -> tuple[float, ...]:
-    """Return finite numbers: one for each of red, green and blue, or a single one for gray."""
-    try:
-        numbers = [] if isinstance(value, str | bytes) else [float(number) for number in value]  # type: ignore[attr-defined]
-    except (TypeError, ValueError, OverflowError):
-        numbers = []
-    if len(numbers) not in (1, 3) or not all(map(math.isfinite, numbers)):
-        raise InputError(
-            f"preprocess: {name} is {value!r}; give three finite numbers, for red, green and blue, "
-            "or one, for a network of gray pictures"
-        )
-    return tuple(numbers)
-
-
-def _offsets(lengths: tuple[int, int], windows: tuple[int, int]) -> list[int]:
+def _offset(length: int, window: int) -> int:
     """Return where torchvision's center crop begins; negative where it pads a short side."""
-    offsets = []
-    for length, window in zip(lengths, windows, strict=True):
-        if window > length:
-            offsets.append(-((window - length) // 2))
-        else:  # torchvision's own half-to-even
-            offsets.append(int(round((length - window) / 2.0)))  # noqa: RUF046
-    return offsets
+    if window > length:
+        return -((window - length) // 2)
+    return int(round((length - window) / 2.0))  # noqa: RUF046 - torchvision's own half-to-even
 
 
-def _empty(width: int, height: int) -> InputError:
-    return InputError(f"preprocess: a picture of {width} x {height} pixels has no extent")
+def _refuse_empty(width: int, height: int) -> None:
+    if min(width, height) < 1:
+        raise InputError(f"preprocess: a picture of {width} x {height} pixels has no extent")
 
 
 @dataclass(frozen=True)
@@ -107,27 +97,28 @@ class Preprocess:
         ]
         one_of("preprocess: resize", self.resize, ("squash", "crop"))
         one_of("preprocess: interpolation", self.interpolation, RESAMPLING)
-        if self.resize == "crop" and self.resize_to is None:
+        if (self.resize == "crop") != (self.resize_to is not None):
             raise InputError(
-                'preprocess: resize="crop" needs resize_to, the shorter side in pixels before the '
-                "crop (256 for a crop of 224)"
-            )
-        if self.resize == "squash" and self.resize_to is not None:
-            raise InputError(
-                f'preprocess: resize="squash" cuts nothing off, so resize_to={self.resize_to} has '
-                'no meaning; leave it out, or take resize="crop"'
+                f"preprocess: resize={self.resize!r} was given with resize_to={self.resize_to}; "
+                "'crop' needs resize_to, the shorter side in pixels before the crop (256 for one "
+                "of 224), and 'squash' takes none"
             )
         shorter = self.resize_to
         if shorter is not None:
             shorter = whole("preprocess: resize_to", shorter, 1, MAX_SIDE)
-        mean, std = _channels("mean", self.mean), _channels("std", self.std)
-        if len(mean) != len(std):
-            raise InputError(
-                f"preprocess: mean is of {len(mean)} channels and std of {len(std)}; give one "
-                "number a channel in both"
+        try:
+            mean, std = (
+                tuple(float(one) for one in each if not isinstance(one, str))
+                for each in (self.mean, self.std)
             )
-        if min(std) <= 0:
-            raise InputError(f"preprocess: std is {std}; each must be above 0")
+        except (TypeError, ValueError, OverflowError):
+            mean = std = ()
+        fits = len(mean) in (1, 3) and len(std) == len(mean) and min(std) > 0
+        if not fits or not all(map(math.isfinite, mean + std)):
+            raise InputError(
+                f"preprocess: mean is {self.mean!r} and std {self.std!r}; give three finite "
+                "numbers each, for red, green and blue, or one each for gray, std above 0"
+            )
         checked = {"size": tuple(sides), "resize_to": shorter, "mean": mean, "std": std}
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -153,7 +144,7 @@ class Preprocess:
         if image.size != resized:
             pixels = pixels.resize(resized, RESAMPLING[self.interpolation])
         if self.resize == "crop":
-            left, top = _offsets(resized, (width, height))
+            left, top = _offset(resized[0], width), _offset(resized[1], height)
             # Pillow fills what lies outside the picture with black, as torchvision's padding does.
             pixels = pixels.crop((left, top, left + width, top + height))
         levels = np.asarray(pixels, dtype=np.uint8).reshape(height, width, len(self.mean))
@@ -169,19 +160,18 @@ class Preprocess:
         Evenly stretched, in pixels of the original: pixel i covers [i, i + 1]. It reaches
         beyond the picture where the crop was padded.
         """
-        if min(width, height) < 1:
-            raise _empty(width, height)
+        _refuse_empty(width, height)
         if self.resize == "squash":
             return 0.0, 0.0, float(width), float(height)
-        resized = self._resized(width, height)
-        left, top = _offsets(resized, (self.size[1], self.size[0]))
-        # One division each, last: an edge that is the picture's own comes out exactly.
-        return (
-            left * width / resized[0],
-            top * height / resized[1],
-            (left + self.size[1]) * width / resized[0],
-            (top + self.size[0]) * height / resized[1],
-        )
+        corners = []
+        for length, resized, window in zip(
+            (width, height), self._resized(width, height), self.size[::-1], strict=True
+        ):
+            start = _offset(resized, window)
+            # One division each, last: an edge that is the picture's own comes out exactly.
+            corners.append((start * length / resized, (start + window) * length / resized))
+        (x0, x1), (y0, y1) = corners
+        return x0, y0, x1, y1
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
         """Return (width, height) of the resized picture, before any crop."""
@@ -240,7 +230,7 @@ class CustomPreprocess:
     (x0, y0, x1, y1), the network is taken to see the whole picture.
     """
 
-    transform: Callable[[Image.Image], Any]
+    transform: Callable[[Image.Image], Array]
     name: str
     rectangle: Callable[[int, int], Extent] | None = None
 
@@ -259,29 +249,26 @@ class CustomPreprocess:
         except (EmbedcamError, MemoryError):
             raise
         except Exception as error:
-            message = str(error).strip().partition("\n")[0][:300]
             raise InputError(
-                f"preprocess {self.name} failed with {type(error).__name__}: {message}; give a "
-                "transform that takes a PIL picture and returns an array or tensor [C H W]"
+                f"preprocess {self.name} failed with {type(error).__name__}: {reason(error)}; give "
+                "a transform that takes a PIL picture and returns an array or tensor [C H W]"
             ) from error
         values = as_array(output) if hasattr(output, "detach") else np.asarray(output)
-        last = values.ndim == 3 and values.shape[2] in (1, 3) and values.shape[0] not in (1, 3)
-        if values.ndim != 3 or values.size == 0 or last:
+        fits = values.ndim == 3 and values.size > 0 and values.dtype.kind in "fiu"
+        if fits:
+            last = values.shape[2] in (1, 3) and values.shape[0] not in (1, 3)
+            values = np.ascontiguousarray(values, dtype=np.float32)
+            fits = not last and bool(np.isfinite(values).all())
+        if not fits:
             raise InputError(
-                f"preprocess {self.name}: expected an array [C H W], the transform returned "
-                f"{type(output).__name__} of shape {list(values.shape)}"
+                f"preprocess {self.name}: the transform returned {type(output).__name__} of shape "
+                f"{list(values.shape)}; expected an array [C H W] of finite numbers"
             )
-        if values.dtype.kind not in "fiu":
-            raise InputError(f"preprocess {self.name}: expected numbers, given {values.dtype}")
-        values = np.ascontiguousarray(values, dtype=np.float32)
-        if not np.isfinite(values).all():
-            raise InputError(f"preprocess {self.name}: the transform returned NaN or infinity")
         return values
 
     def extent(self, width: int, height: int) -> Extent:
         """Return what the network sees of a picture, as `Preprocess.extent` says it."""
-        if min(width, height) < 1:
-            raise _empty(width, height)
+        _refuse_empty(width, height)
         if self.rectangle is None:
             return 0.0, 0.0, float(width), float(height)
         x0, y0, x1, y1 = (float(value) for value in self.rectangle(width, height))
@@ -319,7 +306,7 @@ def refuse_random(preprocess: AnyPreprocess) -> None:
 
 
 def custom(
-    transform: Callable[[Image.Image], Any],
+    transform: Callable[[Image.Image], Array],
     *,
     name: str | None = None,
     extent: Callable[[int, int], Extent] | None = None,
@@ -329,8 +316,8 @@ def custom(
     `extent` is a function (width, height) -> (x0, y0, x1, y1) of what the network sees, else all.
     """
     if name is None:
-        named: Any = transform if hasattr(transform, "__qualname__") else type(transform)
-        name = f"{named.__module__}.{named.__qualname__}"
+        named = getattr(transform, "__qualname__", type(transform).__qualname__)
+        name = f"{transform.__module__}.{named}"
     return CustomPreprocess(transform, name, extent)
 
 
@@ -345,7 +332,7 @@ def preprocess_from_dict(values: Mapping[str, Any]) -> AnyPreprocess:
             f'("whole" or "own"), given {dict(values)}'
         )
 
-    def unknown(*_: object) -> Any:
+    def unknown(*_: object) -> NoReturn:
         raise InputError(_not_ours(name))
 
     return CustomPreprocess(unknown, str(name or ""), unknown if extent == "own" else None)
@@ -354,7 +341,7 @@ def preprocess_from_dict(values: Mapping[str, Any]) -> AnyPreprocess:
 # What a transform of torchvision, timm or transformers amounts to, told by its parts
 
 
-def from_transform(transform: Any, *, name: str | None = None) -> AnyPreprocess:
+def from_transform(transform: Transform, *, name: str | None = None) -> AnyPreprocess:
     """Return the `Preprocess` a transform amounts to, or the transform wrapped as a custom one.
 
     Recognized without importing their libraries: torchvision's weights and their presets, a Compose
@@ -368,8 +355,10 @@ def from_transform(transform: Any, *, name: str | None = None) -> AnyPreprocess:
             f"preprocess: given the class {transform.__name__}; give an instance of it, such as "
             f"{transform.__name__}(...)"
         )
-    if callable(getattr(transform, "transforms", None)):  # torchvision's weights
-        transform = transform.transforms()
+    steps = getattr(transform, "transforms", None)
+    if callable(steps):  # torchvision's weights
+        transform = steps()
+        steps = getattr(transform, "transforms", None)
     processor = getattr(transform, "image_processor", transform)
     if hasattr(processor, "image_mean") and hasattr(processor, "do_resize"):
         return _from_processor(processor, name)
@@ -379,7 +368,7 @@ def from_transform(transform: Any, *, name: str | None = None) -> AnyPreprocess:
         crop, resize, mean, std, interpolation = values
         recognized = _recognized(resize, crop, interpolation, mean, std)
     else:
-        recognized = _from_chain(getattr(transform, "transforms", None))
+        recognized = _from_chain(steps)
     if recognized is not None:
         return recognized
     if not callable(transform):
@@ -391,84 +380,77 @@ def from_transform(transform: Any, *, name: str | None = None) -> AnyPreprocess:
 
 
 def _recognized(
-    resize: Any, crop: Any, interpolation: Any, mean: Any, std: Any
+    resize: int | Sequence[int] | None,
+    crop: int | Sequence[int] | None,
+    interpolation: object,
+    mean: Sequence[float],
+    std: Sequence[float],
 ) -> Preprocess | None:
     """Return the preprocessing of a resize and a crop in pixels; None for what does more."""
     shorter, sides = ([n] if isinstance(n, int) else list(n or ()) for n in (resize, crop))
     sides = sides * 2 if len(sides) == 1 else sides
-    method = _interpolation(interpolation)
+    # A Pillow constant, an `InterpolationMode`, or its value.
+    asked = getattr(interpolation, "value", interpolation)
+    asked = "nearest" if asked == "nearest-exact" else asked
+    method = next((name for name, value in RESAMPLING.items() if asked in (name, value)), None)
     squash = len(shorter) == 2
     if method is None or not shorter or (sides not in ([], shorter) if squash else not sides):
         return None
-    size, resize_to = (shorter, None) if squash else (sides, shorter[0])
+    (height, width), resize_to = (shorter, None) if squash else (sides, shorter[0])
     mean, std = (tuple(float(number) for number in each) for each in (mean, std))
-    return Preprocess(tuple(size), "squash" if squash else "crop", resize_to, method, mean, std)
+    mode: Literal["squash", "crop"] = "squash" if squash else "crop"
+    return Preprocess((height, width), mode, resize_to, method, mean, std)
 
 
-def _interpolation(mode: Any) -> str | None:
-    """Return Pillow's name of an `InterpolationMode`, its value, or a Pillow constant."""
-    if isinstance(mode, int) and not isinstance(mode, bool):
-        return next((name for name, value in RESAMPLING.items() if value == mode), None)
-    name = str(getattr(mode, "value", mode))
-    name = "nearest" if name == "nearest-exact" else name
-    return name if name in RESAMPLING else None
+# What a Compose's steps are called where they are all known, once each and in the usual order.
+_CHAIN = re.compile(
+    "(Grayscale )?Resize (CenterCrop )?"
+    "(ToTensor|MaybeToTensor|ToImage ToDtype|PILToTensor ConvertImageDtype)( Normalize)?"
+)
 
 
-def _from_chain(steps: Any) -> Preprocess | None:
-    """Return what a Compose is whose steps are all known, once each and in the usual order."""
-    order = ("Grayscale", "Resize", "CenterCrop", "ToTensor", "Normalize")
-    if not isinstance(steps, Sequence) or not steps:
+def _from_chain(steps: Sequence[Any] | None) -> Preprocess | None:
+    """Return what a Compose is whose steps are all known."""
+    named = {type(step).__name__: step for step in steps or ()}
+    if not _CHAIN.fullmatch(" ".join(named)) or len(named) != len(steps or ()):
         return None
-    names, steps = _as_first_version(steps)
-    if names != [name for name in order if name in names] or "ToTensor" not in names:
+    gray, crop, normalize = map(named.get, ("Grayscale", "CenterCrop", "Normalize"))
+    resize = named["Resize"]
+    scaled = named.get("ToDtype", named.get("ConvertImageDtype"))
+    if scaled is not None and not (
+        str(getattr(scaled, "dtype", "")) == "torch.float32" and getattr(scaled, "scale", True)
+    ):
         return None
-    gray, resize, crop, _, normalize = map(dict(zip(names, steps, strict=True)).get, order)
-    if resize is None or getattr(resize, "max_size", None) is not None:
-        return None
-    if gray is not None and gray.num_output_channels != 1:
+    if getattr(resize, "max_size", None) is not None or (
+        gray is not None and gray.num_output_channels != 1
+    ):
         return None
     count = 3 if gray is None else 1
     mean, std = [0.0] * count, [1.0] * count
     if normalize is not None:
         mean, std = list(normalize.mean), list(normalize.std)
-    if len(mean) != count or len(std) != count:
+    if {len(mean), len(std)} != {count}:
         return None
-    size = None if crop is None else crop.size
-    return _recognized(resize.size, size, resize.interpolation, mean, std)
-
-
-def _as_first_version(steps: Sequence[Any]) -> tuple[list[str], list[Any]]:
-    """Return names and steps, with what amounts to ToTensor under that name."""
-    kept = list(steps)
-    names = [type(step).__name__.replace("MaybeToTensor", "ToTensor") for step in steps]
-    for place, pair in enumerate(itertools.pairwise(names)):
-        if pair in (("ToImage", "ToDtype"), ("PILToTensor", "ConvertImageDtype")):
-            scaling = steps[place + 1]
-            single = str(getattr(scaling, "dtype", "")) == "torch.float32"
-            if single and getattr(scaling, "scale", True):
-                names[place : place + 2] = ["ToTensor"]
-                del kept[place]
-            break
-    return names, kept
+    return _recognized(
+        resize.size, None if crop is None else crop.size, resize.interpolation, mean, std
+    )
 
 
 def _from_processor(processor: Any, name: str | None) -> AnyPreprocess:
     """Return what a Hugging Face image processor amounts to; custom where it does more."""
-
-    def setting(key: str, default: Any = None) -> Any:
-        return getattr(processor, key, default)
-
-    cropped, share = bool(setting("do_center_crop")), setting("crop_pct")  # ConvNeXt's own share
-    more = ("do_pad", "do_flip_channel_order", "rescale_offset")
+    setting = partial(getattr, processor)
+    cropped = bool(setting("do_center_crop", False))
+    share = setting("crop_pct", None)  # ConvNeXt's own
+    more = any(setting(key, None) for key in ("do_pad", "do_flip_channel_order", "rescale_offset"))
     scale = setting("rescale_factor", 1 / 255) if setting("do_rescale", True) else math.nan
     plain = abs(scale - 1 / 255) < 1e-9 and setting("do_resize") and share is None
-    if plain and not any(map(setting, more)):
+    if plain and not more:
         mean, std = (0.0,) * 3, (1.0,) * 3
         if setting("do_normalize", True):
             mean, std = processor.image_mean, processor.image_std
-        crop = _sides_of(setting("crop_size")) if cropped else None
-        size = _sides_of(setting("size"))
-        recognized = _recognized(size, crop, setting("resample"), mean, std)
+        size, crop = (_sides_of(setting(key, None)) for key in ("size", "crop_size"))
+        method = setting("resample", None)
+        recognized = _recognized(size, crop if cropped else None, method, mean, std)
         if recognized is not None:
             return recognized
     kind = type(processor).__name__
@@ -479,8 +461,9 @@ def _from_processor(processor: Any, name: str | None) -> AnyPreprocess:
             "embedcam.preprocess.custom(function, extent=...)"
         )
 
-    def process(image: Any) -> Any:
-        return processor(images=image, return_tensors="np")["pixel_values"][0]
+    def process(image: Image.Image) -> np.ndarray:
+        pixels: np.ndarray = processor(images=image, return_tensors="np")["pixel_values"][0]
+        return pixels
 
     return custom(process, name=name or f"{type(processor).__module__}.{kind}")
 

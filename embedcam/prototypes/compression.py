@@ -14,16 +14,7 @@ import numpy as np
 from .._checks import whole
 from ..errors import IndexFormatError, InputError
 from ..images.progress import Advance, progress_of
-from ..index import (
-    Index,
-    PartData,
-    check_fitted,
-    check_parts,
-    check_target,
-    check_tombstones,
-    create,
-    nearest,
-)
+from ..index import Index, PartData, check_files, check_target, create, nearest
 from ..index.arrays import wrong_embeddings
 from ..index.encoding import Encoding, LowRank, Rows
 from ..index.search import rank, without_itself
@@ -126,9 +117,7 @@ def compress(
                 f"{index.path}: {why}, so prototypes cannot be made for each; leave out "
                 "--per-class (per_class=False)"
             )
-        check_tombstones(index)
-        check_parts(index)
-        check_fitted(index)
+        check_files(index, "")
         bars = partial(progress_of, shown=progress)
         vectors = index.embeddings(live)
         if (what := wrong_embeddings(vectors, index.normalized)) is not None:

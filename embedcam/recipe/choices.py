@@ -4,43 +4,45 @@ import math
 from collections.abc import Mapping
 from functools import partial
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .._checks import one_of
 from .._options import setting
 from ..errors import InputError, short
-from .registry import FILLS, METHODS, bare_name, storable_methods, why_not_storable
+from .registry import FILLS, METHODS, bare_name, storable_methods
 
 if TYPE_CHECKING:
     from dataclasses import dataclass
 else:
 
-    def dataclass(**_: object) -> Any:
+    def dataclass(**_):
         """Leave a class as it is: only `Recipe`, below it, is made one."""
         return lambda declaration: declaration
 
 
+Value = bool | int | float | str | None
+"""Of a method's own option."""
 TARGETS = ("margin", "centred", "discriminant", "distinctive")
 WHITENED = ("discriminant", "distinctive")
 """Targets that measure the margin in whitened embeddings, over every triplet."""
 NORMS = ("through", "around")
-SAMPLINGS = ("random", "semihard", "hard", "all")
-ENCODINGS = ("low-rank", "top-m", "dense")
-DTYPES = ("float16", "float32")
-METRICS = ("l2", "ip")
-LABELS = ("classes", "numbers")
 N_TRIPLETS, MOST_TRIPLETS = 50, 1_000_000
 """S where none is asked for (Chen et al., WACV 2020)."""
 
 
-def _method(name: str, value: Any) -> str:
+def _method(name: str, value: object) -> str:
     bare = bare_name(value) if isinstance(value, str) else ""
-    if bare in METHODS and not METHODS[bare].storable:
-        raise InputError(f"{name} = {bare!r}: {why_not_storable(METHODS[bare])}")
-    return bare if bare in METHODS else one_of(name, value, storable_methods())
+    if bare not in METHODS:
+        return one_of(name, value, storable_methods())
+    if not (method := METHODS[bare]).storable:
+        raise InputError(
+            f"{name} = {bare!r}: {method.title} cannot be put in an index: {method.why}; the "
+            f"nearest method that can is {method.nearest!r}"
+        )
+    return bare
 
 
-def _pairs(name: str, options: Any) -> tuple[tuple[str, Any], ...]:
+def _pairs(name: str, options: Mapping[str, Value]) -> tuple[tuple[str, Value], ...]:
     """Return options as pairs in the order of their names: one set of choices is one recipe."""
     try:
         pairs = dict(options)
@@ -57,7 +59,7 @@ def _pairs(name: str, options: Any) -> tuple[tuple[str, Any], ...]:
     return tuple(sorted(pairs.items()))
 
 
-def _pair(text: str) -> tuple[str, Any]:
+def _pair(text: str) -> tuple[str, Value]:
     """Return NAME=VALUE, the value a number, true, false, none or words."""
     name, equals, value = text.partition("=")
     if not name or not equals:
@@ -67,7 +69,8 @@ def _pair(text: str) -> tuple[str, Any]:
             return name, kind(value)
         except ValueError:
             pass
-    return name, {"true": True, "false": False, "none": None}.get(value.lower(), value)
+    words: dict[str, Value] = {"true": True, "false": False, "none": None}
+    return name, words.get(value.lower(), value)
 
 
 def _count_or_file(text: str) -> int | str:
@@ -96,8 +99,8 @@ class Choices:
     target: str = _weights(
         "auto",
         "NAME",
-        "auto (default: distinctive where it has a closed form, else margin), margin, "
-        "distinctive, discriminant or centred",
+        "auto (default: distinctive where it has a closed form, else margin), "
+        "margin, distinctive, discriminant or centred",
         choices=("auto", *TARGETS),
     )
     norm: str = _weights("through", "WAY", "through (default) or around the L2 norm", choices=NORMS)
@@ -105,7 +108,7 @@ class Choices:
         "auto",
         "NAME",
         "auto (default), all, random, semihard or hard",
-        choices=("auto", *SAMPLINGS, "given"),
+        choices=("auto", "random", "semihard", "hard", "all", "given"),
     )
     triplets: int | None = _weights(
         None,
@@ -122,8 +125,8 @@ class Choices:
     layers: tuple[str, ...] = _weights(
         (),
         "NAMES",
-        "of a method of several layers, such as layer2,layer3,layer4; the last is the one "
-        "the network explains, named as a build prints it",
+        "of a method of several layers, such as layer2,layer3,layer4; the last is the "
+        "one the network explains, named as a build prints it",
     )
     fill: str = _weights(
         "mean",
@@ -131,7 +134,7 @@ class Choices:
         "what a masking method puts in place of masked pixels: mean (default), black or blur",
         choices=FILLS,
     )
-    options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = _weights(
+    options: Mapping[str, Value] | tuple[tuple[str, Value], ...] = _weights(
         (),
         "NAME=VALUE",
         "an option of the method, such as samples=50; may be repeated",
@@ -141,18 +144,24 @@ class Choices:
         check=_pairs,
     )
     encoding: str = _stored(
-        "low-rank", "NAME", "low-rank (default), top-m or dense", choices=ENCODINGS, entry="name"
+        "low-rank",
+        "NAME",
+        "low-rank (default), top-m or dense",
+        choices=("low-rank", "top-m", "dense"),
+        entry="name",
     )
     rank: int = _stored(128, "R", "R of low-rank (default 128)", least=1)
     m: int = _stored(50, "M", "M of top-m (default 50)", least=1, flag="top_m")
     by: str = _stored(
         "signed", "WHAT", "top-m by signed (default) or magnitude", choices=("signed", "magnitude")
     )
-    dtype: str = _stored("float16", "NAME", "float16 (default) or float32", choices=DTYPES)
+    dtype: str = _stored(
+        "float16", "NAME", "float16 (default) or float32", choices=("float16", "float32")
+    )
     faiss: str = setting(
         "Flat", "FACTORY", "FAISS factory string (default Flat), or none", table="search"
     )
-    metric: str = setting("l2", "NAME", "l2 (default) or ip", choices=METRICS, table="search")
-    labels: str = _weights("classes", choices=LABELS)
+    metric: str = setting("l2", "NAME", "l2 (default) or ip", choices=("l2", "ip"), table="search")
+    labels: str = _weights("classes", choices=("classes", "numbers"))
     positives: float = _weights(0.1, above=0, most=1)
     negatives: float = _weights(0.5, above=0, most=1)

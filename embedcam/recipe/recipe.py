@@ -4,13 +4,13 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._checks import nearest_of
 from .._files import refuse_device
-from .._options import check, from_tables
+from .._options import check, from_tables, settings_of
 from ..errors import EmbedcamWarning, RecipeError, short
 from .choices import N_TRIPLETS, WHITENED, Choices
 from .registry import METHODS, LayersMethod, Method, PositionMethod
@@ -83,78 +83,56 @@ class Recipe(Choices):
 
     def __post_init__(self) -> None:
         check(self, RecipeError)
-        for wrong, sentence in self._conflicts():
-            if wrong:
-                raise RecipeError(sentence)
+        for sentence in self._conflicts():
+            raise RecipeError(sentence)
 
-    def _conflicts(self) -> Iterator[tuple[bool, str]]:
-        """Yield what may be wrong with choices together, and what to say of it."""
-        entry, layers = self.entry, list(self.layers)
-        several = isinstance(entry, LayersMethod)
+    def _conflicts(self) -> Iterator[str]:
+        """Yield what is wrong with choices together."""
+        entry, title, target = self.entry, self.entry.title, f"the target {self.target!r}"
+        several, layers = isinstance(entry, LayersMethod), list(self.layers)
         whitened, drawn = self.target in WHITENED, self.triplets is not None
         every = self.target != "centred" and self.sampling == "all"
-        yield (
-            self.positives + self.negatives > 1,
-            f"positives = {self.positives} and negatives = {self.negatives} are shares of the "
-            "images; give numbers above 0 that are at most 1 together, such as 0.1 and 0.5",
-        )
-        yield not self.faiss, "faiss is empty; give a factory string such as 'Flat', or 'none'"
-        yield (
-            several and len(set(layers)) < max(2, len(layers)),
-            f"{entry.title} draws with several layers and layers = {layers!r}; name at least two, "
-            "each once, such as ['layer2', 'layer3', 'layer4']",
-        )
-        yield (
-            bool(layers) and not several,
-            f"{entry.title} works on the network's own layer, so layers = {layers!r} means "
-            "nothing; leave it out, or use method 'polycam'",
-        )
-        yield (
-            self.fill != "mean" and not entry.filled,
-            f"{entry.title} fills nothing in, so fill = {self.fill!r} means nothing; leave it "
-            "out, or use a method that masks, such as 'scorecam'",
-        )
-        yield "layers" in self.method_options, "layers is an entry of its own, not one of options"
-        yield (
-            isinstance(entry, PositionMethod) and self.encoding != "low-rank",
-            f"{entry.title} has a weight for every channel and position, which are kept as "
-            f"principal components, and encoding = {self.encoding!r}; use 'low-rank'",
-        )
-        yield (
-            self.norm == "around" and (entry.scored or not entry.targeted),
-            f"norm 'around' changes the gradient, and {entry.title} never asks for one; leave it "
-            "out, or use a method of the gradient, such as 'gradcam'",
-        )
-        yield (
-            self.target == "centred" and self.hinge,
-            "a hinge needs triplets, and the target 'centred' has none; drop the hinge, or use "
-            "the target 'margin'",
-        )
-        yield (
-            whitened and (self.hinge or drawn),
-            f"the target {self.target!r} takes every triplet in closed form, so a hinge or a "
-            "number of triplets means nothing; leave them out, or use the target 'margin'",
-        )
-        yield (
-            whitened and self.sampling not in ("auto", "all"),
-            f"the target {self.target!r} takes every triplet, so sampling = {self.sampling!r} "
-            "means nothing; leave it out, or use the target 'margin'",
-        )
-        yield (
-            every and drawn,
-            f"sampling 'all' takes every triplet, so triplets = {self.triplets} means nothing; "
-            "leave it out, or use sampling 'random'",
-        )
-        yield (
-            every and self.hinge,
-            "the exact mean over 'all' triplets cannot leave out satisfied ones; drop the hinge, "
-            "or use sampling 'random' with it",
-        )
-        yield (
-            every and self.per_triplet,
-            f"{entry.title} is not linear in the triplet, so 'all' has no closed form for it; use "
-            f"method 'gradcam' with 'all', or sampling 'random' with {self.method}",
-        )
+        shares = f"positives = {self.positives} and negatives = {self.negatives} are shares"
+        if self.positives + self.negatives > 1:
+            yield f"{shares}; give numbers above 0 that are at most 1 together"
+        if not self.faiss:
+            yield "faiss is empty; give a factory string such as 'Flat', or 'none'"
+        if several and len(set(layers)) < max(2, len(layers)):
+            rest = "name at least two, each once, such as ['layer2', 'layer3', 'layer4']"
+            yield f"{title} draws with several layers and layers = {layers!r}; {rest}"
+        if layers and not several:
+            rest = "leave it out, or use method 'polycam'"
+            yield f"{title} works on the network's own layer, not on layers = {layers!r}; {rest}"
+        if self.fill != "mean" and not entry.filled:
+            rest = "leave it out, or use a method that masks, such as 'scorecam'"
+            yield f"{title} fills nothing in, so fill = {self.fill!r} means nothing; {rest}"
+        if "layers" in self.method_options:
+            yield "layers is an entry of its own, not one of options"
+        if isinstance(entry, PositionMethod) and self.encoding != "low-rank":
+            rest = (
+                f"are kept as principal components: encoding = {self.encoding!r} is not 'low-rank'"
+            )
+            yield f"{title}'s weights for every channel and position {rest}"
+        if self.norm == "around" and (entry.scored or not entry.targeted):
+            rest = "leave it out, or use a method of the gradient, such as 'gradcam'"
+            yield f"norm 'around' changes the gradient, and {title} never asks for one; {rest}"
+        if self.target == "centred" and self.hinge:
+            yield f"{target} has no triplets; drop the hinge, or use the target 'margin'"
+        if whitened and (self.hinge or drawn):
+            rest = "takes every triplet in closed form, without a hinge or a number of triplets"
+            yield f"{target} {rest}; leave them out, or use the target 'margin'"
+        if whitened and self.sampling not in ("auto", "all"):
+            rest = f"takes every triplet, so sampling = {self.sampling!r} means nothing"
+            yield f"{target} {rest}; leave it out, or use the target 'margin'"
+        if every and drawn:
+            rest = f"takes every triplet, so triplets = {self.triplets} means nothing"
+            yield f"sampling 'all' {rest}; leave it out, or use sampling 'random'"
+        if every and self.hinge:
+            rest = "drop the hinge, or use sampling 'random' with it"
+            yield f"the exact mean over 'all' triplets cannot leave out satisfied ones; {rest}"
+        if every and self.per_triplet:
+            rest = f"use method 'gradcam' with 'all', or sampling 'random' with {self.method}"
+            yield f"{title} is not linear in the triplet, and has no closed form; {rest}"
 
     @property
     def method_options(self) -> dict[str, Any]:
@@ -168,8 +146,8 @@ class Recipe(Choices):
             return "all"
         if self.sampling != "auto":
             return self.sampling
-        closed_form = not self.per_triplet and not self.hinge
-        return "all" if closed_form and self.triplets is None else "random"
+        drawn = self.per_triplet or self.hinge or self.triplets is not None
+        return "random" if drawn else "all"
 
     @property
     def resolved_target(self) -> str:
@@ -218,11 +196,12 @@ class Recipe(Choices):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "the recipe") -> "Recipe":
         """Return a recipe of plain values; unknown names and wrong types are errors."""
-        known = [entry.name for entry in fields(cls)]
+        known = settings_of(cls)
         for name in values:
             if name not in known:
-                hint = nearest_of(name, known)
-                raise RecipeError(f"{where} has an unknown entry {name!r}; {hint}")
+                raise RecipeError(
+                    f"{where} has an unknown entry {name!r}; {nearest_of(name, known)}"
+                )
         try:
             return cls(**values)
         except RecipeError as error:
@@ -236,12 +215,11 @@ class Recipe(Choices):
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for a manifest; options as a table, where there are any."""
-        values = asdict(self)
-        values["options"] = self.method_options
+        values = asdict(self) | {"options": self.method_options}
         # Left out where they say nothing, so that an older index keeps its digest.
         classes = ("labels", "positives", "negatives") if self.labels == "classes" else ()
         for name in ("fill", "options", *classes):
-            if values[name] == getattr(Recipe, name) or not values[name]:
+            if not values[name] or values[name] == getattr(Recipe, name):
                 del values[name]
         return values
 

@@ -7,9 +7,12 @@ dataclass here and in `choices`: importing that takes longer than all else that 
 from collections.abc import Callable
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import InputError
+
+if TYPE_CHECKING:
+    from ..methods.subject import MethodOutput
 
 
 class Method(NamedTuple):
@@ -18,37 +21,28 @@ class Method(NamedTuple):
     name: str
     title: str
     source: str
-    where: str
-    """"module:function" below `embedcam.methods`."""
-    seeded: bool = False
-    """It draws random numbers."""
-    targeted: bool = True
-    """False where the map ignores the target: it cannot say what matched."""
-    scored: bool = False
-    """It asks for scores of the embedding and never for a gradient, so the norm changes nothing."""
-    several: bool = False
-    """It can work on several layers at once."""
-    filled: bool = False
-    """What it masks, or begins its steps from, takes the fill that is asked for."""
-    trained: bool = False
-    """It needs a branch of its own that was trained (`methods.learned`)."""
-    per_triplet: bool = False
-    """Not linear in the target, so weights are averaged over triplets."""
-    own_map: bool = False
-    """The paper's map is more than its weights draw: `cam_for` shows it, an index the weights'."""
-    nearest: str = ""
-    """Of a method that no index can hold, the nearest that one can, and `why` not."""
-    why: str = ""
+    where: str  # "module:function" below `embedcam.methods`
+    seeded: bool = False  # it draws random numbers
+    targeted: bool = True  # False where the map ignores the target: it cannot say what matched
+    scored: bool = False  # it asks for scores, never for a gradient: the norm changes nothing
+    several: bool = False  # it can work on several layers at once
+    filled: bool = False  # what it masks, or begins from, takes the fill that is asked for
+    trained: bool = False  # it needs a branch of its own that was trained (`methods.learned`)
+    per_triplet: bool = False  # not linear in the target: weights are averaged over triplets
+    own_map: bool = False  # the map is more than weights draw: `cam_for` shows it, an index not
+    nearest: str = ""  # of a method that no index can hold, the nearest that one can
+    why: str = ""  # and why not
 
     @property
     def storable(self) -> bool:
         """Return whether an index can hold it."""
         return not isinstance(self, MapMethod)
 
-    def load(self) -> Callable[..., Any]:
+    def load(self) -> "Callable[..., MethodOutput]":
         """Return the function: `function(subject, **options) -> MethodOutput`."""
         module, _, function = self.where.partition(":")
-        method: Callable[..., Any] = getattr(import_module(f"embedcam.methods.{module}"), function)
+        loaded = import_module(f"embedcam.methods.{module}")
+        method: Callable[..., MethodOutput] = getattr(loaded, function)
         return method
 
 
@@ -147,11 +141,3 @@ def bare_name(name: str) -> str:
 def storable_methods() -> tuple[str, ...]:
     """Return names of the methods an index can hold."""
     return tuple(name for name, method in METHODS.items() if method.storable)
-
-
-def why_not_storable(method: Method) -> str:
-    """Return one sentence on why an index cannot hold a method, naming the nearest it can."""
-    return (
-        f"{method.title} cannot be put in an index: {method.why}; the nearest method that can is "
-        f"{method.nearest!r}"
-    )

@@ -5,34 +5,10 @@ Pillow draws; matplotlib lends fonts and all color maps but the default ones, an
 
 from .overlay import overlay
 from .page import Block, Chart, Notice, PageLink, Row, Table, drawn_blocks, in_notebook, page
-from .tiles import (
-    CHANGED,
-    Mark,
-    Tile,
-    draw_on_axes,
-    panel,
-    receipt_picture,
-    shrunk,
-    top_value,
-)
+from .tiles import CHANGED, Tile, draw_on_axes, panel, receipt_picture, shrunk, top_value
 
 __all__ = [
-    "CHANGED",
-    "Block",
-    "Chart",
-    "Mark",
-    "Notice",
-    "PageLink",
-    "Row",
-    "Table",
-    "Tile",
-    "draw_on_axes",
-    "drawn_blocks",
-    "in_notebook",
-    "overlay",
-    "page",
-    "panel",
-    "receipt_picture",
-    "shrunk",
+    "CHANGED", "Block", "Chart", "Notice", "PageLink", "Row", "Table", "Tile", "draw_on_axes",
+    "drawn_blocks", "in_notebook", "overlay", "page", "panel", "receipt_picture", "shrunk",
     "top_value",
-]
+]  # fmt: skip

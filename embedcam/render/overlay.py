@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -14,7 +14,6 @@ from PIL import Image
 from .._checks import number
 from ..errors import InputError
 
-Array = np.ndarray[Any, np.dtype[Any]]
 Extent = tuple[float, float, float, float]
 
 COLORMAP: Final = "inferno"
@@ -25,7 +24,7 @@ ALPHA: Final = 0.7
 _STRIP: Final = 256
 
 
-def colormap(values: ArrayLike, name: str = COLORMAP) -> Array:
+def colormap(values: np.ndarray, name: str = COLORMAP) -> np.ndarray:
     """Return the colors of values in [0, 1] (clipped): `[...]` to float32 RGB `[... 3]` in [0, 1].
 
     name: any of matplotlib's color maps; inferno, viridis, magma, plasma and cividis show equal
@@ -33,50 +32,29 @@ def colormap(values: ArrayLike, name: str = COLORMAP) -> Array:
     """
     table = _table(name)
     # Against rounding to the nearest entry: at 1.0 the last one, no index beyond it.
-    steps = np.rint(np.clip(_finite("values", values), 0, 1) * (len(table) - 1))
-    colors: Array = table[steps.astype(np.intp)]
-    return colors
+    return np.asarray(table[np.rint(np.clip(values, 0, 1) * (len(table) - 1)).astype(np.intp)])
 
 
 @lru_cache(maxsize=16)
-def _table(name: str) -> Array:
+def _table(name: str) -> np.ndarray:
     """Return the 256 colors of a map, float32 `[256 3]`."""
-    table: Array
     if name == COLORMAP:
         # Our own copy (matplotlib's, CC0): what answers queries needs no matplotlib.
-        table = np.fromfile(Path(__file__).with_name(f"{name}.f32"), "<f4").reshape(256, 3)
-    else:
-        try:
-            from matplotlib import colormaps
+        return np.fromfile(Path(__file__).with_name(f"{name}.f32"), "<f4").reshape(256, 3)
+    try:
+        from matplotlib import colormaps
 
-            table = np.asarray(colormaps[name](np.linspace(0, 1, 256)), dtype=np.float32)[:, :3]
-        except ImportError:
-            raise InputError(
-                f"colour map {name!r} is matplotlib's, which is not installed; take {COLORMAP}, or "
-                "run pip install matplotlib"
-            ) from None
-        except (KeyError, TypeError):
-            raise InputError(
-                f"colour map {name!r} is not known; take inferno, viridis, magma, plasma, cividis "
-                "or another of matplotlib's"
-            ) from None
-    table.setflags(write=False)
-    return table
-
-
-def stretch(cam: ArrayLike, size: tuple[int, int], extent: Extent | None = None) -> Array:
-    """Return a map at a picture's resolution: `[h w]` to float32 `[H W]`, 0 outside the crop box.
-
-    Bilinear, pixel centers aligned (as `embedcam.ops.resize`, which it equals without a box), but
-    onto any rectangle (x0, y0, x1, y1) in pixels, whose edges may fall between them or outside. A
-    pixel belongs to the box if its center does.
-    """
-    height, width = size
-    whole = np.zeros((height, width), dtype=np.float32)
-    box = checked_box(extent, width, height)
-    place, spread, below, above, share = _spread(checked_cam(cam), (width, height), box)
-    whole[place] = spread[below] + share * (spread[above] - spread[below])
-    return whole
+        return np.asarray(colormaps[name](np.linspace(0, 1, 256)), dtype=np.float32)[:, :3]
+    except ImportError:
+        raise InputError(
+            f"colour map {name!r} is matplotlib's, which is not installed; take {COLORMAP}, or "
+            "run pip install matplotlib"
+        ) from None
+    except (KeyError, TypeError):
+        raise InputError(
+            f"colour map {name!r} is not known; take inferno, viridis, magma, plasma, cividis "
+            "or another of matplotlib's"
+        ) from None
 
 
 def overlay(
@@ -122,7 +100,7 @@ def overlay(
 
 def paint(
     plain: Image.Image,
-    cam: Array,
+    cam: np.ndarray,
     box: Extent,
     top: float,
     alpha: float = ALPHA,
@@ -130,7 +108,8 @@ def paint(
     signed: bool = False,
 ) -> Image.Image:
     """Return an RGB picture with a checked map over a checked box; itself where nothing shows."""
-    table = _table(cmap or (SIGNED_COLORMAP if signed else COLORMAP))
+    name = cmap or (SIGNED_COLORMAP if signed else COLORMAP)
+    _table(name)  # refuses an unknown one, whatever is drawn
     if top <= 0 or not cam.any():
         return plain
     pixels = np.array(plain)
@@ -140,8 +119,7 @@ def paint(
         lower = spread[below[part]]
         values = lower + shares[part] * (spread[above[part]] - lower)
         share = np.clip(values / np.float32(top), -1, 1)
-        steps = np.clip((1 + share) / 2 if signed else share, 0, 1) * (len(table) - 1)
-        colors = table[np.rint(steps).astype(np.intp)] * np.float32(255)
+        colors = colormap((1 + share) / 2 if signed else share, name) * np.float32(255)
         opacity = np.float32(alpha) * np.abs(share)[..., None]
         region = pixels[place][part]
         # In float, then rounded: 8-bit arithmetic would wrap around.
@@ -150,8 +128,8 @@ def paint(
 
 
 def _spread(
-    cam: Array, size: tuple[int, int], box: Extent
-) -> tuple[tuple[slice, slice], Array, Array, Array, Array]:
+    cam: np.ndarray, size: tuple[int, int], box: Extent
+) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return the pixels (rows, columns) of a box, and the map spread over its columns.
 
     Each row of pixels lies between two rows of that, below and above, at a share of the way.
@@ -191,25 +169,17 @@ def scale_box(box: Extent, size: tuple[int, int], new_size: tuple[int, int]) -> 
     return box[0] * across, box[1] * down, box[2] * across, box[3] * down
 
 
-def checked_cam(cam: ArrayLike, signed: bool = False) -> Array:
+def checked_cam(cam: ArrayLike, signed: bool = False) -> np.ndarray:
     """Return a map as float32 `[h w]`, negative values as 0 unless signed."""
     values = np.asarray(cam)
-    if values.dtype != np.float32 or not np.isfinite(values).all():
-        values = _finite("cam", values)
+    if values.dtype.kind not in "fiub":
+        raise InputError(f"cam: expected numbers, given {values.dtype}")
+    values = values.astype(np.float32, copy=False)
     if values.ndim != 2 or values.size == 0:
         raise InputError(f"cam: expected a map [h w], given {list(values.shape)}")
-    return values if signed else np.maximum(values, 0)
-
-
-def _finite(name: str, given: ArrayLike) -> Array:
-    values = np.asarray(given)
-    if values.dtype.kind not in "fiub":
-        raise InputError(f"{name}: expected numbers, given {values.dtype}")
-    values = values.astype(np.float32)
-    if not np.isfinite(values).all():
-        wrong = int((~np.isfinite(values)).sum())
+    if (wrong := np.count_nonzero(~np.isfinite(values))) > 0:
         raise InputError(
-            f"{name}: {wrong} of {values.size} values are NaN or infinite; a map is made of finite "
+            f"cam: {wrong} of {values.size} values are NaN or infinite; a map is made of finite "
             "numbers, so look at the weights and activations that it came from"
         )
-    return values
+    return values if signed else np.maximum(values, 0)

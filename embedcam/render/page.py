@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
     from markupsafe import Markup
 
+PAGE_FOOT: Final = "</main>\n</body>\n</html>\n"
 _SIDE: Final = 320
 _CAPTION: Final = 40  # letters of an id; its whole is in the tooltip
 _SHARED_NOTE: Final = "The results of one query share a colour scale; the query's map has its own."
@@ -76,6 +77,8 @@ class Chart:
 
 
 Block = Table | Chart | Notice
+Axis = tuple[list[float], int, int]
+"""Ticks, and where the first and the last of them lie."""
 
 
 @dataclass
@@ -113,6 +116,9 @@ class Look:
         top_values(Tile(None), (), self.scale)  # refuses an unknown scale
 
 
+_PLAIN = Look()
+
+
 def page(
     rows: Sequence[Row],
     *,
@@ -138,25 +144,24 @@ def page(
             note = f'<p class="quiet">{_SHARED_NOTE}</p>\n' if scale == "joint" else ""
             drawn = ['<div class="compact">\n', *drawn, "</div>\n", note]
         parts += drawn
-    return "".join([*parts, page_foot()])
+    return "".join([*parts, PAGE_FOOT])
 
 
 def page_head(
     title: str,
     intro: str = "",
     tables: Sequence[Block] = (),
-    look: Look | None = None,
+    look: Look = _PLAIN,
     *,
     maps: bool = True,
     cropped: bool = False,
 ) -> str:
-    """Return a document up to its first row; rows of `look` follow, by default the plain one.
+    """Return a document up to its first row; rows of `look` follow.
 
     maps: any of them has a map, so that colors need a legend; cropped: of any map, `Tile.cropped`.
     """
     from markupsafe import Markup
 
-    look = look or Look()
     at = np.linspace(0, 1, 9)
     stops = [
         f"rgba({r * 255:.0f},{g * 255:.0f},{b * 255:.0f},{look.alpha * share:.3f}) {share:.1%}"
@@ -177,9 +182,8 @@ def page_head(
     )
 
 
-def page_row(row: Row, look: Look | None = None) -> str:
+def page_row(row: Row, look: Look = _PLAIN) -> str:
     """Return a row of a page."""
-    look = look or Look()
     tiles = [row.query, *row.results]
     scale = row.scale or look.scale
     query_top, tops = top_values(row.query, row.results, scale)
@@ -211,28 +215,24 @@ def page_row(row: Row, look: Look | None = None) -> str:
     )
 
 
-def page_foot() -> str:
-    """Return the end of a document, behind its last row."""
-    return "</main>\n</body>\n</html>\n"
-
-
 def drawn_blocks(blocks: Sequence[Block]) -> list[str]:
     """Return blocks as HTML; charts that follow one another stand side by side."""
     html: list[str] = []
-    for charted, run in groupby(blocks, lambda block: isinstance(block, Chart)):
-        if charted:
-            charts = [_plotted(block) for block in run if isinstance(block, Chart)]
-            html.append(_written("block.html", charts=charts))
-            continue
-        for block in run:
-            if isinstance(block, Table):
-                numeric = [
-                    all(_is_number(row[place]) for row in block.rows if place < len(row))
-                    for place in range(len(block.header))
-                ]
-                html.append(_written("block.html", table=block, numeric=numeric))
-            else:
-                html.append(_written("block.html", notice=block))
+    charts: list[tuple[Chart, Axis, Axis]] = []
+    for block, following in zip_longest(blocks, blocks[1:]):
+        if isinstance(block, Chart):
+            charts.append(_plotted(block))
+            if not isinstance(following, Chart):
+                html.append(_written("block.html", charts=charts, dashes=_DASHES))
+                charts = []
+        elif isinstance(block, Table):
+            numeric = [
+                all(_is_number(row[place]) for row in block.rows if place < len(row))
+                for place in range(len(block.header))
+            ]
+            html.append(_written("block.html", table=block, numeric=numeric))
+        else:
+            html.append(_written("block.html", notice=block))
     return html
 
 
@@ -254,36 +254,19 @@ def _jpeg(picture: Image.Image, quality: int) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
 
 
-def _plotted(chart: Chart) -> dict[str, Any]:
-    """Return where the lines and ticks of a chart lie, in units of its drawing."""
+def _plotted(chart: Chart) -> tuple[Chart, Axis, Axis]:
+    """Return a chart with its axes, in units of its drawing."""
     points = [point for line in chart.lines.values() for point in line]
     if not points or not np.isfinite(points).all():
         raise InputError(f"chart {chart.title!r} has no points, or some that are not finite")
     x_ticks, y_ticks = (ticks(min(values), max(values)) for values in zip(*points, strict=True))
+    across, down = (_LEFT, _WIDTH - _RIGHT), (_HEIGHT - _BOTTOM, _TOP)
+    return chart, (x_ticks, *across), (y_ticks, *down)
 
-    def place(value: float, ends: list[float], start: int, end: int) -> float:
-        return start + (value - ends[0]) / (ends[-1] - ends[0]) * (end - start)
 
-    def across(x: float) -> float:
-        return place(x, x_ticks, _LEFT, _WIDTH - _RIGHT)
-
-    def down(y: float) -> float:
-        return place(y, y_ticks, _HEIGHT - _BOTTOM, _TOP)
-
-    return {
-        "chart": chart,
-        "x_ticks": [(across(x), f"{x:g}") for x in x_ticks],
-        "y_ticks": [(down(y), f"{y:g}") for y in y_ticks],
-        "lines": [
-            {
-                "name": name,
-                "color": number % len(_DASHES),
-                "dash": _DASHES[number % len(_DASHES)],
-                "points": " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in line),
-            }
-            for number, (name, line) in enumerate(chart.lines.items())
-        ],
-    }
+def _placed(value: float, axis: Axis) -> float:
+    ends, start, end = axis
+    return start + (value - ends[0]) / (ends[-1] - ends[0]) * (end - start)
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -293,8 +276,9 @@ def ticks(low: float, high: float) -> list[float]:
         low, high = low - margin, high + margin
     rough = (high - low) / 5
     digits = -math.floor(math.log10(rough))
-    power = 10.0**-digits
-    step = next(power * one for one in (1, 2, 5, 10) if power * one >= rough * 0.999)
+    step = next(
+        one * 10.0**-digits for one in (1, 2, 5, 10) if one * 10.0**-digits >= rough * 0.999
+    )
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(number * step, digits) for number in range(first, last + 1)]
 
@@ -328,7 +312,7 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
         undefined=StrictUndefined,
     )
-    environment.filters |= {"breakable": _breakable, "paragraphs": _paragraphs}
+    environment.filters |= {"breakable": _breakable, "paragraphs": _paragraphs, "on": _placed}
     environment.tests["link"] = lambda value: isinstance(value, PageLink)
     return environment
 

@@ -6,25 +6,17 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
+from math import inf
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 from .._checks import whole
 from ..errors import InputError, ran_out, short
-from .overlay import (
-    ALPHA,
-    COLORMAP,
-    Array,
-    Extent,
-    checked_box,
-    checked_cam,
-    paint,
-    scale_box,
-)
+from .overlay import ALPHA, COLORMAP, Extent, checked_box, checked_cam, paint, scale_box
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,6 +24,8 @@ if TYPE_CHECKING:
 Scale = Literal["joint", "each"]
 Font = tuple[int, bool]
 Color = tuple[int, int, int]
+Place = tuple[float, float]
+"""A point of a picture, (x, y) as shares of its width and height."""
 CHANGED: Final = "changed since the build"
 
 _PAPER, _INK, _QUIET = (255, 255, 255), (24, 28, 36), (98, 106, 120)
@@ -41,7 +35,7 @@ _LEADING: Final = 20
 _MARGIN, _GAP, _BETWEEN = 40, 16, 44  # around the page, between results, between query and results
 _BAR: Final = (240, 12)
 _FOR, _AGAINST = (179, 3, 38), (59, 76, 192)  # the ends of the signed color map
-_SUM_WIDTH, _BAR_LEFT, _BAR_WIDTH, _NUMBER_WIDTH = 400, 190, 140, 64
+_SUM_WIDTH, _BAR_LEFT, _BAR_WIDTH = 400, 190, 140
 _LINK: Final = ((250, 204, 21), (74, 222, 128), (56, 189, 248), (244, 114, 182), (251, 146, 60))
 FRAME_NOTE: Final = "A frame marks what the network saw; there is no evidence outside it."
 
@@ -66,7 +60,7 @@ class Tile:
     """
 
     image: Image.Image | None
-    cam: Array | None = None
+    cam: np.ndarray | None = None
     extent: Extent | None = None
     caption: str = ""
     subcaption: str = ""
@@ -103,16 +97,16 @@ class Tile:
         The picture is made small first: the same, without the cost of coloring megapixels.
         """
         plain = None if self.image is None else resized(self.image.convert("RGB"), size)
+        # By itself a map is drawn on a middle gray, at full opacity.
+        under, opacity = Image.new("RGB", size, (128, 128, 128)), 1.0
         box: Extent = (0, 0, *size)
-        mapped = None
-        if self.cam is not None and (plain is None or self.changed):
-            # By itself: on a middle gray, at full opacity.
-            gray = Image.new("RGB", size, (128, 128, 128))
-            mapped = paint(gray, self.cam, box, top, 1.0, cmap, self.signed)
-        elif self.cam is not None and plain is not None and self.image is not None:
+        if self.image is not None and plain is not None and not self.changed:
+            under, opacity = plain.copy(), alpha
             if self.extent is not None:
                 box = scale_box(self.extent, self.image.size, size)
-            mapped = paint(plain.copy(), self.cam, box, top, alpha, cmap, self.signed)
+        mapped = None
+        if self.cam is not None:
+            mapped = paint(under, self.cam, box, top, opacity, cmap, self.signed)
             if self.cropped:
                 _draw_frame(mapped, box)
         if plain is not None and self.changed:
@@ -124,11 +118,10 @@ def _draw_note(picture: Image.Image, words: str) -> None:
     """Write on a dark strip across the bottom, as large as fits."""
     room = picture.width - 8
     size = next((size for size in (13, 11, 9) if font_of(size, True).getlength(words) <= room), 7)
-    height = min(picture.height, size + 10)
+    top = picture.height - min(picture.height, size + 10)
     draw = ImageDraw.Draw(picture, "RGBA")
-    top = picture.height - height
-    draw.rectangle((0, top, picture.width, picture.height), fill=(20, 22, 28, 215))
-    middle = (picture.width // 2, top + height // 2)
+    draw.rectangle((0, top, *picture.size), fill=(20, 22, 28, 215))
+    middle = (picture.width // 2, (top + picture.height) // 2)
     draw.text(middle, words, (255, 255, 255), font_of(size, True), anchor="mm")
 
 
@@ -136,11 +129,10 @@ def _draw_frame(picture: Image.Image, box: Extent) -> None:
     """Draw a thin line, light on dark, around what the network saw."""
     x0, y0 = max(0, round(box[0])), max(0, round(box[1]))
     x1, y1 = min(picture.width, round(box[2])) - 1, min(picture.height, round(box[3])) - 1
-    if x1 - x0 < 2 or y1 - y0 < 2:
-        return
-    draw = ImageDraw.Draw(picture, "RGBA")
-    draw.rectangle((x0, y0, x1, y1), outline=(255, 255, 255, 190))
-    draw.rectangle((x0 + 1, y0 + 1, x1 - 1, y1 - 1), outline=(0, 0, 0, 70))
+    if x1 - x0 >= 2 and y1 - y0 >= 2:
+        draw = ImageDraw.Draw(picture, "RGBA")
+        draw.rectangle((x0, y0, x1, y1), outline=(255, 255, 255, 190))
+        draw.rectangle((x0 + 1, y0 + 1, x1 - 1, y1 - 1), outline=(0, 0, 0, 70))
 
 
 def shrunk(tile: Tile, side: int) -> Tile:
@@ -164,9 +156,8 @@ def top_values(query: Tile, results: Sequence[Tile], scale: str) -> tuple[float,
     """
     if scale not in ("joint", "each"):
         raise InputError(f'scale is {scale!r}; give "joint" (one for all results) or "each"')
-    if scale == "each":
-        return top_value([query]), [top_value([tile]) for tile in results]
-    return top_value([query]), [top_value(results)] * len(results)
+    groups = [[tile] for tile in results] if scale == "each" else [results] * len(results)
+    return top_value([query]), [top_value(group) for group in groups]
 
 
 def scale_note(query_top: float, result_tops: Sequence[float], scale: Scale) -> str:
@@ -222,8 +213,7 @@ def shorten(
     text: str, room: float, length: Callable[[str], float] = len, *, middle: bool = False
 ) -> str:
     """Return the text, or as much of its beginning (of both ends: `middle`) as fits, with "…"."""
-    if not text.isprintable():
-        text = clean(text)
+    text = clean(text)
 
     def shorter(kept: int) -> str:
         tail = (kept + 1) // 2 if middle else 0
@@ -232,8 +222,7 @@ def shorten(
 
     if length(text) <= room:
         return text
-    kept = bisect_left(range(1, len(text)), True, key=lambda n: length(shorter(n)) > room)
-    return shorter(kept)
+    return shorter(bisect_left(range(1, len(text)), True, key=lambda n: length(shorter(n)) > room))
 
 
 def wrap(text: str, font: Font, width: int) -> list[str]:
@@ -260,43 +249,33 @@ class Canvas:
         self._pictures: list[tuple[Image.Image, tuple[int, int]]] = []
         self._strokes: list[Callable[[ImageDraw.ImageDraw], object]] = []
 
-    def text(
-        self, x: int, text: str, font: Font, color: Color, advance: int = 0, anchor: str = "la"
-    ) -> None:
-        """Write at x; the next thing is drawn `advance` pixels below."""
-        at, shown = (x, self.y), font_of(*font)
-        draw = partial(ImageDraw.ImageDraw.text, xy=at, text=text, fill=color, font=shown)
-        self._strokes.append(partial(draw, anchor=anchor))
-        self.y += advance
+    def stroke(self, draw: Callable[..., object], **how: object) -> None:
+        """Draw over the pictures by a method of `ImageDraw`, after what came before."""
+        self._strokes.append(partial(draw, **how))
 
-    def lines(
+    def text(
         self,
         x: int,
-        lines: Sequence[str],
+        text: str,
         font: Font,
         color: Color,
-        room: int,
+        advance: int = 0,
         *,
+        anchor: str = "la",
+        room: float = inf,
         middle: bool = False,
     ) -> None:
-        """Write lines below each other, each shortened to so much room."""
+        """Write at x, shortened to so much room; the next thing is drawn `advance` pixels below."""
         shown = font_of(*font)
-        for line in lines:
-            if not line.isprintable() or shown.getlength(line) > room:
-                line = shorten(line, room, shown.getlength, middle=middle)
-            at = x, self.y
-            draw = partial(ImageDraw.ImageDraw.text, xy=at, text=line, fill=color, font=shown)
-            self._strokes.append(partial(draw, anchor="la"))
-            self.y += _LEADING
+        text = shorten(text, room, shown.getlength, middle=middle)
+        draw, at = ImageDraw.ImageDraw.text, (x, self.y)
+        self.stroke(draw, xy=at, text=text, fill=color, font=shown, anchor=anchor)
+        self.y += advance
 
     def paragraph(self, text: str, font: Font, color: Color, advance: int) -> None:
         """Write lines across the page."""
         for line in wrap(text, font, self.width - 2 * _MARGIN):
             self.text(_MARGIN, line, font, color, advance)
-
-    def stroke(self, draw: Callable[..., object], **how: object) -> None:
-        """Draw over the pictures by a method of `ImageDraw`, after what came before."""
-        self._strokes.append(partial(draw, **how))
 
     def pictures(
         self, x: int, box: tuple[int, int], pictures: Mapping[str, Image.Image | None]
@@ -337,9 +316,9 @@ class Canvas:
             self.pictures(x, (side, height), {**shown, "no map": mapped} if maps else shown)
             self.y += 6
             if tile.caption:
-                self.lines(x, [tile.caption], _CAPTION, _INK, side, middle=True)
-            if tile.subcaption:
-                self.lines(x, tile.subcaption.split("\n"), _TEXT, _QUIET, side)
+                self.text(x, tile.caption, _CAPTION, _INK, _LEADING, room=side, middle=True)
+            for line in tile.subcaption.split("\n") if tile.subcaption else ():
+                self.text(x, line, _TEXT, _QUIET, _LEADING, room=side)
             end = max(end, self.y)
         self.y = end
         return frames
@@ -362,7 +341,7 @@ def _round_corners(box: tuple[int, int]) -> Image.Image:
     large = Image.new("L", (4 * box[0], 4 * box[1]), 0)
     edge = (0, 0, 4 * box[0] - 1, 4 * box[1] - 1)
     ImageDraw.Draw(large).rounded_rectangle(edge, 4 * radius, fill=255)
-    return ImageChops.duplicate(large.resize(box, Image.Resampling.BOX))
+    return large.resize(box, Image.Resampling.BOX)
 
 
 def panel(
@@ -437,14 +416,6 @@ def _draw_legend(canvas: Canvas, note: str, alpha: float, cmap: str) -> None:
     canvas.paragraph(note, _TEXT, _QUIET, _LEADING)
 
 
-@dataclass(frozen=True)
-class Mark:
-    """A link between two pictures: a point of each, (x, y) as shares of width and height."""
-
-    start: tuple[float, float]
-    end: tuple[float, float]
-
-
 def receipt_picture(
     tiles: Sequence[Tile],
     amounts: Sequence[tuple[str, float]],
@@ -452,7 +423,7 @@ def receipt_picture(
     *,
     apart: int = 0,
     headings: Sequence[str] = (),
-    links: Sequence[Mark] = (),
+    links: Sequence[tuple[Place, Place]] = (),
     title: str | None = None,
     note: str = "",
     side: int = 280,
@@ -460,7 +431,7 @@ def receipt_picture(
     """Draw two or three pictures above their maps, links between the first two, and a sum.
 
     `amounts` are (words, number) each, and sum to `total`; the first ones, so many as are `apart`,
-    are large beside the others, and have no bar.
+    are large beside the others, and have no bar. A link joins a point of each picture.
     """
     if not 2 <= len(tiles) <= 3:
         raise InputError(f"receipt: {len(tiles)} pictures; give 2 or 3")
@@ -480,8 +451,8 @@ def receipt_picture(
     )
     for number, link in reversed(list(enumerate(links))):
         ends = [
-            (round(x + share[0] * width), round(y + share[1] * height))
-            for (x, y, width, height), share in zip(frames, (link.start, link.end), strict=False)
+            (round(x + across * width), round(y + down * height))
+            for (x, y, width, height), (across, down) in zip(frames, link, strict=False)
         ]
         canvas.stroke(_draw_link, ends=ends, number=number)
     end, canvas.y = canvas.y, begun
@@ -519,8 +490,7 @@ def _draw_sum(
             color = _FOR if number > 0 else _AGAINST
             canvas.stroke(ImageDraw.ImageDraw.rectangle, xy=box, fill=color)
         canvas.text(right, f"{number:+.3f}", _TEXT, _INK, anchor="ra")
-        shown = shorten(words, _BAR_LEFT - 10, font_of(*_TEXT).getlength)
-        canvas.text(left, shown, _TEXT, _QUIET, _LEADING + 4)
+        canvas.text(left, words, _TEXT, _QUIET, _LEADING + 4, room=_BAR_LEFT - 10)
     rule = (middle, begun, middle, canvas.y - 4)
     canvas.stroke(ImageDraw.ImageDraw.line, xy=rule, fill=_LINE)
     under = (left, canvas.y + 4, right, canvas.y + 4)

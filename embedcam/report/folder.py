@@ -171,10 +171,11 @@ class Folder:
         with _disk(self.path), written(self.path / name) as file:
             yield file
 
-    def mark(self, sums: Mapping[str, str] | None = None) -> None:
+    def mark(self, complete: bool = False) -> None:
         """Write what the report depends on; with the digests of its files it is complete."""
-        more = {} if sums is None else {_FILES: sums}
-        text = json.dumps({**self._about, **more}, indent=1, sort_keys=True) + "\n"
+        more = {_FILES: {name: _digest_of(self.path, name) for name in self.files}}
+        about = {**self._about, **(more if complete else {})}
+        text = json.dumps(about, indent=1, sort_keys=True) + "\n"
         with _disk(self.path), written(self.path / _MARK) as file:
             file.write(text.encode())
 
@@ -241,20 +242,16 @@ def _read_mark(path: Path) -> dict[str, Any] | None:
 
 def _difference(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """Return what a folder holds in place of what is asked for."""
-    entries = [(known.get(name), wanted[name]) for name in ("index", "queries", "options")]
-    index, queries, options = [(was if isinstance(was, dict) else {}, now) for was, now in entries]
-    if index[0] != index[1]:
-        old, new = (one.get("generation") for one in index)
-        if old != new:
-            return f"a report of generation {old} of the index, which is at generation {new}"
-        return "a report of another index"
-    if queries[0] != queries[1]:
-        old, new = (one.get("count") for one in queries)
-        if old != new:
-            return f"a report of {old} queries, and {new} are given now"
-        return "a report of other queries, or of the same before their files changed"
-    for name in {**options[0], **options[1]}:
-        old, new = (one.get(name, False) for one in options)
-        if old != new:
-            return f"a report with {name} = {old!r}, and {new!r} is asked for"
-    return f"a report of embedcam {known.get('embedcam')}, and this is {wanted.get('embedcam')}"
+    old, new = _flat(known), _flat(wanted)
+    was, now = ({name: one.get(name, False) for name in {**new, **old}} for one in (old, new))
+    name = next((name for name in was if was[name] != now[name]), "format")
+    return f"a report with {name} = {was[name]!r}, and {now[name]!r} is asked for"
+
+
+def _flat(about: Mapping[str, Any]) -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for part, held_there in about.items():
+        inner = held_there if isinstance(held_there, dict) else {"": held_there}
+        for name, value in inner.items():
+            flat[f"{part} {name}".strip().removeprefix("options ")] = value
+    return flat

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -27,7 +26,7 @@ from ..images.progress import progress_of
 from ..index.calibration import kinship
 from ..index.search import check_rival
 from ..render import Row, Tile, shrunk
-from ..render.page import Look, page_foot, page_head, page_row
+from ..render.page import PAGE_FOOT, Look, page_head, page_row
 from .folder import FEATURES, LINES, PAGE, Finished, Folder, check_folder, open_folder
 from .words import Fact, anchor, blocks, facts, intro, note_of
 
@@ -139,22 +138,27 @@ def write_report(
         "scale": scale,
         "side": whole("side", side, 1),
         "title": title,
-        # Left out where they say nothing, so that an older report is gone on with.
-        **({"exclude_query": True} if exclude_query else {}),
-        **({} if above is None else {"above": above}),
-        **({"features": True} if features else {}),
     }
-    if explainer.max_pixels != MAX_PIXELS:
-        options["max_pixels"] = explainer.max_pixels
+    # Left out where they say nothing, so that an older report is gone on with.
+    pixels = None if explainer.max_pixels == MAX_PIXELS else explainer.max_pixels
+    rare = dict(exclude_query=exclude_query, above=above, features=features, max_pixels=pixels)
+    options |= {name: value for name, value in rare.items() if value}
     whole("batch_size", batch_size, 1)
     look = Look(scale, side, quality=80, long=True)
-    asked = dict(n_neighbors=n_neighbors, result=result, above=above, exclude_query=exclude_query)
+    explain = partial(
+        explainer.explain_batch,
+        n_neighbors=n_neighbors,
+        result=result,
+        above=above,
+        exclude_query=exclude_query,
+    )
     version, queries = _version(explainer), _described(source)
     about = dict(embedcam=__version__, index=version, queries=queries, options=options)
-    row = partial(finished, source, look, features)
     with open_folder(Path(folder), about) as place:
         n_new = 0
-        if not place.complete:
+        if place.complete:
+            known = facts(place.lines(), kinship(index.manifest))
+        else:
             batches = [
                 range(start, min(start + batch_size, len(source)))
                 for start in range(0, len(source), batch_size)
@@ -170,8 +174,13 @@ def write_report(
                 pool = ThreadPoolExecutor(default_workers(), thread_name_prefix="embedcam-report")
                 # What waits is dropped when the job is stopped.
                 stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-                for batch, opened in _opened(explainer, source, pool, ahead, side):
-                    found = explain_opened(explainer, opened, asked, neighbors)
+                read = partial(open_query, source, explainer.preprocess, side)
+                row = partial(finished, source, look, features)
+                coming = pool.map(read, ahead[0]) if ahead else iter(())
+                for batch, following in zip_longest(ahead, ahead[1:], fillvalue=range(0)):
+                    # The next one is being read meanwhile.
+                    opened, coming = list(coming), pool.map(read, following)
+                    found = explain_opened(explain, opened, neighbors)
                     if _version(explainer) != version:
                         raise InputError(
                             "the explainer was given another version of its index while the report "
@@ -181,8 +190,6 @@ def write_report(
                     place.keep(dict(zip(batch, rows, strict=True)))
                     advance(len(batch))
             known = _assemble(explainer, place, len(source), options, look)
-        else:
-            known = facts(place.lines(), kinship(index.manifest))
         place.tidy()
     explained = [one for one in known if one.error is None]
     return WrittenReport(
@@ -210,54 +217,27 @@ def _described(source: ImageSource) -> dict[str, Any]:
     return {"count": len(source), "sha256": digest.hexdigest()}
 
 
-# One query
-
-
 @dataclass(frozen=True)
 class Opened:
-    """A query that could be read: its input `[3 H W]`, crop box in the full picture, and file.
-
-    Of its picture only a small one, as the page shows it, is kept: many must fit.
-    """
+    """A query that could be read; of its picture only a small one is kept: many must fit."""
 
     name: str
-    inputs: np.ndarray[Any, Any]
+    inputs: np.ndarray  # [3 H W]
     small: Tile
-    extent: Extent
+    extent: Extent  # in the full picture
     file: str | None = None
 
 
-def _opened(
-    explainer: Explainer,
-    source: ImageSource,
-    pool: ThreadPoolExecutor,
-    batches: Sequence[range],
-    side: int,
-) -> Iterator[tuple[range, list[Opened | str]]]:
-    """Yield each batch with its queries opened; the next one is being read meanwhile."""
-
-    def begin(batch: range) -> Iterator[Opened | str]:
-        return pool.map(lambda place: open_query(source, place, explainer.preprocess, side), batch)
-
-    waiting = begin(batches[0]) if batches else iter(())
-    for batch, following in zip_longest(batches, batches[1:], fillvalue=range(0)):
-        opened, waiting = list(waiting), begin(following)
-        yield batch, opened
-
-
 def open_query(
-    source: ImageSource, position: int, preprocess: AnyPreprocess | None, side: int
+    source: ImageSource, preprocess: AnyPreprocess, side: int, position: int
 ) -> Opened | str:
     """Return a query's input and small picture, or why there is none; raise what all would meet."""
     name = source.name(position)
     try:
         picture = source.open(position)
-        if preprocess is None:
-            raise InputError("there is no preprocessing")
-        inputs = preprocess(picture)
-        extent = preprocess.extent(*picture.size)
+        inputs, extent = preprocess(picture), preprocess.extent(*picture.size)
     except ImageError as error:
-        return _named(name, str(error))
+        return _named(name, error)
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
     file = name if source.items[position].path else None
@@ -265,41 +245,32 @@ def open_query(
 
 
 def explain_opened(
-    explainer: Explainer,
+    explain: Callable[..., list[Explanation]],
     opened: Sequence[Opened | str],
-    asked: dict[str, Any],
     neighbors: Sequence[str] | None = None,
 ) -> list[Explanation | str]:
     """Return an explanation for each query, by one forward pass, or why there is none."""
-
-    def explained(queries: list[Opened]) -> list[Explanation]:
-        named = None if neighbors is None else [neighbors] * len(queries)
-        files = [one.file for one in queries]
-        inputs = [one.inputs for one in queries]
-        return explainer.explain_batch(inputs, neighbors=named, files=files, **asked)
-
-    def alone(query: Opened) -> Explanation | str:
-        try:
-            return explained([query])[0]
-        except EmbeddingError as error:
-            return str(error.named([query.name]))
-        except NetworkError as error:
-            if ran_out(error):
-                raise
-            return _named(query.name, str(error))
-
     readable = [one for one in opened if isinstance(one, Opened)]
     try:
-        answers: Iterator[Explanation | str] = iter(explained(readable))
+        answers = explain(
+            [one.inputs for one in readable],
+            neighbors=None if neighbors is None else [neighbors] * len(readable),
+            files=[one.file for one in readable],
+        )
     except NetworkError as error:
         if ran_out(error):
             raise
-        # Of one picture, usually: an embedding of zeros. The others are explained without it.
-        answers = map(alone, readable)
-    return [one if isinstance(one, str) else next(answers) for one in opened]
+        if len(opened) > 1:
+            # Of one picture, usually: an embedding of zeros. The others are explained without it.
+            return [explain_opened(explain, [one], neighbors)[0] for one in opened]
+        name = readable[0].name
+        return [_named(name, error.named([name]) if isinstance(error, EmbeddingError) else error)]
+    found = iter(answers)
+    return [one if isinstance(one, str) else next(found) for one in opened]
 
 
-def _named(name: str, message: str) -> str:
+def _named(name: str, error: Exception) -> str:
+    message = str(error)
     return message if message.startswith(printable(name)) else f"{name}: {message}"
 
 
@@ -326,48 +297,37 @@ def finished(
     return Finished(json.dumps(line, allow_nan=False), page_row(row, look), cropped)
 
 
-# The files
-
-
 def _assemble(
     explainer: Explainer, place: Folder, count: int, options: dict[str, Any], look: Look
 ) -> list[Fact]:
-    """Put the files in place, and their digests; a row is held no longer than it takes."""
-    index, cropped = explainer.index, False
-    sums = {name: hashlib.sha256() for name in place.files}
-
-    def put(file: IO[bytes], name: str, content: str | bytes) -> None:
-        data = content.encode("utf-8") if isinstance(content, str) else content
-        sums[name].update(data)
-        file.write(data)
-
+    """Put the files in place; a row is held no longer than it takes."""
+    manifest, cropped = explainer.index.manifest, False
     with place.filled(LINES) as file:
         for position in range(count):
             one = place.read(position)
-            put(file, LINES, f"{one.line}\n")
+            file.write(f"{one.line}\n".encode())
             cropped |= one.cropped
-    known = facts(place.lines(), kinship(index.manifest))
+    known = facts(place.lines(), kinship(manifest))
     if FEATURES in place.files:
-        width, head = index.manifest.layers[0].channels, io.BytesIO()
+        width = manifest.layers[0].channels
         about = {"descr": "<f4", "fortran_order": False, "shape": (count, width)}
-        np.lib.format.write_array_header_1_0(head, about)
         with place.filled(FEATURES) as file:
-            put(file, FEATURES, head.getvalue())
+            np.lib.format.write_array_header_1_0(file, about)
             for line in place.lines():
                 row = json.loads(line).get("features", np.full(width, np.nan))
-                put(file, FEATURES, np.asarray(row, "<f4").tobytes())
-    head_of_page = page_head(
+                file.write(np.asarray(row, "<f4").tobytes())
+    head = page_head(
         options["title"],
-        intro(Path(os.path.abspath(index.path)).name, index.manifest, options, known),
+        intro(Path(os.path.abspath(explainer.index.path)).name, manifest, options, known),
         blocks(known),
         look,
         maps=any(one.error is None for one in known),
         cropped=cropped,
     )
     with place.filled(PAGE) as file:
-        put(file, PAGE, head_of_page)
+        file.write(head.encode())
         for position in range(count):
-            put(file, PAGE, place.read(position).row)
-        put(file, PAGE, page_foot())
-    place.mark({name: digest.hexdigest() for name, digest in sums.items()})
+            file.write(place.read(position).row.encode())
+        file.write(PAGE_FOOT.encode())
+    place.mark(complete=True)
     return known

@@ -1,7 +1,6 @@
 """The application: its endpoints, the page that people look at, and what runs around requests."""
 
 import asyncio
-import hashlib
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,9 +19,8 @@ from . import compare, explain, items
 from .errors import HTTPProblem, handle
 from .frame import Frame
 from .limits import Limits
-from .pictures import JSON
 from .pipeline import Pipeline
-from .schemas import Health, Readiness, route, written
+from .schemas import Health, Readiness, is_known, response, route, tag_of
 
 _ABOUT = (
     "Which images of an index are like a picture, and what in it and in them is the reason. "
@@ -69,6 +67,7 @@ def create_app(
             await asyncio.to_thread(pipeline.close)
 
     app = FastAPI(
+        generate_unique_id_function=lambda endpoint: endpoint.name,
         title="embedcam",
         summary="Why did this image come back?",
         description=_ABOUT,
@@ -94,25 +93,23 @@ def _status(pipeline: Pipeline) -> APIRouter:
     """Return GET /healthz, /readyz and /metrics, which take no place among the requests counted."""
     routes = APIRouter(tags=["status"])
 
-    @routes.get("/healthz", operation_id="healthz", **route("Whether the process answers", Health))
+    @routes.get("/healthz", **route("Whether the process answers", Health))
     async def healthz() -> Response:
-        return Response(written(Health(status="ok")), media_type=JSON)
+        return response(Health(status="ok"))
 
     ready = "Whether pictures can be explained: the network has answered a probe"
 
-    @routes.get("/readyz", operation_id="readyz", **route(ready, Readiness, 503))
+    @routes.get("/readyz", **route(ready, Readiness, 503))
     async def readyz() -> Response:
         if not pipeline.ready:
             said = "the network has not answered a probe yet; try again"
             raise HTTPProblem(503, "not_ready", said, {"Retry-After": "1"})
         index = pipeline.index
         generation = index.manifest.generation
-        answer = Readiness(status="ready", images=len(index), generation=generation)
-        return Response(written(answer), media_type=JSON)
+        return response(Readiness(status="ready", images=len(index), generation=generation))
 
     @routes.get(
         "/metrics",
-        operation_id="metrics",
         summary="Counters for Prometheus",
         response_class=Response,
         responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
@@ -129,13 +126,13 @@ def _page() -> APIRouter:
     routes = APIRouter()
 
     def add(path: str, body: bytes, kind: str) -> None:
-        tag = f'"{hashlib.sha256(body).hexdigest()[:24]}"'
+        tag = tag_of(body)
         # Asked for again each time, lest a browser mix two versions.
         headers = {"ETag": tag, "Cache-Control": "no-cache"}
 
         @routes.get(path, include_in_schema=False, response_class=Response)
         async def file(request: Request) -> Response:
-            if tag in request.headers.get("if-none-match", ""):
+            if is_known(request, tag):
                 return Response(status_code=304, headers=headers)
             return Response(body, headers={**headers, "Content-Type": kind})
 

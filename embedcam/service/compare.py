@@ -2,10 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from fastapi import APIRouter, Query, Request
@@ -14,7 +13,6 @@ from pydantic.json_schema import SkipJsonSchema
 from starlette.responses import Response
 
 from ..errors import EmbedcamError, ImageError, InputError
-from ..images import read_image
 from ..index import Index
 from ..pairs import (
     PairExplainer,
@@ -29,7 +27,7 @@ from ..pairs import (
 from . import schemas
 from .errors import HTTPProblem, choose
 from .explain import BODY, PROBLEMS
-from .pictures import JSON, PNG, WEBP, Prepared, encoded, prepare
+from .pictures import JSON, PNG, WEBP, Prepared, prepare
 from .pipeline import Pipeline, check_ids, find_live
 
 logger = logging.getLogger("embedcam.service")
@@ -82,7 +80,6 @@ def router(pipeline: Pipeline) -> APIRouter:
 
     @routes.post(
         "/compare",
-        operation_id="compare",
         **schemas.route(
             "Why this picture and an image match, or why one image came above another",
             schemas.CompareAnswer,
@@ -90,11 +87,10 @@ def router(pipeline: Pipeline) -> APIRouter:
             parameters=CompareParameters,
             drawn=(PNG, WEBP),
             said="Receipts as JSON; or one drawn, where `Accept` asks for a picture.",
-            openapi_extra=BODY,
+            body=BODY,
         ),
     )
     async def compare(request: Request, asked: Annotated[CompareParameters, Query()]) -> Response:
-        maker.check()
         kind, index, rival = choose(request, (JSON, PNG, WEBP)), pipeline.index, asked.rival
         check_ids(index, asked.result, rival)
         if kind != JSON and (len(asked.result) > 1 or asked.cell is not None):
@@ -118,14 +114,15 @@ def router(pipeline: Pipeline) -> APIRouter:
             return schemas.built(
                 schemas.PairReceipt,
                 {**shown, "id": shown["result"]["id"], "label": shown["result"]["label"]},
-                **schemas.shown_box(picture.size, picture.extent),
+                picture=schemas.size_of(picture.size),
+                extent=picture.extent,
                 query=schemas.built(schemas.Evidence, shown["query"]),
                 result=schemas.built(schemas.Evidence, shown["result"]),
                 pairs=None if pairs is None else rounded(pairs),
                 point=asked.point_of(receipt),
             )
 
-        async with pipeline.uploaded(request) as upload:
+        async with pipeline.admitted(request) as upload:
             side = None if kind == JSON else DRAWN_SIDE
             read = pipeline.reading(upload, side)
             query, query_side = await pipeline.ask(maker.sides, index, read)
@@ -150,34 +147,40 @@ def router(pipeline: Pipeline) -> APIRouter:
                 if kind != JSON or rival is not None:
                     kept.append(receipt)
 
-            def body() -> bytes:
+            def answer() -> Response:
                 # A pass of the head where receipts are of first order.
                 why, contrast = None, None
                 if rival is not None:
                     why = make_comparison(query_side, kept[0], kept[1], index.metric)
                 if kind != JSON:
-                    if why is not None:
-                        return encoded(why.plot(lines=asked.lines), kind)
-                    return encoded(kept[0].plot(lines=asked.lines, links=asked.links), kind)
+                    lines, links = asked.lines, asked.links
+                    drawn = why.plot(lines=lines) if why else kept[0].plot(lines=lines, links=links)
+                    return schemas.response(drawn, kind, {"Vary": "Accept"})
                 if why is not None:
                     shown = why.to_dict(asked.lines)
                     cells = shown["query"]["cells"]
                     contrast = schemas.built(schemas.Contrast, shown, query=cells)
-                box = schemas.shown_box(query.size, query.extent)
-                answer = schemas.CompareAnswer(**box, receipts=told, contrast=contrast)
-                return schemas.written(answer)
+                size, extent = schemas.size_of(query.size), list(query.extent)
+                body = schemas.CompareAnswer(
+                    picture=size, extent=extent, receipts=told, contrast=contrast
+                )
+                return schemas.response(body, kind, {"Vary": "Accept"})
 
             ids = [*asked.result, *([] if rival is None else [rival])]
-            # Each is a piece of work by itself: a request that has taken too long ends with it.
-            async for name, picture, its_side in maker.indexed(index, ids, side):
-                await pipeline.in_thread(settle, name, picture, its_side)
-            answer = await pipeline.in_thread(body)
-        return Response(answer, media_type=kind, headers={"Vary": "Accept"})
+            # No more at once than go through the network together, so that others come between.
+            for start in range(0, len(ids), pipeline.limits.batch):
+                part = ids[start : start + pipeline.limits.batch]
+                reads = [partial(maker.read, name, side) for name in part]
+                asked_of = (pipeline.ask(maker.sides, index, read) for read in reads)
+                # Each is work by itself: a request that has taken too long ends with it.
+                for name, found in zip(part, await asyncio.gather(*asked_of), strict=True):
+                    await pipeline.in_thread(settle, name, *found)
+            return await pipeline.in_thread(answer)
 
     return routes
 
 
-def rounded(values: np.ndarray[Any, Any]) -> list[list[float]]:
+def rounded(values: np.ndarray) -> list[list[float]]:
     """Return the numbers to four significant digits (whole ones from 1000 on), as lists."""
     values = np.asarray(values, np.float64)
     # Powers of ten are exact up to 22, so that the quotient is the number those digits name.
@@ -188,65 +191,40 @@ def rounded(values: np.ndarray[Any, Any]) -> list[list[float]]:
 
 
 class ReceiptMaker:
-    """Makes receipts of pictures: read in the pool, forwards in the network's thread."""
+    """Makes sides of receipts: pictures read in the pool, forwards in the network's thread."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
         self._pairs: PairExplainer | None = None
-        with suppress(InputError):
-            self._pairs = PairExplainer(pipeline.explainer)
 
-    def check(self) -> PairExplainer:
-        """Return what explains pairs, or raise HTTPProblem 501 where there is no head to be had."""
-        if self._pairs is None:
-            raise _no_receipts()
-        return self._pairs
-
-    async def indexed(
-        self, index: Index, ids: Sequence[str], side: int | None
-    ) -> AsyncIterator[tuple[str, Prepared, Side]]:
-        """Yield indexed images' names and pictures, and what the network makes of them.
-
-        No more at once than go through the network together, so that others come between.
-        """
-        step, ask = self._pipeline.limits.batch, self._pipeline.ask
-        for start in range(0, len(ids), step):
-            part = ids[start : start + step]
-            reads = [partial(self._read, name, side) for name in part]
-            asked = await asyncio.gather(*(ask(self.sides, index, read) for read in reads))
-            for name, (picture, its_side) in zip(part, asked, strict=True):
-                yield name, picture, its_side
-
-    def sides(self, index: Index, inputs: Sequence[Any]) -> list[Side]:
-        """Return what the network makes of pictures, for receipts."""
-        pairs = self.check()
+    def sides(self, index: Index, pictures: Sequence[Prepared]) -> list[Side]:
+        """Return what the network makes of pictures, or raise HTTPProblem 501 without its head."""
         try:
-            pairs.head(index)
+            if self._pairs is None:
+                self._pairs = PairExplainer(self._pipeline.explainer)
+            self._pairs.head(index)
         except InputError as error:
-            # Another version of the index; what is wrong with it names files.
+            # Of a file, or of another version of the index; what is wrong names files.
             logger.warning("no receipts: %s", error)
-            raise _no_receipts() from None
-        return pairs.sides(index, inputs)
+            said = (
+                "receipts need the network's head by itself, which its ONNX file and this index do "
+                "not tell; serve the network instead"
+            )
+            raise HTTPProblem(501, "no_receipts", said) from None
+        return self._pairs.sides(index, [one.inputs for one in pictures])
 
-    def _read(self, name: str, side: int | None) -> Prepared:
+    def read(self, name: str, side: int | None) -> Prepared:
         """Return an indexed image's picture, decoded and prepared; what fails names no file."""
         explainer = self._pipeline.explainer
         try:
-            file, merged = explainer.picture_file(name), explainer.index.manifest.is_compressed
+            merged = explainer.index.manifest.is_compressed
             if merged and explainer.file_state(name) == "changed":
                 raise _changed()  # no stored embedding is that picture's, so none would tell
-            if file is not None:
-                picture = read_image(file, max_pixels=explainer.max_pixels)
-                return prepare(picture, self._pipeline.preprocess, side)
+            return prepare(explainer.picture(name), self._pipeline.preprocess, side)
         except EmbedcamError as error:
             logger.warning("an indexed image cannot be read: %s", error)
         said = "the picture of a result cannot be read any more, and a receipt needs it"
         raise HTTPProblem(404, "no_picture", f"{said}; leave it out")
-
-
-def _no_receipts() -> HTTPProblem:
-    said = "receipts need the network's head by itself, which its ONNX file and this index do not"
-    return HTTPProblem(501, "no_receipts", f"{said} tell; serve the network instead")
 
 
 def _changed() -> HTTPProblem:

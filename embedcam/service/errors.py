@@ -3,7 +3,6 @@
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
@@ -59,37 +58,28 @@ class HTTPProblem(HTTPException):
 
 def response_of(error: Exception) -> Response:
     """Return the answer to a request that met this error; log what the client may not see."""
-    if isinstance(error, RequestValidationError):
-        return _body(422, "unusable_parameter", _what_is_wrong(error.errors()))
-    if isinstance(error, HTTPException):
-        code, sentence = _HTTP.get(error.status_code, ("refused", "the request was refused"))
-        if isinstance(error, HTTPProblem):
-            code, sentence = error.code, error.detail
-        return _body(error.status_code, code, sentence, error.headers)
-    status, code, fixed = next(known for kind, known in KINDS.items() if isinstance(error, kind))
-    if fixed is not None:
-        unexpected = not isinstance(error, EmbedcamError)
-        logger.error("%s: %s", code, error, exc_info=error if unexpected else None)
-    return _body(status, code, fixed or str(error))
+    headers = error.headers if isinstance(error, HTTPException) else None
+    if isinstance(error, HTTPProblem):
+        status, code, said = error.status_code, error.code, error.detail
+    elif isinstance(error, HTTPException):
+        status = error.status_code
+        code, said = _HTTP.get(status, ("refused", "the request was refused"))
+    elif isinstance(error, RequestValidationError):
+        # pydantic's first complaint, as a sentence; what was given is not repeated.
+        (_, name, *_), told = (error.errors()[0][key] for key in ("loc", "msg"))
+        status, code, said = 422, "unusable_parameter", f"{name}: {told[:1].lower()}{told[1:]}"
+    else:
+        status, code, fixed = next(row for kind, row in KINDS.items() if isinstance(error, kind))
+        if fixed is not None:
+            unexpected = not isinstance(error, EmbedcamError)
+            logger.error("%s: %s", code, error, exc_info=error if unexpected else None)
+        said = fixed or str(error)
+    return JSONResponse({"error": {"code": code, "message": said}}, status, headers)
 
 
 async def handle(_: Request, error: Exception) -> Response:
     """Return `response_of`, as FastAPI calls it."""
     return response_of(error)
-
-
-def _body(
-    status: int, code: str, message: str, headers: Mapping[str, str] | None = None
-) -> JSONResponse:
-    return JSONResponse({"error": {"code": code, "message": message}}, status, headers=headers)
-
-
-def _what_is_wrong(errors: Sequence[Any]) -> str:
-    """Return pydantic's first complaint as a sentence; what was given is not repeated."""
-    # Where it was given ("query"), its name, and what pydantic knows of its type.
-    name = str(errors[0]["loc"][:2][-1]) if errors[0]["loc"] else "the request"
-    said = str(errors[0]["msg"])
-    return f"{name}: {said[:1].lower()}{said[1:]}"
 
 
 def only(parameters: type[BaseModel]) -> Callable[[Request], None]:
@@ -115,20 +105,17 @@ def choose(request: Request, offers: Sequence[str]) -> str:
     Raises HTTPProblem 406 where none will do.
     """
     ranges = []
-    for part in (request.headers.get("accept") or "*/*").split(","):
-        kind, *parameters = (word.strip().lower() for word in part.split(";"))
-        main, _, sub = kind.partition("/")
-        pairs = [
-            (name.strip(), text.strip()) for name, _, text in (p.partition("=") for p in parameters)
-        ]
-        weight = dict(pairs).get("q", "1")
+    for part in (request.headers.get("accept") or "*/*").lower().split(","):
+        main, _, sub = part.partition(";")[0].strip().partition("/")
+        given = re.search(r";\s*q\s*=([^;]*)", part)
+        weight = "1" if given is None else given[1].strip()
         # What is no number from 0 to 1 counts as 0, for it asks for nothing.
         number = re.fullmatch(r"[0-9]{1,5}|[0-9]{1,3}\.[0-9]{0,3}|\.[0-9]{1,4}", weight)
         ranges.append((main, sub, min(float(weight), 1.0) if number else 0.0))
 
     def quality(offer: str) -> float:
         """Return that of the most specific range that covers the offer."""
-        main, _, sub = offer.partition("/")
+        main, sub = offer.split("/")
         covering = [
             (2 * (its_sub != "*") + (its_main != "*"), its_quality)
             for its_main, its_sub, its_quality in ranges

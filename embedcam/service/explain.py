@@ -5,14 +5,15 @@ from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
+from PIL import Image
 from pydantic import BaseModel, Field
 from pydantic.json_schema import SkipJsonSchema
 from starlette.responses import Response
 
-from ..explain.explainer import Explanation
+from ..explain.explanation import Explanation, Result
 from . import schemas
 from .errors import choose
-from .pictures import FORM_TYPE, JSON, PART, PNG, RAW_TYPES, WEBP, Prepared, encoded, overlaid
+from .pictures import FORM_TYPE, JSON, PART, PNG, RAW_TYPES, WEBP, Prepared, overlaid
 from .pipeline import Pipeline
 
 MAX_CELLS, MAX_SIDE = 224, 1024
@@ -78,7 +79,6 @@ def router(pipeline: Pipeline) -> APIRouter:
 
     @routes.post(
         "/explain",
-        operation_id="explain",
         **schemas.route(
             "Which images are like this picture, and why",
             schemas.ExplainAnswer,
@@ -87,74 +87,72 @@ def router(pipeline: Pipeline) -> APIRouter:
             drawn=(PNG, WEBP),
             said="The results and the maps as JSON; or the picture with its map over it, where "
             "`Accept` asks for a picture.",
-            openapi_extra=BODY,
+            body=BODY,
         ),
     )
     async def explain(request: Request, asked: Annotated[ExplainParameters, Query()]) -> Response:
         kind = choose(request, (JSON, PNG, WEBP))
-        async with pipeline.uploaded(request) as upload:
-            picture, why = await pipeline.explain(
-                upload,
-                asked.n_neighbors,
-                asked.result,
-                asked.rival,
-                asked.detail,
-                side=None if kind == JSON else asked.picture_size,
+        side = None if kind == JSON else asked.picture_size
+
+        def answer(picture: Prepared, why: Explanation) -> Response:
+            told: Image.Image | schemas.ExplainAnswer = (
+                _explained(request, picture, why, asked.map_size, asked.signed)
+                if kind == JSON
+                else overlaid(replace(picture.small, cam=why.cam))
             )
+            return schemas.response(told, kind, {"Vary": "Accept"})
 
-            def body() -> bytes:
-                if kind == JSON:
-                    prefix = request.scope.get("root_path", "")
-                    return _explained(picture, why, asked.map_size, asked.signed, prefix)
-                return encoded(overlaid(replace(picture.small, cam=why.cam)), kind)
-
-            answer = await pipeline.in_thread(body)
-        return Response(answer, media_type=kind, headers={"Vary": "Accept"})
+        async with pipeline.admitted(request) as upload:
+            about = (asked.n_neighbors, asked.result, asked.rival, asked.detail, side)
+            return await pipeline.in_thread(answer, *await pipeline.explain(upload, *about))
 
     @routes.post(
         "/search",
-        operation_id="search",
         **schemas.route(
             "Which images are like this picture, without the why",
             schemas.SearchAnswer,
             *PROBLEMS,
             parameters=SearchParameters,
-            openapi_extra=BODY,
+            body=BODY,
         ),
     )
     async def search(request: Request, asked: Annotated[SearchParameters, Query()]) -> Response:
-        async with pipeline.uploaded(request) as upload:
-            picture, rows = await pipeline.search(upload, asked.n_neighbors)
-        prefix = request.scope.get("root_path", "")
-        matches = [
-            schemas.built(schemas.Match, row, **schemas.urls_of(prefix, row["id"])) for row in rows
+        async with pipeline.admitted(request) as upload:
+            picture, near = await pipeline.search(upload, asked.n_neighbors)
+        neighbors = [
+            schemas.Match(
+                id=id,
+                label=label,
+                distance=distance,
+                similarity=similarity,
+                **schemas.urls_of(request, id),
+            )
+            for id, label, distance, similarity in near
         ]
-        answer = schemas.SearchAnswer(picture=schemas.size_of(picture.size), neighbors=matches)
-        return Response(schemas.written(answer), media_type=JSON)
+        size = schemas.size_of(picture.size)
+        return schemas.response(schemas.SearchAnswer(picture=size, neighbors=neighbors))
 
     return routes
 
 
 def _explained(
-    picture: Prepared, why: Explanation, map_size: int, signed: bool, prefix: str
-) -> bytes:
+    request: Request, picture: Prepared, why: Explanation, map_size: int, signed: bool
+) -> schemas.ExplainAnswer:
     height, width = why.cam.shape
     shown = why.to_dict((min(map_size, height), min(map_size, width)), signed=signed)
 
-    def neighbor(one: Mapping[str, Any], norm: float | None) -> schemas.Neighbor:
-        length = None if norm is None else float(norm)
-        return schemas.built(
-            schemas.Neighbor, one, norm=length, **schemas.urls_of(prefix, one["id"])
-        )
+    def neighbor(told: Mapping[str, Any] | None, one: Result | None) -> schemas.Neighbor | None:
+        if told is None or one is None:
+            return None
+        urls = schemas.urls_of(request, one.id)
+        return schemas.built(schemas.Neighbor, told, norm=one.norm, **urls)
 
-    count = len(shown["neighbors"])
-    norms = [None] * count if why.neighbor_norms is None else why.neighbor_norms
-    answer = schemas.built(
+    return schemas.built(
         schemas.ExplainAnswer,
         shown,
-        **schemas.shown_box(picture.size, picture.extent),
-        result=None if why.asked is None else neighbor(shown["result"], why.asked.norm),
-        rival=None if why.rival is None else neighbor(shown["rival"], why.rival.norm),
-        neighbors=[neighbor(*pair) for pair in zip(shown["neighbors"], norms, strict=True)],
+        picture=schemas.size_of(picture.size),
+        extent=picture.extent,
+        result=neighbor(shown["result"], why.asked),
+        rival=neighbor(shown["rival"], why.rival),
+        neighbors=list(map(neighbor, shown["neighbors"], why.neighbors())),
     )
-    return schemas.written(answer)

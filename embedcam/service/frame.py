@@ -50,7 +50,7 @@ class Frame:
         inner: Scope = {**scope, "method": "GET" if asked == "HEAD" else asked}
         exchange = _Exchange(scope, receive, send)
         try:
-            problem = _two_ways(scope) or self._wrong_host(scope)
+            problem = self._problem(scope)
             answer = self.app if problem is None else response_of(problem)
             await answer(inner, exchange.receive, exchange.send)
         except Exception as error:
@@ -61,12 +61,28 @@ class Frame:
         finally:
             self._tell(inner, asked, exchange.status, time.perf_counter() - start)
 
-    def _wrong_host(self, scope: Scope) -> HTTPProblem | None:
-        host = re.sub(r":[0-9]*$", "", Headers(scope=scope).get("host", "").lower())
-        if self.hosts is None or host in self.hosts:
-            return None
-        said = "this service does not go by the name in the Host header; start it with --allow-host"
-        return HTTPProblem(403, "wrong_host", f"{said} NAME if it should")
+    def _problem(self, scope: Scope) -> HTTPProblem | None:
+        """Refuse another host, and a head that a proxy before the service might read otherwise.
+
+        Where both disagree on where a request ends, what follows is taken for another one.
+        """
+        headers, version = Headers(scope=scope), scope["http_version"]
+        size = len(scope["path"]) + sum(len(name) + len(value) for name, value in headers.raw)
+        chunked = "transfer-encoding" in headers
+        close, host = {"Connection": "close"}, re.sub(r":[0-9]*$", "", headers.get("host", ""))
+        if version not in ("1.0", "1.1", "2", "3"):
+            said = "this version of HTTP is not spoken; use 1.1"
+            return HTTPProblem(505, "unknown_version", said, close)
+        if size > MAX_HEAD:
+            said = f"address and headers are longer than {MAX_HEAD} bytes, which is the limit"
+            return HTTPProblem(431, "head_too_long", said, close)
+        if chunked and ("content-length" in headers or version == "1.0"):
+            said = "Transfer-Encoding beside Content-Length, or in HTTP/1.0, has no meaning"
+            return HTTPProblem(400, "broken_request", f"{said}; give one", close)
+        if self.hosts is not None and host.lower() not in self.hosts:
+            said = "this service does not go by the name in the Host header; start it with"
+            return HTTPProblem(403, "wrong_host", f"{said} --allow-host NAME if it should")
+        return None
 
     def _tell(self, scope: Scope, method: str, status: int, seconds: float) -> None:
         known = method in ("GET", "HEAD", "POST", "OPTIONS", "PUT", "DELETE", "PATCH")
@@ -78,24 +94,6 @@ class Frame:
         # Quoted: a line break in an address would forge a line of the log.
         path = quote(scope["path"][:200], errors="replace")
         logger.info("%s %s %d %.1f ms", shown, path, status, 1e3 * seconds)
-
-
-def _two_ways(scope: Scope) -> HTTPProblem | None:
-    """Refuse a head that a proxy before the service might read otherwise than the service does.
-
-    Where both disagree on where a request ends, what follows is taken for another one.
-    """
-    headers, version = Headers(scope=scope), scope["http_version"]
-    size = len(scope["path"]) + sum(len(name) + len(value) for name, value in headers.raw)
-    status, code, said = 400, "broken_request", ""
-    if version not in ("1.0", "1.1", "2", "3"):
-        status, code, said = 505, "unknown_version", "this version of HTTP is not spoken; use 1.1"
-    elif size > MAX_HEAD:
-        status, code = 431, "head_too_long"
-        said = f"address and headers are longer than {MAX_HEAD} bytes, which is the limit"
-    elif "transfer-encoding" in headers and ("content-length" in headers or version == "1.0"):
-        said = "Transfer-Encoding beside Content-Length, or in HTTP/1.0, has no meaning; give one"
-    return HTTPProblem(status, code, said, {"Connection": "close"}) if said else None
 
 
 class _Exchange:

@@ -4,11 +4,9 @@ An id is looked up in the index; the path read is the index's own, by `Explainer
 leaves is a picture made again from the pixels, at a bounded size.
 """
 
-import hashlib
 import logging
 import os
 from contextlib import suppress
-from functools import partial
 from typing import Annotated
 
 import numpy as np
@@ -18,19 +16,17 @@ from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from ..errors import EmbedcamError
-from ..images import read_image
-from ..index import Selection
-from ..preprocess import Extent
 from ..render import Tile, shrunk
 from . import schemas
 from .errors import HTTPProblem, choose
-from .pictures import JPEG, JSON, PNG, WEBP, encoded, overlaid
+from .pictures import JPEG, JSON, PNG, WEBP, overlaid
 from .pipeline import Pipeline, find_live
 
 logger = logging.getLogger("embedcam.service")
 
 MAX_SIDE, MAX_EXAMPLES = 1024, 24
 _PROBLEMS = (403, 404, 406, 422, 500, 503)
+_FOR_A_MINUTE = {"Cache-Control": "private, max-age=60"}
 
 
 class ItemParameters(BaseModel):
@@ -47,70 +43,75 @@ class ExamplesParameters(BaseModel):
     count: int = Field(default=6, ge=1, le=MAX_EXAMPLES)
 
 
+Name = Annotated[str, Path(description="Id of an indexed image; it may hold slashes.")]
+Asked = Annotated[ItemParameters, Query()]
+
+
 def router(pipeline: Pipeline) -> APIRouter:
     """Return the three endpoints."""
     routes = APIRouter(tags=["items"])
-    about = partial(schemas.route, parameters=ItemParameters)
-    describe_image = about(
-        "An indexed image, made small", None, *_PROBLEMS, drawn=(JPEG, WEBP), said="Its pixels."
+    of_image = schemas.route(
+        "An indexed image, made small",
+        None,
+        *_PROBLEMS,
+        parameters=ItemParameters,
+        drawn=(JPEG, WEBP),
+        said="Its pixels.",
     )
-    words = "An indexed image's own map, as JSON or over the image"
-    describe_cam = about(words, schemas.ItemCam, *_PROBLEMS, drawn=(PNG, WEBP))
-    for described in (describe_image, describe_cam):
+    of_cam = schemas.route(
+        "An indexed image's own map, as JSON or over the image",
+        schemas.ItemCam,
+        *_PROBLEMS,
+        parameters=ItemParameters,
+        drawn=(PNG, WEBP),
+    )
+    of_examples = schemas.route(
+        "A few indexed images to search with, from all over the index",
+        schemas.ExamplesAnswer,
+        *(403, 422, 500, 503),
+        parameters=ExamplesParameters,
+    )
+    for described in (of_image, of_cam):
         described["responses"][304] = {"description": "It is still what `If-None-Match` names."}
-    name_of = Annotated[str, Path(description="Id of an indexed image; it may hold slashes.")]
-    item_parameters = Annotated[ItemParameters, Query()]
 
-    @routes.get("/items/{id:path}/image", operation_id="item_image", **describe_image)
-    async def image(request: Request, id: name_of, asked: item_parameters) -> Response:
-        return await answered(request, id, choose(request, (JPEG, WEBP)), asked.size, False)
+    @routes.get("/items/{id:path}/image", **of_image)
+    async def item_image(request: Request, id: Name, asked: Asked) -> Response:
+        kind = choose(request, (JPEG, WEBP))
+        async with pipeline.admitted(request):
+            return await pipeline.in_thread(_item, pipeline, request, id, kind, asked.size, False)
 
-    @routes.get("/items/{id:path}/cam", operation_id="item_cam", **describe_cam)
-    async def cam(request: Request, id: name_of, asked: item_parameters) -> Response:
-        return await answered(request, id, choose(request, (JSON, PNG, WEBP)), asked.size, True)
+    @routes.get("/items/{id:path}/cam", **of_cam)
+    async def item_cam(request: Request, id: Name, asked: Asked) -> Response:
+        kind = choose(request, (JSON, PNG, WEBP))
+        async with pipeline.admitted(request):
+            return await pipeline.in_thread(_item, pipeline, request, id, kind, asked.size, True)
 
-    async def answered(request: Request, id: str, kind: str, size: int, with_map: bool) -> Response:
-        known = request.headers.get("if-none-match", "").strip()
-        async with pipeline.admitted():
-            asked = (pipeline, id, kind, size, with_map, known)
-            body, tag = await pipeline.in_thread(_item, *asked)
-        headers = {"ETag": tag, "Cache-Control": "private, max-age=60", "Vary": "Accept"}
-        if body is None:
-            return Response(status_code=304, headers=headers)
-        return Response(body, media_type=kind, headers=headers)
-
-    summary = "A few indexed images to search with, from all over the index"
-    described = schemas.route(
-        summary, schemas.ExamplesAnswer, *(403, 422, 500, 503), parameters=ExamplesParameters
-    )
-
-    @routes.get("/examples", operation_id="examples", **described)
+    @routes.get("/examples", **of_examples)
     async def examples(request: Request, asked: Annotated[ExamplesParameters, Query()]) -> Response:
-        prefix = request.scope.get("root_path", "")
-        async with pipeline.admitted():
-            body = await pipeline.in_thread(_examples, pipeline, asked.count, prefix)
-        return Response(body, media_type=JSON, headers={"Cache-Control": "private, max-age=60"})
+        async with pipeline.admitted(request):
+            return await pipeline.in_thread(_examples, pipeline, request, asked.count)
 
     return routes
 
 
-def _examples(pipeline: Pipeline, count: int, prefix: str) -> bytes:
+def _examples(pipeline: Pipeline, request: Request, count: int) -> Response:
     """Take every so many images one, of those whose pictures are there."""
     live = pipeline.index.live_positions()
     chosen = live[np.unique(np.linspace(0, len(live) - 1, min(count, len(live))).astype(int))]
     rows = pipeline.index.select(chosen)
     items = []
-    for name, label in zip(rows.ids, rows.labels, strict=True):
-        file = pipeline.explainer.picture_file(name)
+    for id, label in zip(rows.ids, rows.labels, strict=True):
+        file = pipeline.explainer.picture_file(id)
         if file is not None and file.is_file():
-            items.append(schemas.Example(id=name, label=label, **schemas.urls_of(prefix, name)))
-    return schemas.written(schemas.ExamplesAnswer(items=items))
+            urls = schemas.urls_of(request, id)
+            items.append(schemas.Example(id=id, label=label, **urls))
+    return schemas.response(schemas.ExamplesAnswer(items=items), headers=_FOR_A_MINUTE)
 
 
 def _item(
-    pipeline: Pipeline, id: str, kind: str, size: int, with_map: bool, known: str
-) -> tuple[bytes | None, str]:
-    """Return the body, None where the client has it already, and its tag."""
+    pipeline: Pipeline, request: Request, id: str, kind: str, size: int, with_map: bool
+) -> Response:
+    """Answer with an image or its map; where the client has it already, with that alone."""
     index, explainer = pipeline.index, pipeline.explainer
     position, file = find_live(index, id), explainer.picture_file(id)
     about: list[object] = [index.manifest.manifest_sha256, id, kind, size, with_map]
@@ -119,31 +120,31 @@ def _item(
             status = os.stat(file)
             about += [status.st_size, status.st_mtime_ns]
     # It changes when index, file or the question does, and tells none of them.
-    tag = f'"{hashlib.sha256(repr(about).encode()).hexdigest()[:24]}"'
-    if tag in known or known == "*":
-        return None, tag
+    tag = schemas.tag_of(repr(about).encode())
+    headers = {"ETag": tag, "Vary": "Accept", **_FOR_A_MINUTE}
+    if schemas.is_known(request, tag):
+        return Response(status_code=304, headers=headers)
     picture: Image.Image | None = None
     try:
-        picture = None if file is None else read_image(file, max_pixels=explainer.max_pixels)
+        picture = None if file is None else explainer.picture(id)
     except EmbedcamError as error:
         logger.warning("an indexed image cannot be read: %s", error)
     if with_map:
-        return _cam(pipeline, index.select([position]), picture, kind, size), tag
+        return schemas.response(_cam(pipeline, position, picture, kind, size), kind, headers)
     if picture is None:
         raise HTTPProblem(404, "no_picture", "the picture of this image cannot be read any more")
-    small = shrunk(Tile(picture), size).image or picture
-    return encoded(small, kind), tag
+    return schemas.response(shrunk(Tile(picture), size).image or picture, kind, headers)
 
 
 def _cam(
-    pipeline: Pipeline, row: Selection, picture: Image.Image | None, kind: str, size: int
-) -> bytes:
-    """Return the stored map as JSON, or drawn over the picture."""
+    pipeline: Pipeline, position: int, picture: Image.Image | None, kind: str, size: int
+) -> schemas.ItemCam | Image.Image:
+    """Return the stored map for JSON, or drawn over the picture."""
+    row = pipeline.index.select([position])
     maps, (id,), (label,) = row.coarse(), row.ids, row.labels
     if maps is None:
         raise HTTPProblem(404, "no_map", "the index was built without the images' own maps")
-    state = pipeline.explainer.file_state(id)
-    extent: Extent | None = None
+    state, extent = pipeline.explainer.file_state(id), None
     if picture is not None:
         # A map over the wrong part of a picture would be worse than one beside it.
         with suppress(EmbedcamError):
@@ -151,9 +152,9 @@ def _cam(
     if kind != JSON:
         shown = None if extent is None else picture
         tile = Tile(shown, maps[0], extent, changed=state == "changed")
-        return encoded(overlaid(shrunk(tile, size), size), kind)
+        return overlaid(shrunk(tile, size), size)
     encoding = pipeline.index.encoding()
-    answer = schemas.ItemCam(
+    return schemas.ItemCam(
         id=id,
         label=label,
         cam=np.round(maps[0].astype(float), 9).tolist(),
@@ -162,4 +163,3 @@ def _cam(
         picture=None if picture is None else schemas.size_of(picture.size),
         extent=None if extent is None else list(extent),
     )
-    return schemas.written(answer)

@@ -7,7 +7,7 @@ import io
 import re
 import zipfile
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import python_multipart
@@ -41,16 +41,9 @@ MAX_SCANS: Final = 100
 """Of a JPEG; progressive ones have about ten. Each scan costs a pass over all pixels and may be a
 few bytes long, so that a small file could keep a processor busy for hours."""
 JSON, JPEG, PNG, WEBP = "application/json", "image/jpeg", "image/png", "image/webp"
-_ENCODING: Final[dict[str, dict[str, Any]]] = {
-    JPEG: {"format": "JPEG", "quality": 88},
-    WEBP: {"format": "WEBP", "quality": 84, "method": 2},
-    PNG: {"format": "PNG"},
-}
+_QUALITY: Final = {JPEG: 88, WEBP: 84, PNG: 0}
 # Long enough to be in no compressed data by chance.
-_OTHERS: Final = {
-    b"<script": "a script", b"<html>": "HTML", b"<html ": "HTML", b"<!doctype html": "HTML",
-    b"<?php ": "PHP",
-}  # fmt: skip
+_OTHERS: Final = re.compile(rb"<script|<html[> ]|<!doctype html|<\?php ", re.IGNORECASE)
 # A marker of a JPEG that begins a scan's data ends it too; within the data 0xFF is followed by 0 or
 # by a restart.
 _IN_SCAN = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)
@@ -61,6 +54,33 @@ class Upload(NamedTuple):
 
     body: bytes
     boundary: str | None = None
+
+    def picture(self) -> bytes:
+        """Return the picture's bytes: the body, or a form's one field; or raise HTTPProblem."""
+        if self.boundary is None:
+            return self.body
+        form = _Form()
+        try:
+            parser = python_multipart.MultipartParser(
+                self.boundary.encode("latin-1"),
+                {
+                    "on_part_begin": form.begin,
+                    "on_header_field": form.add_header,
+                    "on_header_value": form.add_value,
+                    "on_headers_finished": form.check_name,
+                    "on_part_data": form.add_data,
+                    "on_end": form.end,
+                },
+            )
+            parser.write(self.body)
+            parser.finalize()
+        except FormParserError:
+            raise _broken_form("cannot be read: its parts are broken") from None
+        if not form.complete:
+            raise _broken_form("breaks off before its last boundary")
+        if not form.picture:
+            raise _broken_form(f"holds no picture; send it in the field {PART!r}", "empty_body")
+        return bytes(form.picture)
 
 
 async def read_upload(request: Request, limits: Limits) -> Upload:
@@ -93,6 +113,10 @@ async def read_upload(request: Request, limits: Limits) -> Upload:
     return Upload(bytes(body), boundary)
 
 
+def _broken_form(said: str, code: str = "broken_form") -> HTTPProblem:
+    return HTTPProblem(422, code, f"the form {said}")
+
+
 def _boundary(content_type: str) -> str | None:
     """Return the boundary of a form; None where the body is the picture itself."""
     kind = content_type.partition(";")[0].strip().lower()
@@ -110,38 +134,6 @@ def _boundary(content_type: str) -> str | None:
         accepted = {"Accept-Post": ", ".join((FORM_TYPE, *RAW_TYPES))}
         raise HTTPProblem(415, "unusable_type", said, accepted)
     return None
-
-
-def _broken_form(said: str, code: str = "broken_form") -> HTTPProblem:
-    return HTTPProblem(422, code, f"the form {said}")
-
-
-def picture_in(upload: Upload) -> bytes:
-    """Return the picture's bytes: the body, or a form's one field; raise HTTPProblem without."""
-    if upload.boundary is None:
-        return upload.body
-    form = _Form()
-    try:
-        parser = python_multipart.MultipartParser(
-            upload.boundary.encode("latin-1"),
-            {
-                "on_part_begin": form.begin,
-                "on_header_field": form.add_header,
-                "on_header_value": form.add_value,
-                "on_headers_finished": form.check_name,
-                "on_part_data": form.add_data,
-                "on_end": form.end,
-            },
-        )
-        parser.write(upload.body)
-        parser.finalize()
-    except FormParserError:
-        raise _broken_form("cannot be read: its parts are broken") from None
-    if not form.complete:
-        raise _broken_form("breaks off before its last boundary")
-    if not form.picture:
-        raise _broken_form(f"holds no picture; send it in the field {PART!r}", "empty_body")
-    return bytes(form.picture)
 
 
 class _Form:
@@ -184,17 +176,13 @@ class _Form:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A picture, ready for the network.
+    """A picture, ready for the network: its input, and what it is drawn on."""
 
-    Its input `[3 H W]`, and `larger` at twice the side for a finer map; its (width, height) and the
-    crop box in it; and `small` to draw on: the picture made small, or one that is not there.
-    """
-
-    inputs: np.ndarray[Any, Any]
-    size: tuple[int, int]
+    inputs: np.ndarray  # [3 H W]
+    size: tuple[int, int]  # (width, height)
     extent: Extent
-    small: Tile
-    larger: np.ndarray[Any, Any] | None = None
+    small: Tile  # without an image where nothing is drawn
+    larger: np.ndarray | None = None  # the input at twice the side, for a finer map
 
 
 def prepare(
@@ -220,31 +208,19 @@ def read_picture(data: bytes, pixels: int) -> Image.Image:
     except ImageTooLarge:
         said = f"the picture has more than {pixels} pixels, which is the limit; send another"
         raise HTTPProblem(413, "too_many_pixels", said) from None
-    kind = _kind_besides(data)
-    if kind is not None:
-        said = f"the picture: is {kind} as well; send a file that is a picture alone"
-        raise HTTPProblem(422, "several_kinds", said)
+    # What else another program would take the file for. Nothing of an upload is ever sent back, so
+    # such a file does no harm here; nobody has an honest reason to send one. What cameras append to
+    # a JPEG, a film or a second picture, is no such thing.
+    script = data[:3].lower() == b"gif" and data[6:8] == b"/*"
+    document = b"%pdf-" in data[:1024].lower() or zipfile.is_zipfile(io.BytesIO(data))
+    if script or document or _OTHERS.search(data):
+        said = "is a script, a document or an archive as well; send a picture alone"
+        raise HTTPProblem(422, "several_kinds", f"the picture: {said}")
     width, height = picture.size
     if max(width, height) > MAX_RATIO * min(width, height):
         said = f"is {width} x {height}; one side may be {MAX_RATIO} times the other at most"
         raise ImageError(f"the picture: {said}")
     return picture
-
-
-def _kind_besides(data: bytes) -> str | None:
-    """Return what else another program would take a picture's file for.
-
-    Nothing of an upload is ever sent back, so such a file does no harm here; nobody has an honest
-    reason to send one. What cameras append to a JPEG, a film or a second picture, is no such thing.
-    """
-    words = data.lower()
-    if b"%pdf-" in words[:1024]:
-        return "PDF"
-    if words[:3] == b"gif" and words[6:8] == b"/*":
-        return "a script"
-    if zipfile.is_zipfile(io.BytesIO(data)):
-        return "a ZIP archive"
-    return next((kind for word, kind in _OTHERS.items() if word in words), None)
 
 
 def _count_scans(data: bytes) -> int:
@@ -274,6 +250,6 @@ def overlaid(tile: Tile, side: int = 0) -> Image.Image:
 def encoded(picture: Image.Image, media_type: str) -> bytes:
     """Return the picture as a file of that type: pixels, and nothing else its file held."""
     stream = io.BytesIO()
-    bare = Image.fromarray(np.asarray(picture.convert("RGB")))
-    bare.save(stream, **_ENCODING[media_type])
+    bare, kind = Image.fromarray(np.asarray(picture.convert("RGB"))), media_type.split("/")[1]
+    bare.save(stream, kind, quality=_QUALITY[media_type], method=2)
     return stream.getvalue()

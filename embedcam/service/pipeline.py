@@ -9,9 +9,8 @@ import time
 from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import replace
-from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -24,28 +23,27 @@ from ..images.batches import default_workers
 from ..index import Index
 from .errors import HTTPProblem
 from .limits import Limits
-from .pictures import (
-    PNG,
-    Prepared,
-    Upload,
-    encoded,
-    overlaid,
-    picture_in,
-    prepare,
-    read_picture,
-    read_upload,
-)
+from .pictures import PNG, Prepared, Upload, encoded, overlaid, prepare, read_picture, read_upload
 
 logger = logging.getLogger("embedcam.service")
 
-T = TypeVar("T")
-Answer = Callable[[Any, Sequence[Any]], Sequence[Any]]
-"""From what is wanted and several inputs to an answer for each; called in the network's thread."""
+P = ParamSpec("P")
+R = TypeVar("R")
+Answer = Callable[[Any, Sequence[Prepared]], Sequence[R]]
+"""From what is wanted and several pictures to an answer for each; called in the network's thread.
+"""
 MAX_THREADS = 4
 """That decode and draw: each may hold a decoded picture, so more of them are more memory."""
 PROBE_SIDE = 64
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _BATCHES = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass(eq=False)
+class _Job:
+    wish: tuple[Answer[Any], Hashable]
+    picture: Prepared
+    future: Future[Any]
 
 
 class Batcher:
@@ -62,93 +60,65 @@ class Batcher:
         self._changed = threading.Condition()
         self._waiting: list[_Job] = []
         self._announced = 0
-        self._closed = False
-        self._thread: threading.Thread | None = None
+        # Its thread is begun by the first picture: an application that was only made, or forked
+        # before it served, has none.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="embedcam-network")
 
     @contextmanager
-    def announced(self) -> Iterator[Callable[[Answer, Hashable, Any], Future[Any]]]:
-        """Say that a picture will come, and yield what submits it: answer, wanted, input."""
+    def announced(self) -> Iterator[None]:
+        """Say that a picture will come, which is submitted in the block."""
         with self._changed:
             self._announced += 1
-        coming = True
-
-        def arrived() -> None:
-            nonlocal coming
-            self._announced -= coming
-            coming = False
-            self._changed.notify_all()
-
-        def submit(answer: Answer, wanted: Hashable, inputs: Any) -> Future[Any]:
-            job = _Job((answer, wanted), inputs, Future())
-            with self._changed:
-                if self._closed:
-                    raise RuntimeError("the batcher is closed")
-                self._waiting.append(job)
-                arrived()
-                # Begun by the first picture: an application that was only made, or forked before
-                # it served, has no thread.
-                if self._thread is None:
-                    self._thread = threading.Thread(
-                        target=self._run, name="embedcam-network", daemon=True
-                    )
-                    self._thread.start()
-            return job.future
-
         try:
-            yield submit
+            yield
         finally:
             with self._changed:
-                arrived()
+                self._announced -= 1
+                self._changed.notify_all()
+
+    def submit(self, answer: Answer[R], wanted: Hashable, picture: Prepared) -> Future[R]:
+        """Return the answer to come."""
+        job = _Job((answer, wanted), picture, Future())
+        with self._changed:
+            self._thread.submit(self._run)
+            self._waiting.append(job)
+            self._changed.notify_all()
+        return job.future
 
     def close(self) -> None:
         """Answer what waits, then end the thread."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join()
+        self._thread.shutdown()
 
     def _run(self) -> None:
-        while batch := self._next():
-            live = [job for job in batch if job.future.set_running_or_notify_cancel()]
-            if live:
-                self._batched(len(live))
-                _settle(live)
+        live = [job for job in self._next() if job.future.set_running_or_notify_cancel()]
+        if live:
+            self._batched(len(live))
+            _settle(live)
 
     def _next(self) -> list[_Job]:
-        """Return the first picture that waits and others of its wish; nothing once all is done."""
+        """Return the first picture that waits and others of its wish, if they did not go before."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._closed)
             until = time.monotonic() + self._seconds
-            while len(self._waiting) < self._most and self._announced and not self._closed:
+            while 0 < len(self._waiting) < self._most and self._announced:
                 left = until - time.monotonic()
                 if left <= 0 or not self._changed.wait(left):
                     break
             alike = [job for job in self._waiting if job.wish == self._waiting[0].wish]
             alike = alike[: self._most]
-            chosen = set(map(id, alike))
-            self._waiting = [job for job in self._waiting if id(job) not in chosen]
+            self._waiting = [job for job in self._waiting if job not in alike]
             return alike
-
-
-class _Job(NamedTuple):
-    wish: tuple[Answer, Hashable]
-    inputs: Any
-    future: Future[Any]
 
 
 def _settle(jobs: Sequence[_Job]) -> None:
     answer, wanted = jobs[0].wish
     try:
-        answers = answer(wanted, [job.inputs for job in jobs])
-    except EmbedcamError as error:
-        if len(jobs) == 1:
-            jobs[0].future.set_exception(error)
-            return
-        # One of them is at fault, and the error does not say which.
-        for job in jobs:
-            _settle([job])
+        answers = answer(wanted, [job.picture for job in jobs])
     except BaseException as error:
+        if len(jobs) > 1 and isinstance(error, EmbedcamError):
+            # One of them is at fault, and the error does not say which.
+            for job in jobs:
+                _settle([job])
+            return
         for job in jobs:
             job.future.set_exception(error)
     else:
@@ -156,39 +126,15 @@ def _settle(jobs: Sequence[_Job]) -> None:
             job.future.set_result(one)
 
 
-class ConcurrencyLimit:
-    """Lets so many in at a time; who comes then is refused at once, for queues hide overload."""
-
-    def __init__(self, places: int) -> None:
-        self._places, self.inside = places, 0
-        self._lock = threading.Lock()
-
-    @contextmanager
-    def place(self) -> Iterator[None]:
-        """Take a place, given back in the end; raises HTTPProblem 503 where all are taken."""
-        with self._lock:
-            full = self.inside >= self._places
-            self.inside += not full
-        if full:
-            said = f"{self._places} requests are being worked on, which is the limit; try again"
-            raise HTTPProblem(503, "busy", said, {"Retry-After": "1"})
-        try:
-            yield
-        finally:
-            with self._lock:
-                self.inside -= 1
-
-
 class Telemetry:
     """Counters for Prometheus, in a registry of the application's own."""
 
-    def __init__(self, in_progress: Callable[[], float]) -> None:
+    def __init__(self, pipeline: Pipeline) -> None:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         by = ("method", "route", "status")
         said = "From a request's first byte to its answer."
         together = "Pictures that went through the network together."
-        probed = "1 once the network has answered a probe."
         self.requests = Counter("embedcam_requests", "Requests answered.", by, registry=registry)
         self.seconds = Histogram(
             "embedcam_request_seconds", said, ("route",), buckets=_SECONDS, registry=registry
@@ -196,9 +142,11 @@ class Telemetry:
         self.batches = Histogram(
             "embedcam_batch_pictures", together, buckets=_BATCHES, registry=registry
         )
-        self.ready = Gauge("embedcam_ready", probed, registry=registry)
-        working = Gauge("embedcam_in_progress", "Requests being worked on.", registry=registry)
-        working.set_function(in_progress)
+        for name, said, value in (
+            ("ready", "1 once the network has answered a probe.", lambda: pipeline.ready),
+            ("in_progress", "Requests being worked on.", lambda: pipeline.inside),
+        ):
+            Gauge(f"embedcam_{name}", said, registry=registry).set_function(value)
 
 
 class Pipeline:
@@ -219,9 +167,8 @@ class Pipeline:
         self.network, self.preprocess = network, preprocess
         self._check()
         self.n_neighbors = min(explainer.n_neighbors, limits.n_neighbors)
-        self.concurrency = ConcurrencyLimit(limits.concurrency)
-        self.telemetry = Telemetry(lambda: self.concurrency.inside)
-        self.ready, self._closed = False, True
+        self.inside, self.ready, self._closed = 0, False, True
+        self.telemetry = Telemetry(self)
         self.open()
 
     def _check(self) -> None:
@@ -242,64 +189,70 @@ class Pipeline:
             self._batcher = Batcher(self.limits.batch, self.limits.batch_seconds, batched)
             self._closed = False
 
+    def close(self) -> None:
+        """Finish what was begun, and end all threads."""
+        self.ready, self._closed = False, True
+        self._batcher.close()
+        self._pool.shutdown(cancel_futures=True)
+
     @property
     def index(self) -> Index:
         """The index as it is now; a request asks once and keeps to it."""
         return self.explainer.index
 
-    @asynccontextmanager
-    async def admitted(self) -> AsyncIterator[None]:
-        """Take a place, and as long as the limit allows; what has not begun by then never does."""
-        with self.concurrency.place():
-            async with self._deadline():
-                yield
-
-    @asynccontextmanager
-    async def uploaded(self, request: Request) -> AsyncIterator[Upload]:
-        """Take a place and read the body, then work on it as long as the limit allows."""
-        with self.concurrency.place():
-            upload = await read_upload(request, self.limits)
-            async with self._deadline():
-                yield upload
-
-    @asynccontextmanager
-    async def _deadline(self) -> AsyncIterator[None]:
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Take a place, or raise HTTPProblem 503: who waits in a queue does not see overload."""
+        most = self.limits.concurrency
+        if self.inside >= most:
+            said = f"{most} requests are being worked on, which is the limit; try again"
+            raise HTTPProblem(503, "busy", said, {"Retry-After": "1"})
+        self.inside += 1
         try:
-            async with asyncio.timeout(self.limits.seconds):
-                yield
-        except TimeoutError:
-            said = f"the answer took longer than {self.limits.seconds:g} s; try again later"
-            raise HTTPProblem(503, "too_slow", said, {"Retry-After": "5"}) from None
+            yield
+        finally:
+            self.inside -= 1
 
-    async def in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
+    @asynccontextmanager
+    async def admitted(self, request: Request) -> AsyncIterator[Upload]:
+        """Take a place and read the body, then work on it as long as the limit allows.
+
+        What has not begun by then never does.
+        """
+        with self.place():
+            upload = Upload(b"")
+            if request.method == "POST":
+                upload = await read_upload(request, self.limits)
+            try:
+                async with asyncio.timeout(self.limits.seconds):
+                    yield upload
+            except TimeoutError:
+                said = f"the answer took longer than {self.limits.seconds:g} s; try again later"
+                raise HTTPProblem(503, "too_slow", said, {"Retry-After": "5"}) from None
+
+    async def in_thread(self, work: Callable[P, R], *arguments: P.args, **more: P.kwargs) -> R:
         """Run something in the pool."""
-        return await asyncio.wrap_future(self._pool.submit(work, *arguments))
+        return await asyncio.wrap_future(self._pool.submit(work, *arguments, **more))
 
     async def ask(
-        self, answer: Answer, wanted: Hashable, read: Callable[[], Prepared]
-    ) -> tuple[Prepared, Any]:
+        self, answer: Answer[R], wanted: Hashable, read: Callable[[], Prepared]
+    ) -> tuple[Prepared, R]:
         """Return a picture, read in the pool, and an answer from the network's thread.
 
-        Pictures of which the same is wanted are answered together. An answer gets inputs, or pairs
-        of them where pictures were prepared at twice the side, too.
+        Pictures of which the same is wanted are answered together.
         """
-        with self._batcher.announced() as submit:
+        with self._batcher.announced():
             picture = await self.in_thread(read)
-            alone = picture.larger is None
-            inputs = picture.inputs if alone else (picture.inputs, picture.larger)
-            future = submit(answer, wanted, inputs)
+            future = self._batcher.submit(answer, wanted, picture)
         return picture, await asyncio.wrap_future(future)
 
     def reading(
         self, upload: Upload, side: int | None = None, detail: int = 1
     ) -> Callable[[], Prepared]:
         """Return what reads an upload; it is made small to `side` where it will be drawn on."""
-
-        def read() -> Prepared:
-            picture = read_picture(picture_in(upload), self.limits.pixels)
-            return prepare(picture, self.preprocess, side, detail)
-
-        return read
+        return lambda: prepare(
+            read_picture(upload.picture(), self.limits.pixels), self.preprocess, side, detail
+        )
 
     async def explain(
         self,
@@ -312,46 +265,44 @@ class Pipeline:
     ) -> tuple[Prepared, Explanation]:
         """Return an uploaded picture, explained."""
         check_ids(self.index, [] if result is None else [result], rival)
-        if rival is not None and result is None:
-            said = "rival: goes with a result, and none is named; name it, too"
-            raise HTTPProblem(422, "no_result", said)
         wanted = (n_neighbors, result, rival, detail)
         return await self.ask(self._explained, wanted, self.reading(upload, side, detail))
 
     def _explained(
-        self, wanted: tuple[int, str | None, str | None, int], inputs: Sequence[Any]
+        self, wanted: tuple[int, str | None, str | None, int], pictures: Sequence[Prepared]
     ) -> list[Explanation]:
         n_neighbors, result, rival, detail = wanted
-        explain = partial(
-            self.explainer.explain_batch,
-            n_neighbors=n_neighbors,
-            result=result,
-            above=rival,
-            detail=detail,
-        )
-        if detail == 1:
-            return explain(inputs)
-        # One after the other: at twice the side each takes four times the memory.
-        return [explain([small], larger=[larger])[0] for small, larger in inputs]
+        # One after the other where finer: at twice the side each takes four times the memory.
+        groups = [pictures] if detail == 1 else [[one] for one in pictures]
+        answers: list[Explanation] = []
+        for group in groups:
+            answers += self.explainer.explain_batch(
+                [one.inputs for one in group],
+                n_neighbors=n_neighbors,
+                result=result,
+                above=rival,
+                detail=detail,
+                larger=[one.larger for one in group if one.larger is not None] or None,
+            )
+        return answers
 
     async def search(
         self, upload: Upload, n_neighbors: int
-    ) -> tuple[Prepared, list[dict[str, Any]]]:
+    ) -> tuple[Prepared, list[tuple[str, str | None, float, float]]]:
         """Return an uploaded picture, and id, label, distance and similarity of what is near."""
         return await self.ask(self._searched, n_neighbors, self.reading(upload))
 
-    def _searched(self, n_neighbors: int, inputs: Sequence[Any]) -> list[list[dict[str, Any]]]:
-        index, names = self.index, ("id", "label", "distance", "similarity")
-        near = index.search(self.network.embed(np.stack(inputs)).embedding, n_neighbors)
+    def _searched(
+        self, n_neighbors: int, pictures: Sequence[Prepared]
+    ) -> list[list[tuple[str, str | None, float, float]]]:
+        index, inputs = self.index, np.stack([one.inputs for one in pictures])
+        near = index.search(self.network.embed(inputs).embedding, n_neighbors)
         answers = []
         for positions, *scores in zip(
-            near.positions, near.distances, near.similarities, strict=True
+            near.positions, near.distances.tolist(), near.similarities.tolist(), strict=True
         ):
             rows = index.select(positions)
-            columns = (rows.ids, rows.labels, *(values.tolist() for values in scores))
-            answers.append(
-                [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
-            )
+            answers.append(list(zip(rows.ids, rows.labels, *scores, strict=True)))
         return answers
 
     async def probe(self) -> None:
@@ -368,16 +319,11 @@ class Pipeline:
         except Exception:
             logger.exception("the network did not answer a probe; the service is not ready")
             return
-        self.set_ready(True)
+        self.ready = True
 
-    def _warmed_up(self, _: None, inputs: Sequence[Any]) -> list[None]:
+    def _warmed_up(self, _: None, pictures: Sequence[Prepared]) -> list[None]:
         self.network.warm_up()
-        return [None] * len(inputs)
-
-    def set_ready(self, is_ready: bool) -> None:
-        """Say whether requests can be answered."""
-        self.ready = is_ready
-        self.telemetry.ready.set(is_ready)
+        return [None] * len(pictures)
 
     def reload(self) -> bool:
         """Serve the index as it is now and return whether it changed; not ready while it cannot be.
@@ -389,18 +335,10 @@ class Pipeline:
         try:
             self._check()
         except InputError:
-            self.set_ready(False)
+            self.ready = False
             raise
-        if changed:
-            self.set_ready(True)
+        self.ready |= changed
         return changed
-
-    def close(self) -> None:
-        """Finish what was begun, and end all threads."""
-        self.set_ready(False)
-        self._closed = True
-        self._batcher.close()
-        self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 def find_live(index: Index, name: str) -> int:
@@ -417,6 +355,9 @@ def check_ids(index: Index, results: Sequence[str], rival: str | None) -> None:
         find_live(index, name)
     if len(set(results)) < len(results):
         raise HTTPProblem(422, "repeated_result", "result: names an image twice; name each once")
+    if rival is not None and not results:
+        said = "rival: goes with a result, and none is named; name it, too"
+        raise HTTPProblem(422, "no_result", said)
     if rival is not None and len(results) > 1:
         said = "rival: goes with one result; leave the other results out"
         raise HTTPProblem(422, "too_many_results", said)

@@ -1,38 +1,63 @@
 """The JSON of the service: answers are built as these models, which OpenAPI describes."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import quote
 
-from fastapi import Depends
+from fastapi import Depends, Request
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import SkipJsonSchema
 from starlette.responses import Response
 
 from .errors import only
+from .pictures import JSON, encoded
 
 M = TypeVar("M", bound="Strict")
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 
-Cam = Annotated[
-    list[list[Annotated[float, Field(ge=0)]]],
-    Field(description="A map, row by row from the top; larger is more evidence, 0 is none."),
-]
-Extent = Annotated[
-    list[float],
-    Field(
-        min_length=4,
-        max_length=4,
-        description="What the map covers, [x0, y0, x1, y1] in pixels of the upright picture. "
-        "It may reach beyond it, where the network was shown padding.",
-    ),
-]
+
+def _says(description: str, *examples: str | float | list[str]) -> Any:
+    return Field(description=description, examples=list(examples) or None)
 
 
 class Strict(BaseModel):
     """A part of an answer: no other fields, and no NaN, which is no JSON."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+Rows = list[list[float]]
+Count = Annotated[int, Field(ge=0)]
+Length = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Cam = Annotated[
+    list[list[Length]],
+    _says("A map, row by row from the top; larger is more evidence, 0 is none."),
+]
+Extent = Annotated[
+    list[float],
+    Field(min_length=4, max_length=4),
+    _says(
+        "What the map covers, [x0, y0, x1, y1] in pixels of the upright picture. It may reach "
+        "beyond it, where the network was shown padding."
+    ),
+]
+File = Annotated[
+    Literal["same", "changed", "missing"] | None,
+    _says(
+        "What became of the picture's file since it was indexed; null where the index keeps no "
+        "mark of it. A changed picture is not the one that the map was made of.",
+        "same",
+    ),
+]
+Cells = Annotated[
+    Rows, _says("Row by row from the top, on the layer's grid; positive speaks for it.")
+]
+Cell = Annotated[list[int], Field(min_length=2, max_length=2), _says("[row, column]")]
+ImageUrl = Annotated[str, Field(examples=["/items/gulls/17.jpg/image"])]
+CamUrl = Annotated[str, Field(examples=["/items/gulls/17.jpg/cam"])]
 
 
 class Size(Strict):
@@ -42,39 +67,29 @@ class Size(Strict):
     height: int = Field(ge=1, examples=[480])
 
 
-class Match(Strict):
-    """An image of the index that came back."""
+class Indexed(Strict):
+    """An image of the index."""
 
     id: str = Field(examples=["gulls/17.jpg"])
     label: str | None = Field(examples=["gulls"])
-    distance: float = Field(description="Squared Euclidean: smaller is nearer.", examples=[0.31])
-    similarity: float = Field(description="Inner product: larger is nearer.", examples=[0.845])
-    image_url: str = Field(examples=["/items/gulls/17.jpg/image"])
-    cam_url: str = Field(examples=["/items/gulls/17.jpg/cam"])
 
 
-File = Annotated[
-    Literal["same", "changed", "missing"] | None,
-    Field(
-        description="What became of the picture's file since it was indexed; null where the index "
-        "keeps no mark of it. A changed picture is not the one that the map was made of.",
-        examples=["same"],
-    ),
-]
+class Match(Indexed):
+    """An image of the index that came back."""
+
+    distance: float = _says("Squared Euclidean: smaller is nearer.", 0.31)
+    similarity: float = _says("Inner product: larger is nearer.", 0.845)
+    image_url: ImageUrl
+    cam_url: CamUrl
 
 
 class Neighbor(Match):
     """An image that came back, with its own map from the index."""
 
     file: File
-    cam: Cam | None = Field(
-        description="Its own map, on the layer's grid; null where the index keeps none."
-    )
-    norm: float | None = Field(
-        ge=0,
-        description="Length of its stored weights. Divide maps by it before they share a colour "
-        "scale.",
-        examples=[0.42],
+    cam: Cam | None = _says("Its own map, on the layer's grid; null where the index keeps none.")
+    norm: Length | None = _says(
+        "Length of its stored weights. Divide maps by it before they share a colour scale.", 0.42
     )
 
 
@@ -90,65 +105,47 @@ class ExplainAnswer(Strict):
 
     picture: Size
     cam: Cam
-    signed_cam: list[list[float]] | SkipJsonSchema[None] = Field(
+    signed_cam: Rows | SkipJsonSchema[None] = Field(
         default=None,
         description="With `signed=true`: the map before its ReLU, of the size of `cam`; negative "
         "where the picture speaks against the results.",
     )
     extent: Extent
-    empty: bool = Field(description="Nothing in the query speaks for these results.")
-    why_empty: str | None = Field(
-        description="Why the map is empty, for people; null where it is not."
+    empty: bool = _says("Nothing in the query speaks for these results.")
+    why_empty: str | None = _says("Why the map is empty, for people; null where it is not.")
+    transfer: str = _says("How neighbours count.", "mean")
+    match: Share | None = _says(
+        "Probability that the first result is of the query's kind, whatever the map shows; null "
+        "where the index holds no calibration.",
+        0.93,
     )
-    transfer: str = Field(description="How neighbours count.", examples=["mean"])
-    match: float | None = Field(
-        ge=0,
-        le=1,
-        description="Probability that the first result is of the query's kind, whatever the map "
-        "shows; null where the index holds no calibration.",
-        examples=[0.93],
+    trust: Share | None = _says(
+        "Expected correlation with a directly computed map; null where the index holds no "
+        "calibration, and where a rival was named.",
+        0.81,
     )
-    trust: float | None = Field(
-        ge=0,
-        le=1,
-        description="Expected correlation with a directly computed map; null where the index holds "
-        "no calibration, and where a rival was named.",
-        examples=[0.81],
+    trust_low: Share | None = _says("Correlation that nine in ten such maps reach.", 0.64)
+    trusted: bool | None = _says(
+        "Whether the map can be relied on: trust_low reaches the limit, or direct."
     )
-    trust_low: float | None = Field(
-        ge=0, le=1, description="Correlation that nine in ten such maps reach.", examples=[0.64]
+    direct: bool = _says("The weights were computed on the query itself.")
+    explained: list[str] = _says("Ids of the images whose weights drew the map.", ["gulls/17.jpg"])
+    result: Neighbor | None = _says(
+        "The one image that was asked for, which may be no neighbour; null where none was."
     )
-    trusted: bool | None = Field(
-        description="Whether the map can be relied on: trust_low reaches the limit, or direct."
-    )
-    direct: bool = Field(description="The weights were computed on the query itself.")
-    explained: list[str] = Field(
-        description="Ids of the images whose weights drew the map.", examples=[["gulls/17.jpg"]]
-    )
-    result: Neighbor | None = Field(
-        description="The one image that was asked for, which may be no neighbour; null where none "
-        "was."
-    )
-    rival: Neighbor | None = Field(
-        description="The image that the result is told from: the map is drawn with the difference "
-        "of their stored weights, each of length 1; null where none was named."
+    rival: Neighbor | None = _says(
+        "The image that the result is told from: the map is drawn with the difference of their "
+        "stored weights, each of length 1; null where none was named."
     )
     neighbors: list[Neighbor]
-
-
-Cells = Annotated[
-    list[list[float]],
-    Field(description="Row by row from the top, on the layer's grid; positive speaks for it."),
-]
-Cell = Annotated[list[int], Field(min_length=2, max_length=2, description="[row, column]")]
 
 
 class Evidence(Strict):
     """What one picture gives to a score: `cells`, `shared` and `remainder` sum to it."""
 
     cells: Cells
-    shared: float = Field(description="What the average image of the index has too.")
-    remainder: float = Field(description="What no cell or channel accounts for.")
+    shared: float = _says("What the average image of the index has too.")
+    remainder: float = _says("What no cell or channel accounts for.")
 
 
 class Channel(Strict):
@@ -166,59 +163,54 @@ class CellLink(Strict):
     contribution: float
 
 
-class PairReceipt(Strict):
+class PairReceipt(Indexed):
     """Why the query and one result match: `shared`, the channels and `remainder` sum to it."""
 
-    id: str = Field(examples=["gulls/17.jpg"])
-    label: str | None = Field(examples=["gulls"])
     picture: Size
     extent: Extent
-    similarity: float = Field(
-        description="Inner product of the embeddings of both pictures; of a prototype, with the "
-        "picture in its middle.",
-        examples=[0.845],
+    similarity: float = _says(
+        "Inner product of the embeddings of both pictures; of a prototype, with the picture in "
+        "its middle.",
+        0.845,
     )
-    exact: bool = Field(
-        description="Contributions are exact; otherwise of first order, and `remainder` holds "
-        "what is not."
+    exact: bool = _says(
+        "Contributions are exact; otherwise of first order, and `remainder` holds what is not."
     )
-    centred: bool = Field(description="What both share with the average image was put apart.")
-    shared: float = Field(description="What both share with the average image of the index.")
-    remainder: float = Field(description="What no channel accounts for.")
-    channels: list[Channel] = Field(description="Those that give most, largest first.")
-    other_channels: float = Field(description="What all the others give together.")
+    centred: bool = _says("What both share with the average image was put apart.")
+    shared: float = _says("What both share with the average image of the index.")
+    remainder: float = _says("What no channel accounts for.")
+    channels: list[Channel] = _says("Those that give most, largest first.")
+    other_channels: float = _says("What all the others give together.")
     query: Evidence
     result: Evidence
-    links: list[CellLink] = Field(description="The cells that match best.")
-    pairs: list[list[float]] | None = Field(
-        description="What each cell of the query (rows) has with each cell of the result "
-        "(columns), both counted row by row, to four digits; null where the receipt is not exact, "
-        "or where all together would be too many numbers: ask with `cell` then."
+    links: list[CellLink] = _says("The cells that match best.")
+    pairs: Rows | None = _says(
+        "What each cell of the query (rows) has with each cell of the result (columns), both "
+        "counted row by row, to four digits; null where the receipt is not exact, or where all "
+        "together would be too many numbers: ask with `cell` then."
     )
-    point: Cells | None = Field(
-        description="What the cell asked for matches, on the other picture's grid; null where "
-        "none was asked for."
+    point: Cells | None = _says(
+        "What the cell asked for matches, on the other picture's grid; null where none was asked "
+        "for."
     )
 
 
 class Contrast(Strict):
     """Why the first result is nearer than the second: channels and remainder sum to `score`."""
 
-    score: float = Field(
-        description="Half of the rival's squared distance less the result's; behind embeddings of "
-        "length 1 the difference of the similarities.",
-        examples=[0.12],
+    score: float = _says(
+        "Half of the rival's squared distance less the result's; behind embeddings of length 1 the "
+        "difference of the similarities.",
+        0.12,
     )
     exact: bool
-    remainder: float = Field(
-        description="What no channel accounts for; of embeddings that are not of length 1 their "
-        "lengths, too, of which the shorter is nearer."
+    remainder: float = _says(
+        "What no channel accounts for; of embeddings that are not of length 1 their lengths, too, "
+        "of which the shorter is nearer."
     )
     channels: list[Channel]
     other_channels: float
-    query: Cells = Field(
-        description="Positive where the query speaks for the result, negative for the rival."
-    )
+    query: Cells = _says("Positive where the query speaks for the result, negative for the rival.")
 
 
 class CompareAnswer(Strict):
@@ -227,28 +219,24 @@ class CompareAnswer(Strict):
     picture: Size
     extent: Extent
     receipts: list[PairReceipt]
-    contrast: Contrast | None = Field(description="null where no rival was named.")
+    contrast: Contrast | None = _says("null where no rival was named.")
 
 
-class ItemCam(Strict):
+class ItemCam(Indexed):
     """An indexed image's own map."""
 
-    id: str = Field(examples=["gulls/17.jpg"])
-    label: str | None = Field(examples=["gulls"])
     cam: Cam
-    norm: float = Field(ge=0, description="Length of its stored weights.", examples=[0.42])
+    norm: Length = _says("Length of its stored weights.", 0.42)
     file: File
-    picture: Size | None = Field(description="null where the picture cannot be read any more.")
-    extent: Extent | None = Field(description="null where the picture cannot be read any more.")
+    picture: Size | None = _says("null where the picture cannot be read any more.")
+    extent: Extent | None = _says("null where the picture cannot be read any more.")
 
 
-class Example(Strict):
+class Example(Indexed):
     """An indexed image whose picture can be searched with."""
 
-    id: str = Field(examples=["gulls/17.jpg"])
-    label: str | None = Field(examples=["gulls"])
-    image_url: str = Field(examples=["/items/gulls/17.jpg/image"])
-    cam_url: str = Field(examples=["/items/gulls/17.jpg/cam"])
+    image_url: ImageUrl
+    cam_url: CamUrl
 
 
 class ExamplesAnswer(Strict):
@@ -267,17 +255,17 @@ class Readiness(Strict):
     """Whether pictures can be explained, and what of."""
 
     status: str = Field(examples=["ready"])
-    images: int = Field(ge=0, description="In the index.", examples=[5000])
-    generation: int = Field(ge=0, description="Of the index; rises when it changes.", examples=[1])
+    images: Count = _says("In the index.", 5000)
+    generation: Count = _says("Of the index; rises when it changes.", 1)
 
 
 class Problem(Strict):
     """What went wrong."""
 
-    code: str = Field(description="For programs.", examples=["too_many_pixels"])
-    message: str = Field(
-        description="For people: one sentence.",
-        examples=["the picture has more than 25000000 pixels, which is the limit; send another"],
+    code: str = _says("For programs.", "too_many_pixels")
+    message: str = _says(
+        "For people: one sentence.",
+        "the picture has more than 25000000 pixels, which is the limit; send another",
     )
 
 
@@ -310,24 +298,21 @@ def route(
     parameters: type[BaseModel] | None = None,
     drawn: Sequence[str] = (),
     said: str = "Successful Response",
-    **more: Any,
+    body: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return how FastAPI describes a route that writes its answer, or a picture, itself.
-
-    `statuses` are its HTTP errors; query parameters are those of `parameters` and no others.
-    """
-    described: dict[str, Any] = {"description": said}
+    """Describe a route with HTTP errors of these `statuses` and no query parameters but these."""
+    good: dict[str, Any] = {"description": said}
     if answer is not None:
-        described["model"] = answer
+        good["model"] = answer
     if drawn:
-        described["content"] = {kind: BINARY for kind in drawn}
+        good["content"] = dict.fromkeys(drawn, BINARY)
     errors = {one: {"model": ErrorAnswer, "description": _WHEN[one]} for one in sorted(statuses)}
     return {
         "summary": summary,
         "response_class": Response,
-        "responses": {200: described, **errors},
+        "responses": {200: good, **errors},
         "dependencies": [] if parameters is None else [Depends(only(parameters))],
-        **more,
+        "openapi_extra": body,
     }
 
 
@@ -337,9 +322,24 @@ def built(model: type[M], values: Mapping[str, Any], **more: Any) -> M:
     return model(**{**kept, **more})
 
 
-def written(answer: Strict) -> bytes:
-    """Return an answer as JSON, without fields that were not set."""
-    return answer.model_dump_json(exclude_unset=True).encode()
+def response(
+    answer: Strict | Image.Image, kind: str = JSON, headers: Mapping[str, str] | None = None
+) -> Response:
+    """Return an answer as JSON, without fields that were not set, or a picture as a file."""
+    if isinstance(answer, Strict):
+        return Response(answer.model_dump_json(exclude_unset=True), 200, headers, kind)
+    return Response(encoded(answer, kind), 200, headers, kind)
+
+
+def tag_of(content: bytes) -> str:
+    """Return an ETag."""
+    return f'"{hashlib.sha256(content).hexdigest()[:24]}"'
+
+
+def is_known(request: Request, tag: str) -> bool:
+    """Return whether the client has already what the tag is of."""
+    known = request.headers.get("if-none-match", "").strip()
+    return tag in known or known == "*"
 
 
 def size_of(size: tuple[int, int]) -> Size:
@@ -347,14 +347,10 @@ def size_of(size: tuple[int, int]) -> Size:
     return Size(width=size[0], height=size[1])
 
 
-def shown_box(size: tuple[int, int], extent: Sequence[float]) -> dict[str, Any]:
-    """Return a picture's (width, height) and the crop box in it, as answers have them."""
-    return {"picture": size_of(size), "extent": list(extent)}
-
-
-def urls_of(prefix: str, name: str) -> dict[str, str]:
+def urls_of(request: Request, name: str) -> dict[str, str]:
     """Return where an image's picture and map lie, below a path that a proxy serves us under."""
     # Browsers resolve "." and "..", and proxies merge empty parts: such ids keep no slash.
     odd = any(part in ("", ".", "..") for part in name.split("/"))
-    path = f"{prefix}/items/{quote(name, safe='' if odd else '/', errors='replace')}"
-    return {"image_url": f"{path}/image", "cam_url": f"{path}/cam"}
+    path = f"/items/{quote(name, safe='' if odd else '/', errors='replace')}"
+    prefix = request.scope.get("root_path", "")
+    return {"image_url": f"{prefix}{path}/image", "cam_url": f"{prefix}{path}/cam"}

@@ -7,9 +7,9 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from ipaddress import ip_address
 from math import ceil
-from typing import Any
 
 import h11
 import uvicorn
@@ -42,19 +42,18 @@ _BLANK_LINE = re.compile(rb"\n\r?\n")
 def bind(host: str, port: int) -> socket.socket:
     """Return a socket on which nothing listens yet; port 0 takes any that is free."""
     whole("port", port, 0, 65_535)
+    bound = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         bound = socket.socket(family, kind, protocol)
-        try:
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-            bound.bind(address)
-        except BaseException:
-            bound.close()
-            raise
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        bound.bind(address)
     except OSError as error:
+        if bound is not None:
+            bound.close()
         reason = error.strerror or error
         raise InputError(
             f"{host} port {port} cannot be used ({reason}); choose with --host and --port"
@@ -71,8 +70,7 @@ def address_of(bound: socket.socket) -> str:
 
 def is_loopback(bound: socket.socket) -> bool:
     """Tell whether only this machine reaches it."""
-    host = str(bound.getsockname()[0])
-    return host.startswith("127.") or host == "::1"
+    return ip_address(bound.getsockname()[0]).is_loopback
 
 
 def serve(
@@ -80,7 +78,7 @@ def serve(
     bound: socket.socket,
     *,
     seconds: float,
-    reload: Callable[[], Any] | None = None,
+    reload: Callable[[], object] = lambda: None,
 ) -> None:
     """Answer requests until SIGINT or SIGTERM; returns once what was begun is finished.
 
@@ -97,28 +95,18 @@ def serve(
         server_header=False,
         timeout_graceful_shutdown=ceil(2 * seconds) + 1,
     )
-    with bound, _signals(reload), _one_blas_thread():
+    with bound, _signals(reload), ExitStack() as stack:
+        with suppress(ImportError):  # an installation for serving alone
+            from threadpoolctl import threadpool_limits
+
+            # The products of a map are small. Beside the threads of torch, which wait by spinning,
+            # those of BLAS stop now and then: on two cores a map of half a millisecond took 16.
+            stack.enter_context(threadpool_limits(limits=1, user_api="blas"))
         uvicorn.Server(config).run(sockets=[bound])
 
 
 @contextmanager
-def _one_blas_thread() -> Iterator[None]:
-    """Keep NumPy's products on one thread: the products of a map are small.
-
-    Beside the threads of torch, which wait by spinning, those of BLAS come to a stop now and then:
-    on two cores a map of half a millisecond took sixteen.
-    """
-    try:
-        from threadpoolctl import threadpool_limits
-    except ImportError:  # an installation for serving alone
-        yield
-        return
-    with threadpool_limits(limits=1, user_api="blas"):
-        yield
-
-
-@contextmanager
-def _signals(reload: Callable[[], Any] | None) -> Iterator[None]:
+def _signals(reload: Callable[[], object]) -> Iterator[None]:
     """Let SIGHUP reload, and SIGINT and SIGTERM, which uvicorn raises again, end quietly.
 
     Signals belong to the main thread; in another one they are left alone.
@@ -128,13 +116,9 @@ def _signals(reload: Callable[[], Any] | None) -> Iterator[None]:
         return
 
     def hang_up(*_: object) -> None:
-        if reload is not None:
-            threading.Thread(target=_reloaded, args=(reload,), name="embedcam-reload").start()
+        threading.Thread(target=_reloaded, args=(reload,), name="embedcam-reload").start()
 
-    taken: dict[int, Callable[..., object]] = {
-        signal.SIGINT: lambda *_: None,
-        signal.SIGTERM: lambda *_: None,
-    }
+    taken = dict.fromkeys((signal.SIGINT, signal.SIGTERM), lambda *_: None)
     if hasattr(signal, "SIGHUP"):
         taken[signal.SIGHUP] = hang_up
     before = {number: signal.signal(number, handler) for number, handler in taken.items()}
@@ -145,7 +129,7 @@ def _signals(reload: Callable[[], Any] | None) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _reloaded(reload: Callable[[], Any]) -> None:
+def _reloaded(reload: Callable[[], object]) -> None:
     try:
         reload()
     except EmbedcamError as error:
@@ -238,7 +222,8 @@ class _Protocol(H11Protocol):
     def pause_writing(self) -> None:
         """Begin to wait for a client that does not keep up with its answer."""
         super().pause_writing()
-        self._expect_reading()
+        self._unread = self.transport.get_write_buffer_size()
+        self._reading = self.loop.call_later(READ_SECONDS, self._check_reading)
 
     def resume_writing(self) -> None:
         """End the wait: it has taken all of it."""
@@ -257,16 +242,14 @@ class _Protocol(H11Protocol):
     def _wait(self) -> None:
         self._patience = self.loop.call_later(HEADER_SECONDS, self.transport.close)
 
-    def _expect_reading(self) -> None:
-        self._unread = self.transport.get_write_buffer_size()
-        self._reading = self.loop.call_later(READ_SECONDS, self._check_reading)
-
     def _check_reading(self) -> None:
-        if self._unread - self.transport.get_write_buffer_size() >= READ_BYTES:
-            self._expect_reading()
+        left = self.transport.get_write_buffer_size()
+        if self._unread - left < READ_BYTES:
+            logger.warning("a client did not read its answer for %g s: closed", READ_SECONDS)
+            self.transport.abort()
             return
-        logger.warning("a client did not read its answer for %g s: closed", READ_SECONDS)
-        self.transport.abort()
+        self._unread = left
+        self._reading = self.loop.call_later(READ_SECONDS, self._check_reading)
 
     def _stop(self, timer: str) -> None:
         handle = getattr(self, timer)

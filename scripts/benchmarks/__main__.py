@@ -45,13 +45,8 @@ def _each(report: Callable[..., str], rounds: int) -> Section:
     return lambda o, folder: (report(name, rounds * o.rounds, folder) for name in o.network)
 
 
-def _build(o: argparse.Namespace, folder: Path) -> Iterator[str]:
-    for name in o.network:
-        yield building.report(name, o.images, o.rounds, o.batch_size, folder, o.heads)
-
-
-def _open(o: argparse.Namespace, folder: Path) -> Iterator[str]:
-    yield indexes.open_report((5 if o.quick else 10) * o.rows, o.rounds, folder)
+def _one(report: Callable[[argparse.Namespace, Path], str]) -> Section:
+    return lambda o, folder: iter([report(o, folder)])
 
 
 def _evaluate(o: argparse.Namespace, folder: Path) -> Iterator[str]:
@@ -61,26 +56,29 @@ def _evaluate(o: argparse.Namespace, folder: Path) -> Iterator[str]:
     yield evaluating.peers_report("mobilenet_v2", o.rounds)
 
 
-def _trust(o: argparse.Namespace, folder: Path) -> Iterator[str]:
-    return (trusting.report(name, o.images, o.rounds, folder) for name in o.network)
-
-
 SECTIONS: dict[str, Section] = {
-    "exactness": lambda o, _: iter([exactness.report(1 if o.quick else 4, triplets=50)]),
-    "build": _build,
+    "exactness": _one(lambda o, _: exactness.report(1 if o.quick else 4, triplets=50)),
+    "build": lambda o, folder: (
+        building.report(name, o.images, o.rounds, o.batch_size, folder, o.heads)
+        for name in o.network
+    ),
     "explain": _each(explaining.explain_report, 20),
     "peers": _each(explaining.peers_report, 20),
-    "storage": lambda o, folder: iter([indexes.storage_report(4096, folder)]),
-    "open": _open,
-    "search": lambda o, folder: iter([indexes.search_report(o.rows, 100 * o.rounds, folder)]),
-    "zoo": lambda o, _: iter([zoo.peers_report(o.network[0], "resnet18", 4 * o.rounds)]),
+    "storage": _one(lambda _, folder: indexes.storage_report(4096, folder)),
+    "open": _one(
+        lambda o, folder: indexes.open_report((5 if o.quick else 10) * o.rows, o.rounds, folder)
+    ),
+    "search": _one(lambda o, folder: indexes.search_report(o.rows, 100 * o.rounds, folder)),
+    "zoo": _one(lambda o, _: zoo.peers_report(o.network[0], "resnet18", 4 * o.rounds)),
     "memory": lambda o, _: map(zoo.memory_report, ("resnet18", "mobilenet_v2")),
-    "eigencam": lambda o, _: iter([zoo.decomposition_report(20 * o.rounds)]),
-    "online": lambda o, folder: iter([zoo.online_report(o.network[0], 4 * o.rounds, folder)]),
+    "eigencam": _one(lambda o, _: zoo.decomposition_report(20 * o.rounds)),
+    "online": _one(lambda o, folder: zoo.online_report(o.network[0], 4 * o.rounds, folder)),
     "evaluate": _evaluate,
-    "trust": _trust,
+    "trust": lambda o, folder: (
+        trusting.report(name, o.images, o.rounds, folder) for name in o.network
+    ),
     "receipts": _each(receipts.report, 20),
-    "features": lambda o, folder: iter([features.report(o.rows, 100 * o.rounds, folder)]),
+    "features": _one(lambda o, folder: features.report(o.rows, 100 * o.rounds, folder)),
     "onnx": _each(onnx.onnx_report, 4),
 }
 OTHERS = {"service": service.main, "soak": soak.main}

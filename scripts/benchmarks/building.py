@@ -5,9 +5,9 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,18 +23,16 @@ from embedcam.offline.strategies import is_exact
 from embedcam.recipe.recipe import Recipe
 
 from .cases import fresh, frozen_network, gem_network, linear_network, write_pictures
-from .timing import Case, alternate, ratio, table, verdict
+from .timing import Case, alternate, ratio, section, table, verdict
 
 TRIPLETS = 50
 CHUNK = 256
 POOLED_BAR, OTHER_BAR, LITERAL_BAR = 1.05, 2.2, 100
 LARGE = 10_000
-CONTROL = "embedding again (A/A)"
 HEADS = ("frozen", "linear", "gem")
 
 
-@dataclass(frozen=True)
-class Subject:
+class Subject(NamedTuple):
     """A network, the methods it is built with, and the bar."""
 
     name: str
@@ -43,16 +41,13 @@ class Subject:
     bar: float
 
 
-def subjects(name: str, folder: Path, heads: Sequence[str]) -> list[Subject]:
+def subject_of(head: str, name: str, folder: Path) -> Subject:
     both = ("gradcam", "gradcam++")
-    made = {
-        "frozen": lambda: Subject("frozen pooled vector", frozen_network(name), both, POOLED_BAR),
-        "linear": lambda: Subject(
-            "linear head, 128", linear_network(name, folder), both, POOLED_BAR
-        ),
-        "gem": lambda: Subject("GeM head, 128", gem_network(name), ("gradcam",), OTHER_BAR),
-    }
-    return [made[head]() for head in heads]
+    if head == "frozen":
+        return Subject("frozen pooled vector", frozen_network(name), both, POOLED_BAR)
+    if head == "linear":
+        return Subject("linear head, 128", linear_network(name, folder), both, POOLED_BAR)
+    return Subject("GeM head, 128", gem_network(name), both[:1], OTHER_BAR)
 
 
 class Runs:
@@ -64,11 +59,12 @@ class Runs:
 
     def seconds(self, rounds: int) -> dict[str, np.ndarray]:
         """Seconds of the embedding, of itself again, and of a build with each method."""
-        embed = Case(self.embed, self.ready, shutil.rmtree)
-        cases = {"embedding": embed, CONTROL: embed}
-        for method in self.subject.methods:
-            cases[method] = Case(partial(self.build, method), self.ready, shutil.rmtree)
-        return alternate(cases, rounds)
+        runs = {m: partial(self.build, m) for m in self.subject.methods}
+        cases = {
+            name: Case(run, self.ready, shutil.rmtree)
+            for name, run in {"embedding": self.embed, **runs}.items()
+        }
+        return alternate(cases, rounds, control=True)
 
     def ready(self) -> Path:
         """An empty folder."""
@@ -78,17 +74,16 @@ class Runs:
 
     def embed(self, out: Path) -> None:
         """What a build is measured against: load, forward, normalise, write a chunk at a time."""
-        network, chunk, number = self.subject.network, [], 0
-        preprocess = network.preprocess
-        for batch in load_batches(self.source, np.arange(len(self.source)), preprocess, self.batch):
+        network, chunk, seen = self.subject.network, [], 0
+        places = np.arange(len(self.source))
+        for batch in load_batches(self.source, places, network.preprocess, self.batch):
             with torch.inference_mode():
                 z = network.module(torch.from_numpy(batch.images))
                 chunk.append((z / torch.linalg.vector_norm(z, dim=1, keepdim=True)).numpy())
-            if sum(map(len, chunk)) >= CHUNK:
-                np.save(out / f"{number}.npy", np.concatenate(chunk))
-                number, chunk = number + 1, []
-        if chunk:
-            np.save(out / f"{number}.npy", np.concatenate(chunk))
+            seen += len(z)
+            if seen == len(places) or sum(map(len, chunk)) >= CHUNK:
+                np.save(out / f"{seen}.npy", np.concatenate(chunk))
+                chunk = []
 
     def build(self, method: str, out: Path) -> None:
         """Everything a build does with a network that was just wrapped; keeps its stages."""
@@ -133,33 +128,33 @@ def report(
     few = ImageSource(source.items[:: len(source) // less][:less], source.root)
     fit, apart = once_for_an_index(name, source, batch, folder)
     ratios, stages, loops = [], [], []
-    for subject in subjects(name, folder, heads):
+    names = ["before", "embed", "weights", "encode", "write"]
+    for head in heads:
+        subject = subject_of(head, name, folder)
         large, small = (Runs(subject, s, batch, folder) for s in (source, few))
-        took, took_few = large.seconds(rounds), small.seconds(rounds)
-        ratios += _ratio_rows(large, small, took, took_few, fit)
+        took = large.seconds(rounds)
+        ratios += _ratio_rows(large, small, took, small.seconds(rounds), fit)
         for method, listed in large.stages.items():
-            names = ("before", "embed", "weights", "encode", "write")
             middle = [np.median([run[stage] for run in listed[-rounds:]]) for stage in names]
             stages.append([f"{subject.name}, {method}", *(f"{value:.2f}" for value in middle)])
         if subject.bar == POOLED_BAR:
             loops.append(_loop_row(large, float(np.median(took["gradcam"])) / len(source), rounds))
-    return (
-        f"\n## Build / embedding, {name}\n\n"
+    return section(
+        f"Build / embedding, {name}",
         f"S = {TRIPLETS}, {images} pictures of 320 x 240 (JPEG), batches of {batch}, page cache "
         "warm. Embedding: the same loader, plain forward, embeddings written a chunk at a time. "
         "Build: everything `build_index` does with a network just wrapped, checksums included, "
         "FAISS and the calibration of trust not. *Each further image*: the same without what is "
         f"paid once, from builds and embeddings of {images} and of {less} images. *At {LARGE:,}*: "
         "predicted from both, the fit of principal components included. *Forwards*: pictures "
-        "through the module for each image built, and probe pictures once.\n\n"
-        + table(
-            ["network and method", "seconds", f"ratio at {images}", "bar", "each further image",
-             f"at {LARGE:,}", "bar", "forwards"],
-            ratios,
-        )
-        + "\nSeconds of a build's stages (median). *before*: identity, head, digest of the list; "
+        "through the module for each image built, and probe pictures once.",
+        ["network and method", "seconds", f"ratio at {images}", "bar", "each further image",
+         f"at {LARGE:,}", "bar", "forwards"],
+        ratios,
+    ) + (
+        "\nSeconds of a build's stages (median). *before*: identity, head, digest of the list; "
         "*write* holds checksums and syncs.\n\n"
-        + table(["network and method", "before", "embed", "weights", "encode", "write"], stages)
+        + table(["network and method", *names], stages)
         + f"\n{apart}\n"
         + f"\nBeside loops over triplets, milliseconds an image at S = {TRIPLETS}, Grad-CAM. "
         "*Literal*: three forwards and one backward through the head a triplet, in the same "
@@ -178,55 +173,45 @@ def _ratio_rows(
     fit: float,
 ) -> list[list[str]]:
     subject, n, few = large.subject, len(large.source), len(small.source)
-    rows = []
-    base, base_few = (float(np.median(t["embedding"])) for t in (took, took_few))
-    base_each = (base - base_few) / (n - few)
+
+    def predicted(name: str, once: float = 0) -> tuple[float, float]:
+        """Seconds of each further image, and of many."""
+        many, less = (float(np.median(seconds[name])) for seconds in (took, took_few))
+        each = (many - less) / (n - few)
+        return each, once + less + (LARGE - few) * each
+
+    rows, (base_each, base) = [], predicted("embedding")
     for name, seconds in took.items():
         measured = ratio(seconds, took["embedding"])
         line = [f"{subject.name}: {name}", f"{np.median(seconds):.2f}", str(measured)]
         if name in subject.methods:
-            each = (float(np.median(seconds)) - float(np.median(took_few[name]))) / (n - few)
-            once = float(np.median(took_few[name])) - few * each
-            if not _exact(subject, name):
-                once += fit
-            base_once = base_few - few * base_each
-            predicted = (once + LARGE * each) / (base_once + LARGE * base_each)
+            exact = is_exact(Recipe(method=name), subject.network.head_kind.matrix)
+            each, all_of_them = predicted(name, 0 if exact else fit)
             many, less = large.forwards(name), small.forwards(name)
             forwards = (many - less) / (n - few)
             line += [
                 verdict(measured.median, subject.bar),
                 f"{each / base_each:.3f}",
-                f"{predicted:.3f}",
-                verdict(predicted, subject.bar),
+                f"{all_of_them / base:.3f}",
+                verdict(all_of_them / base, subject.bar),
                 f"{forwards:g} + {many - n * forwards:g}",
             ]
-        else:
-            line += [""] * 5
-        rows.append(line)
+        rows.append(line + [""] * (8 - len(line)))
     return rows
-
-
-def _exact(subject: Subject, method: str) -> bool:
-    return is_exact(Recipe(method=method), subject.network.head_kind.matrix)
 
 
 def once_for_an_index(
     name: str, source: ImageSource, batch: int, folder: Path
 ) -> tuple[float, str]:
     """Seconds of fitting principal components, and a sentence on what is timed apart."""
-    network = frozen_network(name)
-    path = folder / "apart"
-    made = build_index(
-        source, network, path, Recipe(faiss="none"), batch_size=batch, progress=False
-    )
+    network, path, recipe = frozen_network(name), folder / "apart", Recipe(faiss="none")
+    made = build_index(source, network, path, recipe, batch_size=batch, progress=False)
     width = network.forward(network.probe_images()).activations.shape[1]
     sample = np.random.default_rng(0).standard_normal((SAMPLE, width)).astype(np.float32)
     fit = Case(lambda: fit_pca(sample, 128)).seconds()
     files = [file for file in path.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files)
-    checksums = Case(
-        lambda: [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-    ).seconds()
+    checksums = Case(lambda: [hashlib.sha256(f.read_bytes()) for f in files]).seconds()
     flat = Case(lambda: rebuild_faiss(path, "Flat")).seconds()
     shutil.rmtree(path)
     return fit, (
@@ -254,14 +239,10 @@ def _loop_row(runs: Runs, build: float, rounds: int) -> list[str]:
             network.forward(images)  # the negatives
             gradcam(head_pass.vjp(cotangents[0]))
 
-    took = alternate({"head": Case(head_only), "literal": Case(literal)}, rounds)
-    head = float(np.median(took["head"])) / len(images)
-    loop = float(np.median(took["literal"])) / len(images) * TRIPLETS
+    took = alternate({"head": head_only, "literal": literal}, rounds)
+    head, loop = (float(np.median(took[name])) / len(images) for name in ("head", "literal"))
+    times = loop * TRIPLETS / build
     return [
-        runs.subject.name,
-        f"{1e3 * build:.1f}",
-        f"{1e3 * head:.1f}",
-        f"{1e3 * loop:.0f}",
-        f"{loop / build:.0f}",
-        verdict(loop / build, LITERAL_BAR, at_least=True),
-    ]
+        runs.subject.name, f"{1e3 * build:.1f}", f"{1e3 * head:.1f}",
+        f"{1e3 * loop * TRIPLETS:.0f}", f"{times:.0f}", verdict(times, LITERAL_BAR, at_least=True),
+    ]  # fmt: skip

@@ -1,11 +1,11 @@
 """What evaluating costs: the metrics' own time, memory, and the same metrics of torch-cam."""
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from embedcam.ops import cam, normalize, resize
 from embedcam.targets import head_cotangent
 
 from .cases import SIZE, frozen_network, write_pictures
-from .timing import Case, Ratio, alternate, compared, peak_of, table, verdict
+from .timing import Run, alternate, compared, peak_of, ratio, section, verdict
 from .zoo import Score
 
 SHARE_BAR, MEMORY_BAR, PEER_BAR = 0.2, 1.1, 1.0
@@ -27,7 +27,6 @@ BATCH, STEPS = 8, 20
 PARTS = {"limit": 5, "faithfulness": 50, "scenes": 25, "fidelity": 25}
 """One of so many pictures is measured: of 500, a fifth of `evaluate`'s own samples."""
 INDEXED = 64
-CONTROL = "embedcam again (A/A)"
 METRICS = ("average drop and increase", "deletion and insertion")
 
 
@@ -40,20 +39,21 @@ def share_report(networks: list[str], images: int, rounds: int, folder: Path) ->
         network, path = frozen_network(name), folder / f"evaluated-{name}"
         build_index(source, network, path, Recipe(), batch_size=BATCH, progress=False)
         found = [seconds(path, source, network, boxes) for _ in range(rounds)]
-        each = np.array([one["metrics"] / one["forward"] for one in found])
-        share = Ratio(float(np.median(each)), float(each.min()), float(each.max()))
         parts = ("forward", "metrics", "explaining", "reading", "total")
-        middle = [f"{np.median([one[part] for one in found]):.2f}" for part in parts]
+        spent = {part: np.array([one[part] for one in found]) for part in parts}
+        share = ratio(spent["metrics"], spent["forward"])
+        middle = [f"{np.median(each):.2f}" for each in spent.values()]
         rows.append([name, *middle, share, verdict(share.median, SHARE_BAR)])
     few = [max(1, images // part) for part in PARTS.values()]
-    return (
-        f"\n## Evaluating\n\n`evaluate_index` with boxes and all measures: {few[0]} of {images} "
+    return section(
+        "Evaluating",
+        f"`evaluate_index` with boxes and all measures: {few[0]} of {images} "
         "pictures of 320 x 240, their pooled vector as embedding; controls and removed pixels of "
         f"{few[1]}, scenes and fidelity of {few[2]}; {rounds} rounds, seconds. *Share*: of the "
-        "metrics over the forward passes of the same run.\n\n"
-        + table(["network", "forward", "metrics", "explaining", "reading", "total", "share", "bar"],
-                rows)
-    )  # fmt: skip
+        "metrics over the forward passes of the same run.",
+        ["network", *parts, "share", "bar"],
+        rows,
+    )
 
 
 def seconds(
@@ -65,17 +65,25 @@ def seconds(
     return spent
 
 
-def write_boxes(path: Path, source: ImageSource) -> Path:
-    """A box for each picture, a quarter of its area."""
+def write_rows(path: Path, head: str, rows: Iterable[Sequence[object]]) -> Path:
+    """A CSV file."""
     with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("path", "x0", "y0", "x1", "y1"))
-        for item in source.items:
-            writer.writerow((item.path, 80, 60, 240, 180))
+        csv.writer(file).writerows([head.split(","), *rows])
     return path
 
 
-# -------------------------------------------------------------------- memory
+def write_boxes(path: Path, source: ImageSource) -> Path:
+    """A box for each picture, a quarter of its area."""
+    rows = ((item.path, 80, 60, 240, 180) for item in source.items)
+    return write_rows(path, "path,x0,y0,x1,y1", rows)
+
+
+def write_queries(path: Path, source: ImageSource, count: int) -> Path:
+    """So many queries from a few files, each with an id of its own."""
+    assert source.root is not None
+    root, items = source.root.resolve(), islice(cycle(source.items), count)
+    rows = ((root / one.path, one.label, f"query-{n}") for n, one in enumerate(items))
+    return write_rows(path, "path,label,id", rows)
 
 
 def memory_report(name: str, few: int, many: int, folder: Path) -> str:
@@ -101,45 +109,36 @@ def memory_report(name: str, few: int, many: int, folder: Path) -> str:
     )
 
 
-def write_queries(path: Path, source: ImageSource, count: int) -> Path:
-    """So many queries from a few files, each with an id of its own."""
-    assert source.root is not None
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("path", "label", "id"))
-        for number in range(count):
-            item = source.items[number % len(source)]
-            writer.writerow((source.root.resolve() / item.path, item.label, f"query-{number}"))
-    return path
-
-
-# -------------------------------------------------------------------- peers
-
-
 def peers_report(name: str, rounds: int) -> str:
     """The same metrics of the same maps and pictures by torch-cam, in alternating runs."""
     network = frozen_network(name)
     generator = torch.Generator().manual_seed(0)
-    rows = []
-    for metric, count in zip(METRICS, (32, 4), strict=True):
+    rows, missing = [], ""
+    for (metric, ours), count in zip(OURS.items(), (32, 4), strict=True):
         images = torch.randn(count, 3, SIZE, SIZE, generator=generator)
         # Not an embedding of theirs: the similarity to itself has no gradient.
         reference = network.forward(images[:1]).embedding[0].roll(1)
-        ours = partial(OURS[metric], network, images, reference)
-        cases = {"embedcam": ours, CONTROL: ours}
+        cases: dict[str, Run] = {"embedcam": partial(ours, network, images, reference)}
         peer = torch_cam(metric, network, images, reference)
-        if peer is not None:
+        if peer is None:
+            missing = "\ntorch-cam is missing or has none (`pip install torchcam`).\n"
+        else:
             cases["torch-cam"] = peer
-        took = alternate({case: Case(run) for case, run in cases.items()}, rounds)
+        took = alternate(cases, rounds, control=True)
         before = f"{metric}, {count} pictures: "
         rows += compared(took, before, {"torch-cam": PEER_BAR}, at_least=True)
-    missing = "" if peer else "\ntorch-cam is missing or has none (`pip install torchcam`).\n"
     return (
-        f"\n## Metrics beside torch-cam's, {name}\n\nPictures of {SIZE} x {SIZE}, similarity to "
-        "one embedding, the map each package's Grad-CAM of it, which is within the "
-        f"time; batches of {BATCH}, {STEPS} steps, each package's own way of a forward pass "
-        "(embedcam's evaluation: channels last). *Ratio*: over embedcam's, above 1 the peer is "
-        "slower.\n\n" + table(["metric", "ms", "ratio", "bar"], rows) + missing
+        section(
+            f"Metrics beside torch-cam's, {name}",
+            f"Pictures of {SIZE} x {SIZE}, similarity to "
+            "one embedding, the map each package's Grad-CAM of it, which is within the "
+            f"time; batches of {BATCH}, {STEPS} steps, each package's own way of a forward pass "
+            "(embedcam's evaluation: channels last). *Ratio*: over embedcam's, above 1 the peer is "
+            "slower.",
+            ["metric", "ms", "ratio", "bar"],
+            rows,
+        )
+        + missing
     )
 
 
@@ -214,7 +213,7 @@ def channels_last(batch: Tensor) -> Tensor:
 
 def torch_cam(
     metric: str, network: EmbeddingNetwork, images: Tensor, reference: Tensor, steps: int = STEPS
-) -> Callable[[], Any] | None:
+) -> Callable[[], dict[str, float]] | None:
     """The same metric of torch-cam with its Grad-CAM; None where it is missing."""
     try:
         from torchcam import metrics

@@ -8,6 +8,7 @@ triplet's margin by autograd from the picture on, trunk and head and norm, at th
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from embedcam.recipe.recipe import Recipe
 from embedcam.targets import head_cotangent
 
 from .cases import GeM, seeded, trunk_of
-from .timing import table, verdict
+from .timing import section, verdict
 
 BARS = {torch.float64: 1e-10, torch.float32: 1e-5}
 GALLERY = 24
@@ -64,18 +65,19 @@ def report(anchors: int, triplets: int, chosen: list[Subject] | None = None) -> 
             subject.module.to(dtype)
             if dtype == torch.float64:
                 _shake(subject.module)
-            for method in ("gradcam", "gradcam++"):
-                for normalize in (True, False):
-                    off = largest_difference(subject, method, normalize, dtype, anchors, triplets)
-                    norm = "L2 norm" if normalize else "no norm"
-                    kind = str(dtype).removeprefix("torch.")
-                    rows.append([subject.name, kind, method, norm, f"{off:.1e}", verdict(off, bar)])
+            for method, normalize in product(("gradcam", "gradcam++"), (True, False)):
+                off = largest_difference(subject, method, normalize, dtype, anchors, triplets)
+                norm = "L2 norm" if normalize else "no norm"
+                kind = str(dtype).removeprefix("torch.")
+                rows.append([subject.name, kind, method, norm, f"{off:.1e}", verdict(off, bar)])
         subject.module.to(torch.float32)
-    return (
-        f"\n## Exactness\n\nThe largest |w - w_ref| / |w_ref| over {anchors} images with "
+    return section(
+        "Exactness",
+        f"The largest |w - w_ref| / |w_ref| over {anchors} images with "
         f"{triplets} triplets each; w_ref: the loop over triplets, autograd from the picture on, "
-        "at the same precision.\n\n"
-        + table(["network", "precision", "method", "norm", "difference", "bar"], rows)
+        "at the same precision.",
+        ["network", "precision", "method", "norm", "difference", "bar"],
+        rows,
     )
 
 
@@ -97,9 +99,11 @@ def largest_difference(
     images = torch.randn(GALLERY, 3, subject.size, subject.size, generator=generator).to(dtype)
     features = network.forward(images)
     embeddings = features.embedding.numpy()
-    labels = np.arange(GALLERY) % 4
     anchors = AnchorCotangents(
-        Recipe(method=method, triplets=triplets), embeddings, labels, embeddings.mean(0)
+        Recipe(method=method, triplets=triplets),
+        embeddings,
+        np.arange(GALLERY) % 4,
+        embeddings.mean(0),
     )
     found = production(network, images[:n], anchors, features.norm[:n].numpy(), method)
     assert anchors.sampler is not None
@@ -123,23 +127,16 @@ def production(
     """Averaged weights `[n K]` of the first images as a build computes them."""
     places = np.arange(len(images))
     cotangents = anchors.of(places)
-    at_head = torch.from_numpy(
-        head_cotangent(
-            cotangents.values, anchors.embeddings[places], lengths, "through", network.normalize
-        )
+    values = head_cotangent(
+        cotangents.values, anchors.embeddings[places], lengths, "through", network.normalize
     )
+    at_head = torch.from_numpy(values)
     used = None if cotangents.used is None else torch.from_numpy(cotangents.used)
     if network.pooled_replay:
-        activations = network.forward(images).activations
-        return weights_from_pooled(
-            network,
-            activations.mean((-2, -1)),
-            activations.clamp(min=0).mean((-2, -1)),
-            at_head,
-            used,
-            activations.shape[-2] * activations.shape[-1],
-            method,
-        )
+        maps = network.forward(images).activations
+        pooled, positive = (one.mean((-2, -1)) for one in (maps, maps.clamp(min=0)))
+        positions = maps.shape[-2] * maps.shape[-1]
+        return weights_from_pooled(network, pooled, positive, at_head, used, positions, method)
     with closing(network.head_pass(images)) as head_pass:
         return weights_from_head(head_pass, at_head, used, method)
 

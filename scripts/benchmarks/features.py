@@ -1,100 +1,77 @@
 """`explain_features` of a service that has its own embeddings and activations, search apart."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
-from embedcam import Explainer, Index
+from embedcam import Explainer, Index, Recipe
 from embedcam.index import Neighbors
-from embedcam.index.calibration import Calibration
 from embedcam.index.encoding import TopM
 
-from .indexes import make_index, near
-from .timing import Case, alternate, table, verdict
+from .cases import HEAD_WIDTH, TRUST, near, write_index
+from .timing import Case, alternate, section, verdict
 
 CHANNELS, KEPT, GRID, NEIGHBORS = 2048, 50, (7, 7), 10
-BAR = 1.0
-RUNS = 5
-Query = tuple[np.ndarray, np.ndarray, list[str], Neighbors]
-"""Embedding `[D]`, activations `[K H W]`, the ids and the places that a search found."""
+BAR, RUNS = 1.0, 5
 
 
-def calibration(width: int, neighbors: int) -> dict[str, Any]:
-    """One that costs what any costs; its figures mean nothing."""
-    made = Calibration(
-        mean=(0.0,) * width,
-        scale=(1.0,) * width,
-        linear=(0.1,) * width,
-        intercept=0.0,
-        scores=tuple(np.linspace(-3, 3, 20)),
-        correlations=tuple(np.linspace(0, 1, 20)),
-        lows=tuple(np.linspace(0, 0.8, 20)),
-        largest_distance=2.0,
-        neighbors=neighbors,
-        images=1000,
-    )
-    return made.to_dict()
+class Query(NamedTuple):
+    """Embedding `[D]`, activations `[K H W]`, the ids and the places that a search found."""
 
-
-TRUST = {"one": calibration(3, 1), "several": calibration(6, 5)}
+    embedding: np.ndarray
+    activations: np.ndarray
+    ids: list[str]
+    found: Neighbors
 
 
 class Asked:
     """Queries, and one explainer for each way to ask them."""
 
-    def __init__(self, paths: dict[str, Path], queries: int) -> None:
+    def __init__(self, paths: dict[str, Path], count: int) -> None:
         self.explainers = {name: Explainer(path) for name, path in paths.items()}
         self.index = Index.open(paths["plain"])
         # Search apart: these are told the rows that a search found, and explain the rest.
         self.apart = {name: Explainer(Index.open(path)) for name, path in paths.items()}
         for one in self.apart.values():
             one.index.search = lambda *_, **__: self.found  # type: ignore[method-assign]
-        self.queries = self._make(queries)
-        self.found = self.queries[0][3]
-
-    def _make(self, count: int) -> list[Query]:
-        centres = np.random.default_rng(0).standard_normal((1000, self.index.width), np.float32)
-        rng = np.random.default_rng(1)
         # Enough activations that they are not in the processor's cache already.
-        maps = rng.random((min(count, 200), CHANNELS, *GRID), np.float32)
-        made = []
-        for number, vector in enumerate(near(centres, count, rng)):
+        maps = np.random.default_rng(1).random((min(count, 200), CHANNELS, *GRID), np.float32)
+        self.queries = []
+        for number, vector in enumerate(near(count, 1)):
             found = self.index.search(vector[None], NEIGHBORS)
             ids = self.index.ids[found.positions[0]]
-            made.append((vector, maps[number % len(maps)], ids, found))
-        return made
+            self.queries.append(Query(vector, maps[number % len(maps)], ids, found))
+        self.found = self.queries[0].found
 
     def cases(self) -> dict[str, Case]:
         """By name; the last two search."""
         turns = cycle(self.queries)
-        runs: dict[str, Callable[[Query], Any]] = {
-            "search apart": lambda q: self._apart("plain", q),
-            "search apart, with trust": lambda q: self._apart("trust", q),
-            "ids given": lambda q: self.explainers["plain"].explain_features(
-                q[0], q[1], neighbors=q[2]
-            ),
-            "ids given, with trust": lambda q: self.explainers["trust"].explain_features(
-                q[0], q[1], neighbors=q[2]
-            ),
-            "search alone": lambda q: self.index.search(q[0][None], NEIGHBORS),
-            "with search": lambda q: self.explainers["plain"].explain_features(
-                q[0], q[1], n_neighbors=NEIGHBORS
-            ),
+
+        def following() -> Query:
+            query = next(turns)
+            self.found = query.found
+            return query
+
+        def asking(explainer: Explainer) -> Callable[[Query], object]:
+            return lambda q: explainer.explain_features(*q[:2], n_neighbors=NEIGHBORS)
+
+        def naming(explainer: Explainer) -> Callable[[Query], object]:
+            return lambda q: explainer.explain_features(*q[:2], neighbors=q.ids)
+
+        runs: dict[str, Callable[[Query], object]] = {
+            "search apart": asking(self.apart["plain"]),
+            "search apart, with trust": asking(self.apart["trust"]),
+            "ids given": naming(self.explainers["plain"]),
+            "ids given, with trust": naming(self.explainers["trust"]),
+            "search alone": lambda q: self.index.search(q.embedding[None], NEIGHBORS),
+            "with search": asking(self.explainers["plain"]),
         }
-        return {name: Case(run, lambda: self._next(turns)) for name, run in runs.items()}
-
-    def _next(self, turns: Iterator[Query]) -> Query:
-        query = next(turns)
-        self.found = query[3]
-        return query
-
-    def _apart(self, name: str, query: Query) -> Any:
-        return self.apart[name].explain_features(query[0], query[1], n_neighbors=NEIGHBORS)
+        return {name: Case(run, following) for name, run in runs.items()}
 
     def close(self) -> None:
         """Let go of the indexes."""
@@ -105,13 +82,13 @@ class Asked:
 
 def make_indexes(rows: int, folder: Path) -> dict[str, Path]:
     """The same rows without and with a calibration of trust."""
-    paths = {}
-    for name, trust in (("plain", None), ("trust", TRUST)):
-        path, source = folder / f"features-{name}", folder / "features-source"
-        encoding = TopM(CHANNELS, min(KEPT, CHANNELS))
-        paths[name] = make_index(path, rows, encoding, "Flat", source, trust=trust)
-        shutil.rmtree(source)
-    return paths
+    vectors, encoding = near(rows, 0), TopM(CHANNELS, KEPT)
+    return {
+        name: write_index(
+            folder / f"features-{name}", vectors, encoding, Recipe(faiss="Flat"), GRID, trust=trust
+        )
+        for name, trust in (("plain", None), ("trust", TRUST))
+    }
 
 
 def report(rows: int, queries: int, folder: Path) -> str:
@@ -128,14 +105,16 @@ def report(rows: int, queries: int, folder: Path) -> str:
         )
         bar = None if name in ("search alone", "with search") else BAR
         lines.append([name, spread(middle), spread(late), verdict(float(np.median(middle)), bar)])
-    return (
-        f"\n## explain_features among {rows:,} images\n\nSingle queries, {NEIGHBORS} neighbours, "
+    return section(
+        f"explain_features among {rows:,} images",
+        f"Single queries, {NEIGHBORS} neighbours, "
         f"top {KEPT} of K = {CHANNELS}, activations {GRID[0]} x {GRID[1]} in and map out, D = "
-        f"{asked.index.width}, FAISS Flat on one thread; milliseconds. Medians over {RUNS} runs of "
+        f"{HEAD_WIDTH}, FAISS Flat on one thread; milliseconds. Medians over {RUNS} runs of "
         f"{queries} queries each, in brackets the best and the worst run. *Search apart*: the "
         "index is told the rows that a search found before; *ids given*: `neighbors=`. The cases "
-        "take turns with searches, which empty the processor's caches.\n\n"
-        + table(["case", "p50", "p99", "bar of p50"], lines)
+        "take turns with searches, which empty the processor's caches.",
+        ["case", "p50", "p99", "bar of p50"],
+        lines,
     )
 
 

@@ -13,27 +13,26 @@ second time: how far it lies from 1 is how far any other ratio can be believed.
 """
 
 import argparse
-import io
 import multiprocessing
 import platform
 import tempfile
-import time
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from .cases import write_pictures
-from .load import Call, Caller, closed_loop
-from .timing import table, verdict, written
+from .cases import ROWS, index_of, linear_network, write_pictures
+from .explaining import NEIGHBORS
+from .load import Call, Caller, closed_loop, data_of, until_ready
+from .timing import AGAIN, table, verdict, written
 
 BARS = {"p50": 1.10, "p99": 1.15}
 CASES = {
     "search": "/search",
-    "search again (A/A)": "/search",
+    AGAIN.format("search"): "/search",
     "explain": "/explain",
     "null": "/null",
 }
@@ -43,21 +42,22 @@ QUERIES = 16
 def main() -> None:
     options = arguments()
     with tempfile.TemporaryDirectory(prefix="embedcam-service-") as name:
-        folder = Path(name)
-        bodies = pictures(folder)
+        files = sorted(write_pictures(Path(name) / "queries", QUERIES).rglob("*.jpg"))
+        bodies = [data_of(Image.open(p).resize((640, 480)), "JPEG", quality=90) for p in files]
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         server = context.Process(
-            target=serve, args=(options.network, options.threads, folder, theirs), daemon=True
+            target=serve, args=(options.network, options.threads, Path(name), theirs), daemon=True
         )
         server.start()
         theirs.close()  # so that a server that fails is noticed
         try:
             port, about = ours.recv()
+            until_ready(port)
             text = preface(options, about)
             print(text, flush=True)
             for concurrency in options.concurrency:
-                part = section(port, concurrency, options, bodies)
+                part = measured(port, concurrency, options, bodies)
                 print(part, flush=True)
                 text += part
         finally:
@@ -76,48 +76,54 @@ def serve(name: str, threads: int | None, folder: Path, told: Connection) -> Non
     from embedcam.service import create_app, server
     from embedcam.service.pictures import read_upload
 
-    from .cases import linear_network
-    from .explaining import NEIGHBORS, ROWS, make_index
-
     if threads:
         torch.set_num_threads(threads)
     network = linear_network(name, folder)
-    index = make_index(network, folder / "index", ROWS)
-    explainer = Explainer(index, network, n_neighbors=NEIGHBORS)
-    app = create_app(explainer)
-    pipeline = app.state.pipeline
+    index = index_of(network, folder / "index")
+    app = create_app(Explainer(index, network, n_neighbors=NEIGHBORS))
+    limits = app.state.pipeline.limits
 
     @app.post("/null")
     async def null(request: Request, size: int) -> Response:
-        await read_upload(request, pipeline.limits)
+        await read_upload(request, limits)
         return Response(b" " * size, media_type="application/json")
 
     bound = server.bind("127.0.0.1", 0)
-    told.send(
-        (
-            bound.getsockname()[1],
-            f"{ROWS:,} images, {NEIGHBORS} neighbours, torch {torch.__version__} on "
-            f"{torch.get_num_threads()} threads",
-        )
-    )
-    server.serve(app, bound, seconds=pipeline.limits.seconds)
+    about = f"{ROWS:,} images, {NEIGHBORS} neighbours, torch {torch.__version__} on "
+    told.send((bound.getsockname()[1], f"{about}{torch.get_num_threads()} threads"))
+    server.serve(app, bound, seconds=limits.seconds)
 
 
-def section(port: int, concurrency: int, options: argparse.Namespace, bodies: list[bytes]) -> str:
-    sizes = _answer_sizes(port, bodies)
+def measured(port: int, concurrency: int, options: argparse.Namespace, bodies: list[bytes]) -> str:
+    def post(path: str, place: int = 0) -> Call:
+        return Call("POST", path, bodies[place % QUERIES], {"Content-Type": "image/jpeg"})
+
+    with closing(Caller(port)) as caller:
+        status, body, _ = caller(post("/explain"))
+    if status != 200:
+        raise RuntimeError(f"/explain answered {status}: {body[:300]!r}")
     took: dict[str, list[float]] = {name: [] for name in CASES}
     for number in range(1 + options.rounds):
         for name, path in CASES.items():
-            target = f"{path}?size={sizes}" if path == "/null" else path
-            seconds = closed_loop(
-                port,
-                concurrency,
-                max(options.requests, concurrency),
-                partial(_next, target, bodies),
-            )
+            target = f"{path}?size={len(body)}" if path == "/null" else path
+            calls = (post(target, n) for n in range(max(options.requests, concurrency)))
+            seconds = answered(port, concurrency, calls)
             if number:  # the first round is warming up
                 took[name] += seconds
     return report(concurrency, {name: 1e3 * np.array(each) for name, each in took.items()})
+
+
+def answered(port: int, concurrency: int, calls: Iterator[Call]) -> list[float]:
+    """Seconds of each call of a closed loop, all answered as they should be."""
+    seconds: list[float] = []
+
+    def told(call: Call, status: int, body: bytes, took: float) -> None:
+        if status != call.expected:
+            raise RuntimeError(f"{call.method} {call.path}: {status} {body[:200]!r}")
+        seconds.append(took)
+
+    closed_loop(port, concurrency, calls, told)
+    return seconds
 
 
 def report(concurrency: int, took: Mapping[str, np.ndarray]) -> str:
@@ -151,38 +157,6 @@ def preface(options: argparse.Namespace, about: str) -> str:
         "percentile; *without the client* takes the null endpoint's median from both first. The "
         "A/A row is /search measured twice and shows the noise.\n"
     )
-
-
-def pictures(folder: Path) -> list[bytes]:
-    bodies = []
-    for path in sorted(write_pictures(folder / "queries", QUERIES).rglob("*.jpg")):
-        held = io.BytesIO()
-        Image.open(path).resize((640, 480)).save(held, "JPEG", quality=90)
-        bodies.append(held.getvalue())
-    return bodies
-
-
-def _answer_sizes(port: int, bodies: list[bytes]) -> int:
-    until = time.monotonic() + 120
-    while True:
-        try:
-            status, body, _ = Caller(port)(_post("/explain", bodies[0]))
-        except OSError:
-            if time.monotonic() > until:
-                raise
-            time.sleep(0.1)
-            continue
-        if status != 200:
-            raise RuntimeError(f"/explain answered {status}: {body[:300]!r}")
-        return len(body)
-
-
-def _next(path: str, bodies: list[bytes], place: int) -> Call:
-    return _post(path, bodies[place % len(bodies)])
-
-
-def _post(path: str, body: bytes) -> Call:
-    return Call("POST", path, body, {"Content-Type": "image/jpeg"})
 
 
 def arguments() -> argparse.Namespace:

@@ -11,7 +11,6 @@ than 5% above what it was after warming up.
 """
 
 import argparse
-import io
 import json
 import os
 import random
@@ -23,8 +22,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +30,8 @@ from PIL import Image
 
 from . import load as hostile
 from .cases import write_pictures
-from .load import Call, Caller
-from .timing import table, written
+from .load import Call, closed_loop, until_ready
+from .timing import table, verdict, written
 
 TIMEOUT, MAX_BODY = 10, 3_000_000
 GROWTH = 1.05
@@ -58,88 +56,73 @@ def main() -> int:
                 raise RuntimeError(f"the server ended: {(folder / 'log').read_text()}")
             port = int(json.loads(told)["address"].rpartition(":")[2])
             until_ready(port)
-            run = Soak(port, options)
-            memory = run.go(server.pid, 60 * options.minutes)
+            run = Soak(server.pid, options.good, 60 * options.minutes)
+            run.go(port, options.concurrency)
         finally:
             server.send_signal(signal.SIGTERM)
             ended = server.wait(60)
         said = (folder / "log").read_text(errors="replace")
-    text, failed = report(options, run, memory, ended, said)
+    text, failed = report(options, run, ended, said)
     print(text)
     written(text, options.output)
     return int(failed)
 
 
 class Soak:
-    """The load."""
+    """The load, what was answered, and the server's memory twice a second."""
 
-    def __init__(self, port: int, options: argparse.Namespace) -> None:
-        self.port, self.options = port, options
+    def __init__(self, process: int, share: float, seconds: float) -> None:
+        self.process, self.share, self.until = process, share, time.monotonic() + seconds
         self.good, self.bad = good_calls(), hostile_calls()
         self.answers: Counter[tuple[str, int]] = Counter()
         self.wrong: list[str] = []
         self.seconds: list[float] = []
-        self._lock, self._over = threading.Lock(), threading.Event()
+        self.memory: list[tuple[float, int]] = []
+        self.over = threading.Event()
 
-    def go(self, process: int, seconds: float) -> list[tuple[float, int]]:
-        """Run it; (seconds since the beginning, bytes resident) of the server, twice a second."""
-        clients = [
-            threading.Thread(target=self._client, args=(seed,))
-            for seed in range(self.options.concurrency)
-        ]
-        clients.append(threading.Thread(target=self._drip))
-        for one in clients:
-            one.start()
-        start, memory = time.monotonic(), list[tuple[float, int]]()
-        while (gone := time.monotonic() - start) < seconds:
-            memory.append((gone, resident(process)))
-            time.sleep(0.5)
-        self._over.set()
-        for one in clients:
-            one.join()
-        return memory
+    def go(self, port: int, concurrency: int) -> None:
+        """Run it: clients in a closed loop, and one that drips."""
+        dripping = threading.Thread(target=self.drip, args=(port,))
+        dripping.start()
+        try:
+            closed_loop(port, concurrency, self.calls(), self.told)
+        finally:
+            self.over.set()
+            dripping.join()
 
-    def _client(self, seed: int) -> None:
-        chance = random.Random(seed)
-        with closing(Caller(self.port)) as caller:
-            while not self._over.is_set():
-                is_good = chance.random() < self.options.good
-                call = chance.choice(self.good if is_good else self.bad)
-                try:
-                    status, body, took = caller(call)
-                except OSError as error:
-                    self._count(call.name, 0, f"{call.name}: {error!r}")
-                    continue
-                wrong = status not in call.expected
-                self._count(call.name, status, f"{call.name}: {status} {body[:200]!r}" if wrong
-                            else None)  # fmt: skip
-                if is_good:
-                    with self._lock:
-                        self.seconds.append(took)
+    def calls(self) -> Iterator[Call]:
+        """A seeded mix until the time is over; reads the memory in passing."""
+        chance, start = random.Random(0), time.monotonic()
+        while (now := time.monotonic()) < self.until:
+            if now - start >= 0.5 * len(self.memory):
+                self.memory.append((now - start, resident(self.process)))
+            yield chance.choice(self.good if chance.random() < self.share else self.bad)
 
-    def _drip(self) -> None:
+    def told(self, call: Call, status: int, body: bytes, took: float) -> None:
+        """Count an answer."""
+        self.answers[call.name, status] += 1
+        if status != call.expected:
+            self.wrong.append(f"{call.name}: {status} {body[:200]!r}")
+        if call in self.good:
+            self.seconds.append(took)
+
+    def drip(self, port: int) -> None:
+        """Upload a byte at a time until the server has had enough, again and again."""
         head = b"POST /explain HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
-        while not self._over.is_set():
-            with socket.create_connection(("127.0.0.1", self.port), timeout=60) as client:
+        while not self.over.is_set():
+            with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
                 client.sendall(head + b"Content-Length: 100000\r\n\r\n")
                 client.settimeout(0.5)
                 answer = b""
-                while not answer and not self._over.is_set():
+                while not answer and not self.over.is_set():
                     try:
                         client.sendall(b"x")
                         answer = client.recv(1000)
                     except TimeoutError:
                         continue
             if answer:
-                status = int(answer.split()[1])
-                wrong = None if status == 408 else f"a slow upload: {answer[:100]!r}"
-                self._count("a slow upload", status, wrong)
-
-    def _count(self, name: str, status: int, wrong: str | None) -> None:
-        with self._lock:
-            self.answers[name, status] += 1
-            if wrong:
-                self.wrong.append(wrong)
+                slow = Call("POST", "/explain", expected=408, name="a slow upload")
+                self.told(slow, int(answer.split()[1]), answer, 0)
 
 
 def good_calls() -> list[Call]:
@@ -147,75 +130,61 @@ def good_calls() -> list[Call]:
     bodies = []
     for side in (224, 640, 1200, 4000):
         coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
-        held = io.BytesIO()
-        coarse.resize((side, side * 3 // 4), Image.Resampling.BICUBIC).save(held, "JPEG")
-        bodies.append(held.getvalue())
-    item = "/items/class-0/000000.jpg"
-    calls = [Call("POST", "/explain", body, JPEG, name="explain") for body in bodies]
-    calls += [
+        large = coarse.resize((side, side * 3 // 4), Image.Resampling.BICUBIC)
+        bodies.append(hostile.data_of(large, "JPEG"))
+    item, png, webp = "/items/class-0/000000.jpg", {"Accept": "image/png"}, {"Accept": "image/webp"}
+    return [
+        *(Call("POST", "/explain", body, JPEG, name="explain") for body in bodies),
         Call("POST", "/explain?n_neighbors=20", bodies[0], JPEG, name="explain"),
-        Call("POST", "/explain", bodies[1], {**JPEG, "Accept": "image/png"}, name="overlay"),
-        Call("POST", "/explain", bodies[1], {**JPEG, "Accept": "image/webp"}, name="overlay"),
+        Call("POST", "/explain", bodies[1], JPEG | png, name="overlay"),
+        Call("POST", "/explain", bodies[1], JPEG | webp, name="overlay"),
         Call("POST", "/search", bodies[1], JPEG, name="search"),
         Call("POST", "/compare?result=class-0/000000.jpg", bodies[0], JPEG, name="compare"),
         Call("GET", f"{item}/image", name="image"),
-        Call("GET", f"{item}/image?size=64", headers={"Accept": "image/webp"}, name="image"),
+        Call("GET", f"{item}/image?size=64", headers=webp, name="image"),
         Call("GET", f"{item}/cam", name="cam"),
-        Call("GET", f"{item}/cam", headers={"Accept": "image/png"}, name="cam"),
-        Call("GET", "/healthz", name="healthz"),
-        Call("GET", "/readyz", name="readyz"),
-        Call("GET", "/metrics", name="metrics"),
-    ]  # fmt: skip
-    return calls
+        Call("GET", f"{item}/cam", headers=png, name="cam"),
+        *(Call("GET", f"/{name}", name=name) for name in ("healthz", "readyz", "metrics")),
+    ]
 
 
 def hostile_calls() -> list[Call]:
     """Requests that are to be refused, with the status each is refused with."""
     whole = hostile.data_of(Image.new("RGB", (300, 200), 9), "JPEG")
-    png = {"Content-Type": "image/png"}
-    form = {"Content-Type": "multipart/form-data; boundary=b"}
-    bodies: Mapping[str, tuple[bytes, int]] = {
-        "claims 100,000 x 100,000": (hostile.claimed(), 413),
-        "a bomb": (hostile.bomb(), 413),
-        "many scans": (hostile.scans(200), 422),
-        "a JPEG that is a ZIP": (hostile.archive(), 422),
-        "a truncated JPEG": (whole[: len(whole) // 2], 422),
-        "SVG": (hostile.SVG, 422),
-        "a long strip": (hostile.png(200_000, 1, b""), 422),
-        "zeros": (bytes(1_000_000), 422),
-        "a body over the limit": (bytes(MAX_BODY + 1), 413),
-    }
-    calls = [
-        Call("POST", "/explain", body, png, (status,), name)
-        for name, (body, status) in bodies.items()
-    ]
     near = b'--b\r\nContent-Disposition: form-data; name="image"\r\n\r\n' + b"\r\n--" * 200_000
-    calls += [
-        Call("POST", "/explain", near + b"\r\n--b--\r\n", form, (422,), "near boundaries"),
-        Call("POST", "/explain", b"--b\r\n", form, (422,), "a broken form"),
-        Call("POST", "/explain", b"{}", {"Content-Type": "application/json"}, (415,), "JSON"),
-        Call("POST", "/explain?n_neighbors=1000000", whole, JPEG, (422,), "a million neighbours"),
-        Call("POST", "/explain?n_neighbors=nan", whole, JPEG, (422,), "NaN"),
-        Call("POST", "/explain?result=../../etc/passwd", whole, JPEG, (404,), "an unknown result"),
-        Call("POST", "/compare?result=x", whole, JPEG, (404,), "an unknown result"),
-        Call(
-            "POST",
-            "/compare?result=class-0/000000.jpg&cell=nan,0",
-            whole,
-            JPEG,
-            (422,),
-            "a row of NaN",
-        ),
-        Call("GET", "/items/../../etc/passwd/image", expected=(404,), name="a traversal"),
-        Call("GET", "/items/%2e%2e%2fetc%2fpasswd/image", expected=(404,), name="a traversal"),
-        Call("GET", "/items/%00/image", expected=(404,), name="NUL"),
-        Call(
-            "GET", "/items/class-0/000000.jpg/image?size=99999999", expected=(422,), name="a size"
-        ),
-        Call("GET", "/" + "a" * 5000, expected=(404,), name="a long address"),
-        Call("DELETE", "/explain", expected=(405,), name="a method"),
+    png, form = "image/png", "multipart/form-data; boundary=b"
+    posts: list[tuple[str, str, bytes, str, int]] = [
+        ("claims 100,000 x 100,000", "/explain", hostile.claimed(), png, 413),
+        ("a bomb", "/explain", hostile.bomb(), png, 413),
+        ("many scans", "/explain", hostile.scans(200), png, 422),
+        ("a JPEG that is a ZIP", "/explain", hostile.archive(), png, 422),
+        ("a truncated JPEG", "/explain", whole[: len(whole) // 2], png, 422),
+        ("SVG", "/explain", hostile.SVG, png, 422),
+        ("a long strip", "/explain", hostile.png(200_000, 1, b""), png, 422),
+        ("zeros", "/explain", bytes(1_000_000), png, 422),
+        ("a body over the limit", "/explain", bytes(MAX_BODY + 1), png, 413),
+        ("near boundaries", "/explain", near + b"\r\n--b--\r\n", form, 422),
+        ("a broken form", "/explain", b"--b\r\n", form, 422),
+        ("JSON", "/explain", b"{}", "application/json", 415),
+        ("a million neighbours", "/explain?n_neighbors=1000000", whole, "image/jpeg", 422),
+        ("NaN", "/explain?n_neighbors=nan", whole, "image/jpeg", 422),
+        ("an unknown result", "/explain?result=../../etc/passwd", whole, "image/jpeg", 404),
+        ("an unknown result", "/compare?result=x", whole, "image/jpeg", 404),
+        ("a row of NaN", "/compare?result=class-0/000000.jpg&cell=nan,0", whole, "image/jpeg", 422),
     ]
-    return calls
+    gets = {
+        "/items/../../etc/passwd/image": ("a traversal", 404),
+        "/items/%2e%2e%2fetc%2fpasswd/image": ("a traversal", 404),
+        "/items/%00/image": ("NUL", 404),
+        "/items/class-0/000000.jpg/image?size=99999999": ("a size", 422),
+        "/" + "a" * 5000: ("a long address", 404),
+    }
+    return [
+        *(Call("POST", path, body, {"Content-Type": kind}, status, name)
+          for name, path, body, kind, status in posts),
+        *(Call("GET", path, expected=status, name=name) for path, (name, status) in gets.items()),
+        Call("DELETE", "/explain", expected=405, name="a method"),
+    ]  # fmt: skip
 
 
 def build(folder: Path) -> None:
@@ -224,19 +193,6 @@ def build(folder: Path) -> None:
     write_pictures(folder / "photos", 200)
     network = load_network("torchvision:mobilenet_v2", weights="random")
     build_index(find_images(folder / "photos"), network, folder / "soak.index", progress=False)
-
-
-def until_ready(port: int) -> None:
-    until = time.monotonic() + 120
-    while time.monotonic() < until:
-        try:
-            with closing(Caller(port)) as caller:
-                if caller(Call("GET", "/readyz"))[0] == 200:
-                    return
-        except OSError:
-            pass
-        time.sleep(0.1)
-    raise RuntimeError("the server is not ready after two minutes")
 
 
 def resident(process: int) -> int:
@@ -253,15 +209,9 @@ def growth(memory: Sequence[tuple[float, int]]) -> tuple[float, float, float]:
     return first / 1e6, last / 1e6, last / first
 
 
-def report(
-    options: argparse.Namespace,
-    run: Soak,
-    memory: Sequence[tuple[float, int]],
-    ended: int,
-    said: str,
-) -> tuple[str, bool]:
+def report(options: argparse.Namespace, run: Soak, ended: int, said: str) -> tuple[str, bool]:
     """Markdown, and whether something was not as it should be."""
-    first, last, ratio = growth(memory)
+    first, last, ratio = growth(run.memory)
     failed = bool(run.wrong) or ratio > GROWTH or ended != 0 or "Traceback" in said
     good = {call.name for call in run.good}
     rows = [
@@ -269,19 +219,17 @@ def report(
         for (name, status), count in sorted(run.answers.items())
     ]
     p50, p99 = (1e3 * np.percentile(run.seconds, share) for share in (50, 99))
-    highest = max(held for _, held in memory) / 1e6
+    highest = max(held for _, held in run.memory) / 1e6
     lines = [
         "# A service under load\n",
         f"`python -m scripts.benchmarks soak`: {options.minutes:g} minutes, "
         f"{options.concurrency} clients and one that drips, {options.good:.0%} good requests, "
-        "MobileNetV2 with random weights; "
-        f"{sum(run.answers.values()):,} requests.\n",
+        f"MobileNetV2 with random weights; {run.answers.total():,} requests.\n",
         f"- answered otherwise than they should be: {len(run.wrong)}",
         *(f"  - {line}" for line in run.wrong[:10]),
         f"- good requests: p50 {p50:.0f} ms, p99 {p99:.0f} ms",
         f"- resident memory: {first:.0f} MB after warming up, {last:.0f} MB at the end, ratio "
-        f"{ratio:.3f} (bar {GROWTH}: {'met' if ratio <= GROWTH else '**not met**'}), highest "
-        f"{highest:.0f} MB",
+        f"{ratio:.3f} ({verdict(ratio, GROWTH)}), highest {highest:.0f} MB",
         f"- ended with {ended} on SIGTERM; log: {len(said.splitlines())} lines, "
         f"{said.count('Traceback')} tracebacks\n",
         table(["request", "kind", "status", "times"], rows),

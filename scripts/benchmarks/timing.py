@@ -4,60 +4,57 @@ import gc
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
-Run = Callable[[], Any]
+Run = Callable[..., object]
+AGAIN = "{} again (A/A)"
 
 
-@dataclass(frozen=True)
-class Case:
-    """Something to be timed."""
+class Case(NamedTuple):
+    """Something to be timed: `run`, of what `before` makes ready, which `after` tidies up."""
 
-    run: Callable[..., Any]
+    run: Run
     before: Run | None = None
-    after: Callable[[Any], Any] | None = None
+    after: Run | None = None
 
     def seconds(self) -> float:
-        """One timed run."""
+        """One timed run, garbage collection off."""
         ready = () if self.before is None else (self.before(),)
+        gc.collect()
+        gc.disable()
         try:
-            with _no_garbage_collection():
-                start = time.perf_counter()
-                self.run(*ready)
-                return time.perf_counter() - start
+            start = time.perf_counter()
+            self.run(*ready)
+            return time.perf_counter() - start
         finally:
+            gc.enable()
             if self.after is not None:
                 self.after(*ready)
 
 
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    gc.collect()
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
+def alternate(
+    cases: Mapping[str, Case | Run], rounds: int, warmup: int = 1, *, control: bool = False
+) -> dict[str, np.ndarray]:
+    """Seconds of each case in each round `[rounds]`; the cases take turns: A B C A B C.
 
-
-def alternate(cases: Mapping[str, Case], rounds: int, warmup: int = 1) -> dict[str, np.ndarray]:
-    """Seconds of each case in each round `[rounds]`; the cases take turns: A B C A B C."""
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    With `control` the first is run a second time in each round, right after itself.
+    """
+    turns = {name: one if isinstance(one, Case) else Case(one) for name, one in cases.items()}
+    if control:
+        first = next(iter(turns))
+        turns = {first: turns[first], AGAIN.format(first): turns[first], **turns}
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
     # What lives already is left out of the collections between runs: they would cost more than the
     # runs, and empty the processor's cache.
     gc.collect()
     gc.freeze()
     try:
         for number in range(warmup + rounds):
-            for name, case in cases.items():
+            for name, case in turns.items():
                 took = case.seconds()
                 if number >= warmup:
                     seconds[name].append(took)
@@ -66,8 +63,7 @@ def alternate(cases: Mapping[str, Case], rounds: int, warmup: int = 1) -> dict[s
     return {name: np.array(took) for name, took in seconds.items()}
 
 
-@dataclass(frozen=True)
-class Ratio:
+class Ratio(NamedTuple):
     """Median, smallest and largest over the rounds of one case's time over another's."""
 
     median: float
@@ -88,8 +84,7 @@ def verdict(value: float, bar: float | None, *, at_least: bool = False) -> str:
     if bar is None:
         return ""
     met = value >= bar if at_least else value <= bar
-    sign = ">=" if at_least else "<="
-    return f"{sign} {bar:g}: {'met' if met else '**not met**'}"
+    return f"{'>=' if at_least else '<='} {bar:g}: {'met' if met else '**not met**'}"
 
 
 def milliseconds(seconds: np.ndarray) -> str:
@@ -103,9 +98,9 @@ def compared(
     bars: Mapping[str, float | None] | None = None,
     *,
     at_least: bool = False,
-) -> list[list[Any]]:
+) -> list[list[object]]:
     """Rows of case, milliseconds, ratio to the first case, and the bar."""
-    base, rows = next(iter(took.values())), list[list[Any]]()
+    base, rows = next(iter(took.values())), list[list[object]]()
     for case, seconds in took.items():
         over, bar = ratio(seconds, base), (bars or {}).get(case)
         told = verdict(over.median, bar, at_least=at_least)
@@ -131,7 +126,12 @@ def written(text: str, output: Path | None) -> None:
         print(f"written to {output}")
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table; the first column to the left, the others to the right."""
     lines = [list(head), ["---", *["---:"] * (len(head) - 1)], *[list(map(str, r)) for r in rows]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def section(title: str, note: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A part of a report: its title, what was measured, and a table."""
+    return f"\n## {title}\n\n{note}\n\n{table(head, rows)}"

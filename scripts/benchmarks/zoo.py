@@ -1,10 +1,8 @@
 """Every method beside the same one of pytorch-grad-cam and torch-cam, and online beside itself."""
 
 import warnings
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,31 +12,24 @@ from embedcam import METHODS, EmbeddingNetwork, Explainer, Similarity, cam_for
 from embedcam.methods import Subject
 from embedcam.recipe.registry import WeightMethod
 
-from .cases import SIZE, frozen_network, query_input
-from .explaining import make_index
-from .timing import Case, alternate, milliseconds, peak_of, ratio, table, verdict
+from .cases import SIZE, frozen_network, index_of, query_input
+from .timing import Run, alternate, milliseconds, peak_of, ratio, section, verdict
 
 GRADCAM_BAR, MEMORY_BAR, SVD_BAR = 2.5, 0.25, 3
 SLOW = ("scorecam", "ablationcam")
-GRAD_CAM = {
-    "gradcam": "GradCAM",
-    "gradcam++": "GradCAMPlusPlus",
-    "xgradcam": "XGradCAM",
-    "hirescam": "HiResCAM",
-    "layercam": "LayerCAM",
-    "eigencam": "EigenCAM",
-    "eigengradcam": "EigenGradCAM",
-    "scorecam": "ScoreCAM",
-    "ablationcam": "AblationCAM",
+PEERS = {
+    "gradcam": ("GradCAM", "GradCAM"),
+    "gradcam++": ("GradCAMPlusPlus", "GradCAMpp"),
+    "smoothgradcam++": (None, "SmoothGradCAMpp"),
+    "xgradcam": ("XGradCAM", "XGradCAM"),
+    "hirescam": ("HiResCAM", None),
+    "layercam": ("LayerCAM", "LayerCAM"),
+    "eigencam": ("EigenCAM", None),
+    "eigengradcam": ("EigenGradCAM", None),
+    "scorecam": ("ScoreCAM", "ScoreCAM"),
+    "ablationcam": ("AblationCAM", None),
 }
-TORCH_CAM = {
-    "gradcam": "GradCAM",
-    "gradcam++": "GradCAMpp",
-    "smoothgradcam++": "SmoothGradCAMpp",
-    "xgradcam": "XGradCAM",
-    "layercam": "LayerCAM",
-    "scorecam": "ScoreCAM",
-}
+"""What pytorch-grad-cam and torch-cam call each method."""
 
 
 class Score(nn.Module):
@@ -57,33 +48,30 @@ class Score(nn.Module):
 def peers_report(fast: str, slow: str, rounds: int) -> str:
     """Each method beside its peers, in alternating runs."""
     rows = []
-    for name in sorted(GRAD_CAM | TORCH_CAM, key=list(METHODS).index):
+    for name in sorted(PEERS, key=list(METHODS).index):
         model, repeat = (slow, 2) if name in SLOW else (fast, rounds)
         rows += _beside_peers(name, model, repeat)
-    return (
-        f"\n## Methods beside their peers\n\nOne picture of {SIZE} x {SIZE}, the similarity to one "
-        f"embedding; {fast}, and {slow} for methods of a pass a channel. *Ratio*: peer / embedcam, "
-        "above 1 the peer is slower.\n\n"
-        + table(["method", "network", "embedcam, ms", "peer", "ms", "ratio", "bar"], rows)
+    return section(
+        "Methods beside their peers",
+        f"One picture of {SIZE} x {SIZE}, the similarity to one embedding; {fast}, and {slow} for "
+        "methods of a pass a channel. *Ratio*: peer / embedcam, above 1 the peer is slower.",
+        ["method", "network", "embedcam, ms", "peer", "ms", "ratio", "bar"],
+        rows,
     )
 
 
-def _beside_peers(name: str, model: str, rounds: int) -> list[list[Any]]:
-    network = frozen_network(model)
-    image = query_input()
+def _beside_peers(name: str, model: str, rounds: int) -> list[list[object]]:
+    network, image = frozen_network(model), query_input()
     reference = network.forward(image[None]).embedding[0].roll(1)
     options = {"samples": 4} if name == "smoothgradcam++" else {}
-
-    def ours() -> Any:
-        return cam_for(network, image, Similarity(reference), name, progress=False, **options)
-
+    ours = partial(cam_for, network, image, Similarity(reference), name, progress=False, **options)
     with warnings.catch_warnings():
         # Peers warn of hooks and ours of methods that ignore the target.
         warnings.simplefilter("ignore")
-        cases = {"embedcam": ours, **_peers(name, network, image, reference)}
-        took = alternate({case: Case(run) for case, run in cases.items()}, rounds, warmup=1)
-    rows = []
-    for peer in list(cases)[1:]:
+        peers = _peers(name, network, image, reference)
+        took = alternate({"embedcam": ours, **peers}, rounds)
+    rows: list[list[object]] = []
+    for peer in peers:
         over = ratio(took[peer], took["embedcam"])
         bar = GRADCAM_BAR if (name, peer) == ("gradcam", "pytorch-grad-cam") else 1.0
         rows.append(
@@ -95,90 +83,85 @@ def _beside_peers(name: str, model: str, rounds: int) -> list[list[Any]]:
 
 def _peers(
     name: str, network: EmbeddingNetwork, image: Tensor, reference: Tensor, batch: int = 32
-) -> dict[str, Callable[[], Any]]:
-    found: dict[str, Callable[[], Any]] = {}
+) -> dict[str, Run]:
+    found: dict[str, Run] = {}
     layer = network.module.get_submodule(network.layer)
     scored = Score(network, reference).eval()
-    if name in GRAD_CAM:
-        try:
-            import pytorch_grad_cam
-            from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+    grad_cam, torch_cam = PEERS[name]
+    try:
+        import pytorch_grad_cam
+        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-            peer = getattr(pytorch_grad_cam, GRAD_CAM[name])(model=scored, target_layers=[layer])
+        if grad_cam:
+            peer = getattr(pytorch_grad_cam, grad_cam)(model=scored, target_layers=[layer])
             if hasattr(peer, "batch_size"):
                 peer.batch_size = batch
             aims = [ClassifierOutputTarget(0)]
             found["pytorch-grad-cam"] = lambda: peer(input_tensor=image[None], targets=aims)
-        except ImportError:
-            pass
-    if name in TORCH_CAM:
-        try:
-            from torchcam import methods
+    except ImportError:
+        pass
+    try:
+        from torchcam import methods
 
-            made = getattr(methods, TORCH_CAM[name])
+        if torch_cam:
+            made = getattr(methods, torch_cam)
 
-            def run() -> Any:
+            def run() -> None:
                 with made(scored, target_layer=layer) as extractor:
                     batch = image[None].clone().requires_grad_(name != "scorecam")
-                    scores = scored(batch)
-                    return extractor(0, scores)
+                    extractor(0, scored(batch))
 
             found["torch-cam"] = run
-        except ImportError:
-            pass
+    except ImportError:
+        pass
     return found
 
 
 def decomposition_report(rounds: int) -> str:
     """Eigen-CAM's truncated decomposition beside a thin and a full SVD."""
-    rows = []
+    rows: list[list[object]] = []
     for channels, grid in ((2048, (7, 7)), (1280, (7, 7)), (512, (28, 28)), (2048, (14, 14))):
         activations = torch.randn(1, channels, *grid).relu()
+        matrix, target = activations.flatten(2).mT, Similarity(np.ones(channels))
         trunk, head = (lambda x, a=activations: a), (lambda a: a.mean((2, 3)))
         network = EmbeddingNetwork.from_parts(trunk, head)
-        image = torch.zeros(1, 3, SIZE, SIZE)
-
-        target = Similarity(np.ones(channels))
-
-        def ours(
-            network: EmbeddingNetwork = network, image: Tensor = image, target: Similarity = target
-        ) -> Any:
-            with Subject(network, image, target) as subject, torch.no_grad():
-                return METHODS["eigencam"].load()(subject)
-
-        def svd(full: bool, activations: Tensor = activations) -> Any:
-            return torch.linalg.svd(activations.flatten(2).mT, full_matrices=full)
-
-        cases = {"full": partial(svd, True), "thin": partial(svd, False), "embedcam": ours}
-        took = alternate({name: Case(run) for name, run in cases.items()}, rounds, warmup=2)
+        subject = Subject(network, torch.zeros(1, 3, SIZE, SIZE), target)
+        subject.features  # noqa: B018  # the forward pass is no part of what is timed
+        cases: dict[str, Run] = {
+            "full": partial(torch.linalg.svd, matrix, full_matrices=True),
+            "thin": partial(torch.linalg.svd, matrix, full_matrices=False),
+            "embedcam": partial(METHODS["eigencam"].load(), subject),
+        }
+        with torch.no_grad():
+            took = alternate(cases, rounds, warmup=2)
         for name in ("full", "thin"):
             over = ratio(took[name], took["embedcam"])
             rows.append(
                 [f"{channels} x {grid[0]} x {grid[1]}", name, milliseconds(took[name]),
                  milliseconds(took["embedcam"]), over,
-                 verdict(over.median, SVD_BAR, at_least=True) if name == "full" else ""]
+                 verdict(over.median, SVD_BAR if name == "full" else None, at_least=True)]
             )  # fmt: skip
-    return (
-        "\n## Eigen-CAM\n\nBeside `torch.linalg.svd` with full matrices and without (thin).\n\n"
-        + table(["activations", "SVD", "SVD, ms", "Eigen-CAM, ms", "ratio", "bar"], rows)
+    return section(
+        "Eigen-CAM",
+        "Beside `torch.linalg.svd` with full matrices and without (thin).",
+        ["activations", "SVD", "SVD, ms", "Eigen-CAM, ms", "ratio", "bar"],
+        rows,
     )
 
 
 def memory_report(model: str) -> str:
     """Peak memory of Score-CAM in a process of its own, beside pytorch-grad-cam's."""
-    grown = {
-        which: peak_of(f"from scripts.benchmarks.zoo import once\nonce({model!r}, {which!r})")
+    none, own, alike, peer = (
+        peak_of(f"from scripts.benchmarks.zoo import once\nonce({model!r}, {which!r})")
         for which in ("none", "embedcam", "embedcam, 16", "pytorch-grad-cam")
-    }
-    own, alike, peer = (
-        grown[which] - grown["none"] for which in ("embedcam", "embedcam, 16", "pytorch-grad-cam")
     )
-    share = own / peer if peer else float("nan")
+    own, alike, peer = own - none, alike - none, (peer - none) or float("nan")
     return (
         f"\n## Peak memory of Score-CAM, {model}\n\nGrowth of the resident set over one embedding "
         f"in a process of its own, each with its own batches (8 and 16): embedcam {own:.0f} MB, "
-        f"pytorch-grad-cam {peer:.0f} MB, share {share:.2f} ({verdict(share, MEMORY_BAR)}). "
-        f"embedcam with batches of 16 too: {alike:.0f} MB, {alike / peer if peer else peer:.2f}.\n"
+        f"pytorch-grad-cam {peer:.0f} MB, share {own / peer:.2f} "
+        f"({verdict(own / peer, MEMORY_BAR)}). "
+        f"embedcam with batches of 16 too: {alike:.0f} MB, {alike / peer:.2f}.\n"
     )
 
 
@@ -196,27 +179,25 @@ def once(model: str, which: str) -> None:
 def online_report(model: str, rounds: int, folder: Path) -> str:
     """Explaining from indexes built with different methods costs the same: only bytes differ."""
     network, image = frozen_network(model), query_input()
-    explainers = {}
-    for name in (n for n, m in METHODS.items() if isinstance(m, WeightMethod) and not m.trained):
-        path = make_index(network, folder / f"online-{name}", method=name)
-        explainers[name] = Explainer(path, network, n_neighbors=10)
-    cases = {name: Case(lambda e=e: e.explain(image)) for name, e in explainers.items()}
-    first = next(iter(cases))
-    took = alternate(
-        {first: cases[first], f"{first} again (A/A)": cases[first], **cases}, rounds, 3
-    )
+    names = [n for n, m in METHODS.items() if isinstance(m, WeightMethod) and not m.trained]
+    explainers = {
+        name: Explainer(
+            index_of(network, folder / f"online-{name}", method=name), network, n_neighbors=10
+        )
+        for name in names
+    }
+    cases = {name: partial(one.explain, image) for name, one in explainers.items()}
+    took = alternate(cases, rounds, 3, control=True)
     for explainer in explainers.values():
-        explainer.index.close()
-    rows = []
+        explainer.close()
+    rows: list[list[object]] = []
     for name, seconds in took.items():
-        over = ratio(seconds, took[first])
-        rows.append([name, milliseconds(seconds), over, _within(over.median)])
-    return (
-        f"\n## Online, every storable method, {model}\n\nExplaining one query, search included, "
-        "from indexes that name each method, low-rank 128.\n\n"
-        + table(["method", "ms", f"/ {first}", "bar"], rows)
+        over = ratio(seconds, took[names[0]])
+        met = "met" if abs(over.median - 1) <= 0.05 else "**not met**"
+        rows.append([name, milliseconds(seconds), over, f"within 5%: {met}"])
+    return section(
+        f"Online, every storable method, {model}",
+        "Explaining one query, search included, from indexes that name each method, low-rank 128.",
+        ["method", "ms", f"/ {names[0]}", "bar"],
+        rows,
     )
-
-
-def _within(value: float) -> str:
-    return f"within 5%: {'met' if abs(value - 1) <= 0.05 else '**not met**'}"

@@ -11,12 +11,12 @@ Each names its options with --help, and exits with 1 where anything did not hold
 
 import sys
 
-from . import compare_builds, faults, kills, manifests, mutants
+from . import compare_builds, faults, hostile, kills
 
 CAMPAIGNS = {
     "kills": kills.main,
-    "mutants": mutants.main,
-    "manifests": manifests.main,
+    "mutants": hostile.mutants,
+    "manifests": hostile.manifests,
     "builds": compare_builds.main,
     "faults": faults.main,
 }

@@ -39,6 +39,7 @@ from embedcam.offline import add_images, build_index
 from embedcam.prototypes import compress
 from embedcam.report import LINES, PAGE
 
+from ..benchmarks.timing import table
 from .killing import KILLER, begin, everything, in_child, was_killed
 
 SIDE, CHANNELS, WIDTH = 16, 8, 5
@@ -80,32 +81,27 @@ def kinds(base: Path) -> dict[str, Kind]:
     torch.manual_seed(0)
     network = EmbeddingNetwork(Net().eval(), "relu", preprocess=Preprocess(size=(SIDE, SIDE)))
     first, more, asked = (draw(base / name, n) for name, n in (("p", 12), ("q", 7), ("r", 10)))
-    shared = base / "shared"
+    shared, few = base / "shared", {"batch_size": 4, "workers": 0, "progress": False}
 
     def build(folder: Path, seed: int = 0, replace: bool = False) -> None:
         recipe = Recipe(triplets=4, sampling="random", seed=seed)
-        build_index(
-            first, network, folder, recipe, batch_size=4, workers=0, progress=False, replace=replace
-        )
+        build_index(first, network, folder, recipe, replace=replace, **few)
 
     def add(folder: Path) -> None:
-        add_images(more, network, folder, batch_size=4, workers=0, progress=False)
+        add_images(more, network, folder, **few)
 
     def removed(folder: Path) -> None:
         remove(folder, ["c0/p0.png", "c1/p4.png"])
 
     def grown(folder: Path) -> None:
-        build(folder)
-        add(folder)
-        removed(folder)
-
-    def small(folder: Path, count: int) -> None:
-        compress(shared, folder, count, replace=True, progress=False)
+        for job in (build, add, removed):
+            job(folder)
 
     def report(folder: Path) -> None:
         explainer = Explainer(shared, network, n_neighbors=3)
         write_report(explainer, asked, folder, batch_size=4, side=32, progress=False)
 
+    small = partial(compress, shared, replace=True, progress=False)
     in_child(grown, shared)
     return {
         "build": Kind(build),
@@ -114,7 +110,7 @@ def kinds(base: Path) -> dict[str, Kind]:
         "compact": Kind(compact, grown),
         "compact --rebuild-faiss": Kind(partial(compact, rebuild_faiss="HNSW4"), grown),
         "rebuild": Kind(partial(rebuild_faiss, factory="IVF2,Flat"), grown, sweep),
-        "compress": Kind(partial(small, count=4), partial(small, count=3)),
+        "compress": Kind(partial(small, prototypes=4), partial(small, prototypes=3)),
         "refit": Kind(partial(build, seed=5, replace=True), build),
         "report": Kind(report),
     }
@@ -187,18 +183,16 @@ class Campaign:
         if kind.before is not None:
             in_child(kind.before, start)
             shutil.copytree(start, whole)
-        read, write = os.pipe()
+        steps = self.base / "steps"
 
         def counted(folder: Path) -> None:
             kind.run(folder)
-            os.write(write, str(KILLER.seen).encode())
+            steps.write_text(str(KILLER.seen))
 
         began = time.monotonic()
         in_child(counted, whole)
         kind.seconds = time.monotonic() - began
-        kind.steps = int(os.read(read, 20))
-        os.close(read)
-        os.close(write)
+        kind.steps = int(steps.read_text())
         kind.expected = everything(whole)
 
     def _one(self, name: str, kind: Kind) -> None:
@@ -215,12 +209,10 @@ class Campaign:
             done = True
         if everything(folder) != kind.expected:  # else it was over before the signal came
             in_child(kind.over if done and kind.over else kind.run, folder)
-        found = everything(folder)
-        differing = sorted(
-            n for n in {*found, *kind.expected} if found.get(n) != kind.expected.get(n)
-        )
+        differing = set(everything(folder).items()) ^ set(kind.expected.items())
         if differing:
-            self.failures.append(f"{name}: run again, it differs in {differing[:5]}")
+            files = sorted({file for file, _ in differing})
+            self.failures.append(f"{name}: run again, it differs in {files[:5]}")
         else:
             kind.same += 1
 
@@ -237,11 +229,9 @@ class Campaign:
         start, whole = self._place(name, "start"), self._place(name, "whole")
         new = (whole / mark).read_bytes()
         done = (folder / mark).exists() and (folder / mark).read_bytes() == new
-        if name == "report":
-            wrong = wrong_report(folder, kind.expected)
-        else:
-            old = (start / mark).read_bytes() if start.exists() else None
-            wrong = wrong_index(folder, old, new)
+        old = (start / mark).read_bytes() if start.exists() else None
+        is_report = name == "report"
+        wrong = wrong_report(folder, kind.expected) if is_report else wrong_index(folder, old, new)
         if wrong:
             self.failures.append(f"{name}: {wrong}")
         kind.late += done
@@ -250,13 +240,16 @@ class Campaign:
 
     def table(self) -> str:
         """The counts as markdown."""
-        lines = [
-            "| job | kills | before the commit | after it | runs that ended in the same bytes |"
-        ]
-        lines.append("|---|---|---|---|---|")
+        head = (
+            "job",
+            "kills",
+            "before the commit",
+            "after it",
+            "runs that ended in the same bytes",
+        )
         rows = [(n, k.kills, k.early, k.late, k.same) for n, k in self.kinds.items()]
         rows.append(("all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])))
-        return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
+        return table(head, rows)
 
 
 def main() -> int:

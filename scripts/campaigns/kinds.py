@@ -8,6 +8,7 @@ import numpy as np
 
 from embedcam import Recipe, build_from_features
 from embedcam.index import Index, PartData, append, create, quantize_coarse, remove
+from embedcam.index.reader import Selection
 from embedcam.offline.features import AffineHead
 from embedcam.prototypes import compress
 
@@ -36,30 +37,24 @@ def queries(n_layers: int) -> tuple[np.ndarray, list[np.ndarray]]:
 def _built(path: Path, recipe: Recipe, labelled: bool = True, unit: bool = True) -> None:
     embeddings, pooled, head = features()
     build_from_features(
-        embeddings if unit else head.output(pooled),
-        pooled,
-        path,
-        recipe,
-        grid=GRID,
-        head=head,
-        normalize=unit,
-        labels=LABELS if labelled else None,
-        progress=False,
-    )
+        embeddings if unit else head.output(pooled), pooled, path, recipe, grid=GRID, head=head,
+        normalize=unit, labels=LABELS if labelled else None, progress=False,
+    )  # fmt: skip
+
+
+def _part(rows: Selection, ids: list[str], layers: int = 1, **more: Any) -> PartData:
+    """Rows of an index, to be stored again."""
+    return PartData(
+        ids=ids, labels=rows.labels, paths=more.pop("paths", rows.paths),
+        embeddings=rows.embeddings, triplets_used=rows.triplets_used,
+        fields=[rows.fields()] * layers, **more,
+    )  # fmt: skip
 
 
 def _changed(path: Path) -> None:
     _built(path, Recipe(encoding="top-m", m=3, faiss="Flat"))
     with Index.open(path) as index:
-        rows = index.select(np.arange(7))
-        added = PartData(
-            ids=[f"later {n}" for n in range(7)],
-            labels=rows.labels,
-            paths=rows.paths,
-            embeddings=rows.embeddings,
-            triplets_used=rows.triplets_used,
-            fields=[rows.fields()],
-        )
+        added = _part(index.select(np.arange(7)), [f"later {n}" for n in range(7)])
     append(path, added)
     remove(path, ["4", "9", "later 2"])
 
@@ -71,43 +66,17 @@ def _compressed(path: Path) -> None:
 
 def _two_layers(path: Path) -> None:
     _built(path.with_name("one"), Recipe(encoding="low-rank", rank=3))
-    rng = np.random.default_rng(5)
     with Index.open(path.with_name("one")) as index:
-        rows, about, encoding = (
-            index.select(np.arange(N)),
-            index.manifest.to_dict(),
-            index.encoding(),
-        )
-        shared, fields = index.shared(), rows.fields()
-        part = PartData(
-            ids=rows.ids,
-            labels=rows.labels,
-            paths=[f"folder/{n}.png" for n in range(N)],
-            embeddings=rows.embeddings,
-            triplets_used=rows.triplets_used,
-            fields=[fields, fields],
-            coarse=[quantize_coarse(rng.random((N, 2, 3))), None],
-        )
+        about, fitted, shared = index.manifest.to_dict(), index.encoding().fitted, index.shared()
+        rows = index.select(np.arange(N))
+        coarse = quantize_coarse(np.random.default_rng(5).random((N, 2, 3)))
+        paths = [f"folder/{n}.png" for n in range(N)]
+        part = _part(rows, rows.ids, 2, paths=paths, coarse=[coarse, None])
     layer = about["layers"][0]
-    network = {
-        "parameters_sha256": "0" * 64,
-        "structure_sha256": "1" * 64,
-        "layer": "features.18",
-        "preprocess": {
-            "kind": "standard", "size": [16, 16], "resize": "crop", "resize_to": 18,
-            "interpolation": "bilinear", "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2],
-        },
-        "normalize": True,
-        "output": None,
-        "layout": "channels first",
-        "precision": "float32",
-        "name": "torchvision:mobilenet_v2",
-        "loading": {"network": "torchvision:mobilenet_v2", "weights": None, "head": None},
-    }  # fmt: skip
     same = ("recipe", "embedding", "metric", "method", "target", "norm", "triplets")
     header = {
         **{key: about[key] for key in same},
-        "network": network,
+        "network": NETWORK,
         "images": {"root": str(path.parent / "pictures"), "files_sha256": "2" * 64},
         "layers": [
             {**layer, "name": "features.18", "coarse_grid": [2, 3]},
@@ -123,8 +92,7 @@ def _two_layers(path: Path) -> None:
         },
     }
     probe = {"probe_embedding": np.ones(WIDTH, "f4"), "probe_pooled": np.ones(CHANNELS, "f4")}
-    fitted = [encoding.fitted, encoding.fitted]
-    create(path, header, fitted, {**shared, **probe}, part)
+    create(path, header, [fitted, fitted], {**shared, **probe}, part)
 
 
 def _calibration(width: int, neighbors: int, **curves: Any) -> dict[str, Any]:
@@ -132,6 +100,16 @@ def _calibration(width: int, neighbors: int, **curves: Any) -> dict[str, Any]:
     return {**vectors, "intercept": 0.5, **curves, "neighbors": neighbors, "images": 42}
 
 
+NETWORK = {
+    "parameters_sha256": "0" * 64, "structure_sha256": "1" * 64, "layer": "features.18",
+    "preprocess": {
+        "kind": "standard", "size": [16, 16], "resize": "crop", "resize_to": 18,
+        "interpolation": "bilinear", "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2],
+    },
+    "normalize": True, "output": None, "layout": "channels first", "precision": "float32",
+    "name": "torchvision:mobilenet_v2",
+    "loading": {"network": "torchvision:mobilenet_v2", "weights": None, "head": None},
+}  # fmt: skip
 TRUST = {
     "scores": [-1.0, 0.0, 1.0], "correlations": [0.1, 0.4, 0.9], "lows": [0.0, 0.2, 0.7],
     "largest_distance": 1.5,

@@ -8,9 +8,8 @@ import resource
 import signal
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import faiss  # before children are forked, so that none of them loads it
 import numpy as np
@@ -33,8 +32,7 @@ Answers = Mapping[str, Any]
 faiss.omp_set_num_threads(1)
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What became of one index."""
 
     kind: str
@@ -54,61 +52,63 @@ class Expected:
             self.n_layers = len(index.layers)
             self.with_faiss = index.manifest.faiss is not None
             self.names = index.ids[index.live_positions()[:3]]
-        self.answers = {name: step() for name, step in self.steps(path).items()}
+        self.answers = {name: step(path) for name, step in self.steps().items()}
 
-    def steps(self, path: Path) -> dict[str, Callable[[], Answers]]:
+    def steps(self) -> dict[str, Callable[[Path], Answers]]:
         """What is done with an index, each from its beginning."""
         return {
-            "verify": lambda: _nothing(verify(path)),
-            "rows": lambda: _rows(path),
-            "search": lambda: _search(path, self.n_layers) if self.with_faiss else {},
-            "explain": lambda: self._explain(path),
-            "info": lambda: _info(path),
-            "settings": lambda: _settings(path),
+            "verify": _verify,
+            "rows": _rows,
+            "search": self._search,
+            "explain": self._explain,
+            "info": _info,
+            "settings": _settings,
         }
+
+    def _search(self, path: Path) -> Answers:
+        if not self.with_faiss:
+            return {}
+        with Index.open(path) as index:
+            near = index.search(queries(self.n_layers)[0], 3)
+            return {"near": near.positions, "distances": near.distances}
 
     def _explain(self, path: Path) -> Answers:
         vectors, maps = queries(self.n_layers)
-        found: dict[str, Any] = {}
+        names, found = None if self.with_faiss else self.names, dict[str, Any]()
         with Explainer(path, n_neighbors=3) as explainer:
             for row, vector in enumerate(vectors):
-                activations = [one[row] for one in maps]
+                one, *others = (layer[row] for layer in maps)
                 why = explainer.explain_features(
-                    vector,
-                    activations if self.n_layers > 1 else activations[0],
-                    neighbors=None if self.with_faiss else self.names,
+                    vector, [one, *others] if others else one, neighbors=names
                 )
-                found |= {f"ids {row}": list(why.ids), f"labels {row}": list(why.labels)}
-                found |= {f"map {row}": why.cam, f"weights {row}": why.weights}
-                found |= {f"distances {row}": why.distances, f"trust {row}": why.trust}
-                found |= {f"match {row}": why.match}
+                told = {"ids": list(why.ids), "labels": list(why.labels), "map": why.cam,
+                        "weights": why.weights, "distances": why.distances, "trust": why.trust,
+                        "match": why.match}  # fmt: skip
+                found |= {f"{name} {row}": value for name, value in told.items()}
                 for share in (why.trust, why.trust_low, why.match):
                     assert share is None or 0 <= share <= 1, f"trust or match of {share}"
         return found
 
 
 def judged(path: Path, expected: Expected, free: Sequence[str] = ()) -> Outcome:
-    refused, other = {}, False
-    for name, step in expected.steps(path).items():
+    """Say what becomes of an index; answers whose names begin as `free` says may differ."""
+    refused, other = dict[str, str](), False
+    for name, step in expected.steps().items():
         try:
-            answers = step()
+            answers = step(path)
         except EmbedcamError as error:
-            refused[name] = str(error)
-            if refused.get("verify") == refused.get("rows", ""):
-                break  # it cannot be opened
+            refused[name] = said = str(error)
+            if "\n" in said or len(said) > MESSAGE_CHARACTERS:
+                return Outcome("FAILED", f"{name}: {len(said)} characters: {said[:300]}")
+            if name == "rows" and refused.get("verify") == said:
+                return Outcome(REFUSED, said)  # it cannot be opened
             continue
         except Exception as error:
             return Outcome("FAILED", f"{name}: {type(error).__name__}: {str(error)[:300]}")
-        whole = expected.answers[name]
         other |= any(
-            not (free and key.startswith(tuple(free))) and not _alike(answers.get(key), whole[key])
-            for key in whole
+            not (free and key.startswith(tuple(free))) and not _alike(answers.get(key), whole)
+            for key, whole in expected.answers[name].items()
         )
-    for name, said in refused.items():
-        if "\n" in said or len(said) > MESSAGE_CHARACTERS:
-            return Outcome("FAILED", f"{name}: {len(said)} characters: {said[:300]}")
-    if refused.get("verify") == refused.get("rows", ""):
-        return Outcome(REFUSED, refused["verify"])
     if "verify" in refused:
         return Outcome(NAMED, refused["verify"])
     if other:
@@ -131,11 +131,13 @@ def in_child(work: Callable[[Callable[[Any], None]], None]) -> list[Any]:
     with contextlib.suppress(EOFError):
         while True:
             received.append(pickle.load(data))  # of our own child
-    if status:
-        ended = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+    if os.WIFSIGNALED(status):
+        ended = signal.Signals(os.WTERMSIG(status))
         hung = ended == signal.SIGALRM
-        what = f"hangs over {SECONDS} s" if hung else f"ended by {signal.Signals(ended).name}"
-        received.append(Outcome("FAILED", what if ended else f"exit status {status >> 8}"))
+        what = f"hangs over {SECONDS} s" if hung else f"ended by {ended.name}"
+        received.append(Outcome("FAILED", what))
+    elif status:
+        received.append(Outcome("FAILED", f"exit status {os.WEXITSTATUS(status)}"))
     return received
 
 
@@ -158,7 +160,8 @@ def _send(pipe: int, sent: Any) -> None:
     signal.alarm(SECONDS)
 
 
-def _nothing(_: object) -> Answers:
+def _verify(path: Path) -> Answers:
+    verify(path)
     return {}
 
 
@@ -171,12 +174,6 @@ def _rows(path: Path) -> Answers:
             found[f"weights {number}"] = index.weights(np.arange(index.n_rows), number)
             found[f"coarse {number}"] = index.coarse(np.arange(index.n_rows), number)
         return found
-
-
-def _search(path: Path, n_layers: int) -> Answers:
-    with Index.open(path) as index:
-        near = index.search(queries(n_layers)[0], 3)
-        return {"near": near.positions, "distances": near.distances}
 
 
 def _info(path: Path) -> Answers:

@@ -20,6 +20,8 @@ from pathlib import Path
 
 from embedcam import EmbedcamError
 
+from ..benchmarks.timing import written
+
 EXPERIMENTS = (
     "truth",
     "frontier",
@@ -57,10 +59,8 @@ def main(given: list[str] | None = None) -> None:
     if options.output:
         title, _, rules = options.module.__doc__.partition("\n\n")
         made_by = f"Made by `python -m scripts.experiments {options.experiment}`."
-        options.output.parent.mkdir(parents=True, exist_ok=True)
         head = f"# {title}\n\n{made_by}\n\n{rules}"
-        options.output.write_text("\n".join([head, *texts]) + "\n", encoding="utf-8")
-        print(f"written to {options.output}")
+        written("\n".join([head, *texts]) + "\n", options.output)
 
 
 if __name__ == "__main__":

@@ -17,15 +17,18 @@ difference to plain.
 
 import argparse
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from scipy.stats import t as student
 from sklearn.linear_model import RidgeCV
+from sklearn.metrics import r2_score
+from sklearn.neighbors import KNeighborsRegressor
 
 from embedcam import EmbeddingNetwork, Explainer, Recipe, build_from_features, load_network
 from embedcam.demo.digits_network import LAYER, digits_preprocess, load_weights, save_weights, train
@@ -34,27 +37,24 @@ from embedcam.demo.settings import DemoSettings
 from embedcam.offline.features import AffineHead
 from embedcam.ops import area_average, attended
 
-from .data import table
+from ..benchmarks.timing import table
 
 NEAREST = "no features: the mean of the five nearest"
 N, FOLDS, NEIGHBORS, SIDE = 600, 5, 5, 192
-NUMBERS = Recipe(labels="numbers")
-MARGIN = Recipe(labels="numbers", target="margin")
-CENTRED = Recipe(target="centred", norm="around")
+RECIPES = {
+    "numbers": Recipe(labels="numbers"),
+    "numbers, margin": Recipe(labels="numbers", target="margin"),
+    "centred": Recipe(target="centred", norm="around"),
+}
 
 
-@dataclass(frozen=True)
-class Scenes:
-    """Scenes of one seed with their features."""
+class Scenes(NamedTuple):
+    """Scenes of one seed with their features, and the boxes of their digits on the grid."""
 
     embeddings: np.ndarray
     activations: np.ndarray
     boxes: np.ndarray
     prices: dict[str, np.ndarray]
-
-
-def value(scene: Scene) -> float:
-    return float(scene.digits[0].label)
 
 
 def height(scene: Scene) -> float:
@@ -69,7 +69,7 @@ def total(scene: Scene) -> float:
 
 Price = Callable[[Scene], float]
 SETS: list[tuple[list[Split], dict[str, Price]]] = [
-    (["gallery", "query"], {"value": value, "height": height}),
+    (["gallery", "query"], {"value": total, "height": height}),
     (["pair"], {"sum": total}),
 ]
 """Splits of the demonstration's scenes, and the prices of each."""
@@ -138,14 +138,6 @@ def attended_by(
     return np.stack([one.features for one in found])
 
 
-def nearest(scenes: Scenes, prices: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """The mean price of the five nearest known scenes, of each of the others: no regression."""
-    similar = scenes.embeddings[~known] @ scenes.embeddings[known].T
-    near = np.argsort(-similar, axis=1, kind="stable")[:, :NEIGHBORS]
-    found: np.ndarray = prices[known][near].mean(1)
-    return found
-
-
 def errors(
     scenes: Scenes, prices: np.ndarray, head: AffineHead | None, seed: int
 ) -> dict[str, tuple[float, float]]:
@@ -160,27 +152,23 @@ def errors(
         "in the true boxes": np.stack(boxed),
     }
     fold = np.random.default_rng(seed).permutation(N) % FOLDS
-    guesses: dict[str, np.ndarray] = {}
+    guesses: dict[str, np.ndarray] = defaultdict(lambda: np.empty(N))
     for part in range(FOLDS):
         known = fold != part
         made = {
-            "under the map, numbers": attended_by(NUMBERS, scenes, prices, known, head),
-            "under the map, numbers, margin": attended_by(MARGIN, scenes, prices, known, head),
-            "under the map, centred": attended_by(CENTRED, scenes, prices, known, head),
+            f"under the map, {name}": attended_by(recipe, scenes, prices, known, head)
+            for name, recipe in RECIPES.items()
         }
         both = np.concatenate([plain, made["under the map, numbers"]], axis=1)
         for name, features in {**fixed, **made, "plain and under the map": both}.items():
             # One scale: a channel that is nearly constant would be blown up to the others.
-            scale = features[known].std(axis=0).max()
-            model = RidgeCV(np.logspace(-4, 4, 17)).fit(features[known] / scale, prices[known])
-            guesses.setdefault(name, np.empty(N))[~known] = model.predict(features[~known] / scale)
-        guesses.setdefault(NEAREST, np.empty(N))[~known] = nearest(scenes, prices, known)
-    spread = np.mean((prices - prices.mean()) ** 2)
+            scaled = features / features[known].std(axis=0).max()
+            model = RidgeCV(np.logspace(-4, 4, 17)).fit(scaled[known], prices[known])
+            guesses[name][~known] = model.predict(scaled[~known])
+        near = KNeighborsRegressor(NEIGHBORS).fit(scenes.embeddings[known], prices[known])
+        guesses[NEAREST][~known] = near.predict(scenes.embeddings[~known])
     return {
-        name: (
-            float(np.abs(guess - prices).mean()),
-            float(1 - np.mean((guess - prices) ** 2) / spread),
-        )
+        name: (float(np.abs(guess - prices).mean()), float(r2_score(prices, guess)))
         for name, guess in guesses.items()
     }
 
@@ -193,13 +181,11 @@ def figure(values: np.ndarray) -> str:
 
 def lines_of(price: str, rows: dict[str, list[tuple[float, float]]]) -> str:
     """Return the table of a price: a line for each kind of features."""
-    by_name = {name: np.array(both) for name, both in rows.items()}
-    plain = by_name["plain mean"][:, 0]
-    lines = [
-        [name, figure(both[:, 0]), "" if name == "plain mean" else figure(plain - both[:, 0]),
-         figure(both[:, 1])]
-        for name, both in by_name.items()
-    ]  # fmt: skip
+    plain, lines = np.array(rows["plain mean"])[:, 0], []
+    for name, both in rows.items():
+        error, share = np.array(both).T
+        less = "" if name == "plain mean" else figure(plain - error)
+        lines.append([name, figure(error), less, figure(share)])
     return table(("features", f"error of the {price}", "less", "R²"), lines)
 
 

@@ -8,29 +8,32 @@ alphabet, trains the reference head and the second half is measured.
 import argparse
 import csv
 import hashlib
-import os
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors.numpy import save_file
 from torch import nn
+from tqdm import tqdm
 
 from embedcam import EmbeddingNetwork, load_network
 from embedcam.errors import InputError
 from embedcam.images import ImageSource, Item, read_image
 from embedcam.metrics import bootstrap_interval
 
-SIZE, BATCH, PART = 224, 8, 128
-"""Side of the network's input; pictures a forward pass, and a file of kept features."""
+SIZE, BATCH, SEEDS = 224, 8, 5
+"""Side of the network's input; pictures a forward pass; seeded halves."""
+CASES = {"all": None, "ten": 10, "none": None}
+"""Of each label at most so many are indexed; *none*: without their labels."""
 
 
-@dataclass
-class Pictures:
+class Pictures(NamedTuple):
     """Where the pictures of a data set lie, and what they show."""
 
     paths: list[Path]
@@ -55,12 +58,15 @@ class Pictures:
         )
 
 
-@dataclass
-class Features:
+class Features(NamedTuple):
     """Frozen activations `[N K 7 7]` and pooled vectors `[N K]` of pictures."""
 
     activations: np.ndarray
     pooled: np.ndarray
+
+    def some(self, chosen: np.ndarray) -> "Features":
+        """Return those of some pictures."""
+        return Features(self.activations[chosen], self.pooled[chosen])
 
 
 def read_pictures(folder: Path) -> Pictures:
@@ -98,79 +104,52 @@ def forward(
     what: str,
 ) -> Features:
     """Return frozen activations, in small batches, half precision in memory."""
-    prepare = replace(network.preprocess, size=size)
-    kept, pooled, batch = [], [], []
-    for number, picture in enumerate(pictures, 1):
-        batch.append(prepare(picture))
-        if len(batch) == BATCH or number == total:
-            activations = network.forward(np.stack(batch)).activations
-            kept.append(activations.half().numpy())
-            pooled.append(activations.mean((-2, -1)).numpy())
-            batch = []
-            print(f"\r{what}: {number}/{total}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    return Features(np.concatenate(kept), np.concatenate(pooled))
+    prepare, made = replace(network.preprocess, size=size), []
+    waiting = iter(tqdm(pictures, what, total))
+    while batch := [prepare(picture) for picture in islice(waiting, BATCH)]:
+        activations = network.forward(np.stack(batch)).activations
+        made.append((activations.half().numpy(), activations.mean((-2, -1)).numpy()))
+    return Features(*map(np.concatenate, zip(*made, strict=True)))
 
 
 class Cache:
-    """A folder of .npy files, named by what they were made of; without a folder nothing is kept."""
+    """A folder of .npz files, named by what they were made of; without a folder nothing is kept."""
 
     def __init__(
         self, folder: Path | None, network: EmbeddingNetwork, files: Iterable[Path]
     ) -> None:
         self.folder, self.network = folder, network
         made_of = hashlib.sha256(network.identity().parameters_sha256.encode())
-        for file in files:
+        for file in files if folder else ():
             made_of.update(hashlib.sha256(file.read_bytes()).digest())
         self.key = made_of.hexdigest()[:16]
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)
 
     def features(
         self, name: str, picture: Callable[[int], Image.Image], total: int, size: tuple[int, int]
     ) -> Features:
-        """Return features of pictures 0 .. total - 1, part by part, computed where none is kept."""
-        parts = []
-        for start in range(0, total, PART):
-            numbers = range(start, min(start + PART, total))
-            label = f"{name}-{total}x{size[0]}x{size[1]}-{start:05d}"
-            kept = self._read(f"{label}-activations"), self._read(f"{label}-pooled")
-            if kept[0] is None or kept[1] is None or len(kept[0]) != len(numbers):
-                new = forward(self.network, map(picture, numbers), len(numbers), size, label)
-                self._write(f"{label}-pooled", new.pooled)
-                self._write(f"{label}-activations", new.activations)
-                kept = new.activations, new.pooled
-            parts.append(kept)
-        activations, pooled = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        return Features(activations, pooled)
+        """Return features of pictures 0 .. total - 1, computed where none are kept."""
+        label = f"{name}-{total}x{size[0]}x{size[1]}"
 
-    def array(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """Return an array kept under a name, or make and keep it."""
-        array = self._read(name)
-        if array is None:
-            array = make()
-            self._write(name, array)
-        return array
+        def make() -> dict[str, np.ndarray]:
+            return forward(self.network, map(picture, range(total)), total, size, label)._asdict()
 
-    def _read(self, name: str) -> np.ndarray | None:
+        return Features(**self.kept(label, make))
+
+    def kept(self, name: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """Return arrays kept under a name, or make and keep them."""
         if self.folder is None:
-            return None
+            return make()
+        path = self.folder / f"{name}-{self.key}.npz"
         try:
-            array: np.ndarray = np.load(self._path(name), allow_pickle=False)
-        except (FileNotFoundError, ValueError, EOFError):
-            return None
-        return array
-
-    def _write(self, name: str, array: np.ndarray) -> None:
-        if self.folder is None:
-            return
-        unfinished = self._path(name).with_suffix(f".{os.getpid()}.partial")
-        with unfinished.open("wb") as file:
-            np.save(file, array, allow_pickle=False)
-        unfinished.replace(self._path(name))
-
-    def _path(self, name: str) -> Path:
-        return Path(self.folder or "") / f"{name}-{self.key}.npy"
+            with path.open("rb") as file, np.load(file) as found:
+                return dict(found)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+            arrays = make()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".partial.npz")
+        np.savez(unfinished, **arrays)
+        unfinished.replace(path)
+        return arrays
 
 
 def frozen_features(
@@ -190,9 +169,11 @@ def reference_head(folder: Path, weights: str | Path, cache: Path | None) -> np.
     """Return the reference embedding's matrix `[128 K]`, trained on the first half of classes."""
     pictures, features, kept = frozen_features(folder, frozen_network(weights), cache)
     seen = pictures.seen()
-    return kept.array(
-        f"{folder.name}-head", lambda: train_head(features.pooled[seen], pictures.labels[seen])
-    )
+
+    def make() -> dict[str, np.ndarray]:
+        return {"head": train_head(features.pooled[seen], pictures.labels[seen])}
+
+    return kept.kept(f"{folder.name}-head", make)["head"]
 
 
 def reference_network(weights: str | Path, matrix: np.ndarray, scratch: Path) -> EmbeddingNetwork:
@@ -216,19 +197,16 @@ def train_head(pooled: np.ndarray, labels: np.ndarray) -> np.ndarray:
     generator, inputs = np.random.default_rng(0), torch.from_numpy(pooled)
     for _ in range(100):
         anchors = generator.integers(len(labels), size=128)
-        same = [generator.choice(_others(labels, a, same=True)) for a in anchors]
-        other = [generator.choice(_others(labels, a, same=False)) for a in anchors]
-        a, p, n = (nn.functional.normalize(head(inputs[rows])) for rows in (anchors, same, other))
+        rows = [anchors]
+        for same in (True, False):
+            alike = (labels[anchors, None] == labels) == same
+            alike[np.arange(128), anchors] = False
+            rows.append([generator.choice(np.flatnonzero(one)) for one in alike])
+        a, p, n = (nn.functional.normalize(head(inputs[one])) for one in rows)
         optimizer.zero_grad()
         loss(a, p, n).backward()
         optimizer.step()
     return head.weight.detach().numpy()
-
-
-def _others(labels: np.ndarray, anchor: int, same: bool) -> np.ndarray:
-    chosen = (labels == labels[anchor]) == same
-    chosen[anchor] = False
-    return np.flatnonzero(chosen)
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -236,7 +214,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
-def halves(labels: np.ndarray, seed: int, most: int) -> tuple[np.ndarray, np.ndarray]:
+def halves(labels: np.ndarray, seed: int, most: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Return places of half of each label's pictures, `most` at most, and of the other half."""
     generator = np.random.default_rng(seed)
     indexed, asked = [], []
@@ -246,6 +224,15 @@ def halves(labels: np.ndarray, seed: int, most: int) -> tuple[np.ndarray, np.nda
         indexed.append(order[:middle][:most])
         asked.append(order[middle:])
     return np.sort(np.concatenate(indexed)), np.sort(np.concatenate(asked))
+
+
+def mean_and_worst(runs: Sequence[Sequence[float]], largest: Sequence[int]) -> list[str]:
+    """Return each column's mean over seeds and its worst: the smallest, of some the largest."""
+    return [
+        "" if np.isnan(column).any()
+        else f"{column.mean():.3f} ({(max if at in largest else min)(column):.3f})"
+        for at, column in enumerate(np.array(runs).T)
+    ]  # fmt: skip
 
 
 def binned_error(values: np.ndarray, truth: np.ndarray) -> float:
@@ -260,11 +247,6 @@ def figure(values: np.ndarray) -> str:
     return f"{values.mean():.3f} [{low:.3f}, {high:.3f}]"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [list(head), ["---"] * len(head), *([str(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
 def name_of(folder: Path) -> str:
     """Return what a data folder is called: of `natural/single` natural."""
     return folder.parent.name if folder.name == "single" else folder.name
@@ -275,10 +257,3 @@ def data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", nargs="+", type=Path, help="folders with annotations.csv")
     parser.add_argument("--weights", required=True, help="ImageNet weights of MobileNetV2")
     parser.add_argument("--cache", type=Path, help="folder where frozen features are kept")
-
-
-def pictures_of(makes: Iterator[np.ndarray]) -> Iterator[Image.Image]:
-    """Yield pixels as pictures of the network's size."""
-    for pixels in makes:
-        picture = Image.fromarray(pixels.astype(np.uint8))
-        yield picture.resize((SIZE, SIZE), Image.Resampling.NEAREST)

@@ -3,11 +3,8 @@
 Every figure is of the signed map (before the ReLU) unless it says *drawn*, so that no change of
 contrast moves it; brackets are 95% bootstrap intervals over pictures.
 
-- *single*: pixel AUC of the box or mask against the rest, pictures of one object of unseen classes
-  drawn with their own weights, by the frozen pooled vector and by the reference embedding of the
-  experiment `truth`;
-- *pasted*: two photographs side by side and mirrored, AUC of one side against the other, with the
-  weights of the nearest other picture of the explained one's class;
+- pictures of one object (birds and objects): the same recipes as in the experiment `truth`, alone
+  (*single*) and two photographs side by side (*pasted*);
 - *natural*: real pictures with objects of several classes (`several/`) against an index of others
   (`single/`). A case is an ordered pair of its classes c, d that the index knows, each with at
   least 2% of the picture in its boxes alone; weights of the nearest result of class c (without
@@ -26,7 +23,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from embedcam import Recipe
 from embedcam.metrics import bootstrap_interval, box_mask, equal_area_share, pixel_auc
@@ -35,21 +31,17 @@ from embedcam.offline.triplets import label_codes
 from embedcam.ops import joined, resize, signed_cam
 from embedcam.targets import through_norm
 
+from ..benchmarks.timing import table
+from . import truth
 from .data import (
     SIZE,
     Cache,
     data_arguments,
-    figure,
-    frozen_features,
     frozen_network,
-    name_of,
     read_pictures,
-    reference_head,
     squashed,
-    table,
     unit,
 )
-from .pairs import nearest_alike, scene_pairs, scene_picture
 
 STEP, LEAST, NEIGHBORS, BLOCK = 4, 0.02, 5, 64
 """Every so many pixels are ordered; a class alone needs so much; results without labels."""
@@ -59,29 +51,22 @@ arguments = data_arguments
 
 
 class Embedded(NamedTuple):
-    """Pictures that explain: unit embeddings `[N D]`, labels as codes `[N]`, the head `[D K]`."""
+    """Pictures that explain: unit embeddings `[N D]`, labels as codes `[N]`."""
 
     embeddings: np.ndarray
     codes: np.ndarray | None
-    matrix: np.ndarray
 
     def weights(self, recipe: Recipe) -> np.ndarray:
-        """Return Grad-CAM weights `[N K]` by a recipe, but for the number of positions."""
+        """Return Grad-CAM weights `[N D]` by a recipe, but for the number of positions."""
         anchors = AnchorCotangents(recipe, self.embeddings, self.codes, self.embeddings.mean(0))
         values = anchors.of(np.arange(len(self.embeddings))).values
         if recipe.head_norm == "through":
             values = through_norm(values, self.embeddings, np.ones(len(values), np.float32))
-        return values.astype(np.float32) @ self.matrix
-
-
-def embedded(pooled: np.ndarray, labels: np.ndarray, matrix: np.ndarray | None) -> Embedded:
-    """Embed pooled vectors `[N K]` by a head, or as they are."""
-    head = np.eye(pooled.shape[1], dtype=np.float32) if matrix is None else matrix
-    return Embedded(unit(pooled @ head.T), label_codes(labels.tolist()), head)
+        return values.astype(np.float32)
 
 
 def mean_activation(one: Embedded) -> np.ndarray:
-    return np.ones((len(one.embeddings), one.matrix.shape[1]), np.float32)
+    return np.ones_like(one.embeddings)
 
 
 def paper(one: Embedded) -> np.ndarray:
@@ -89,64 +74,26 @@ def paper(one: Embedded) -> np.ndarray:
     return np.where(weights >= np.sort(weights, axis=1)[:, -50:][:, :1], weights, 0)
 
 
-def by(recipe: Recipe) -> Callable[[Embedded], np.ndarray]:
-    return lambda one: one.weights(recipe)
-
-
-ROWS: dict[str, Callable[[Embedded], np.ndarray]] = {
+ROWS: dict[str, Recipe | Callable[[Embedded], np.ndarray]] = {
     "mean activation": mean_activation,
     "the paper: 50 triplets, top 50": paper,
-    "margin, one triplet, through": by(Recipe(target="margin", triplets=1)),
-    "margin, 50 triplets, through": by(Recipe(target="margin", triplets=50)),
-    "margin, through": by(Recipe(target="margin")),
-    "margin, around": by(Recipe(target="margin", norm="around")),
-    "centred, around": by(Recipe(target="centred", norm="around")),
-    "discriminant, through": by(Recipe(target="discriminant")),
-    "discriminant, around": by(Recipe(target="discriminant", norm="around")),
-    "distinctive, around": by(Recipe(norm="around")),
-    DEFAULT: by(Recipe()),
+    "margin, one triplet, through": Recipe(target="margin", triplets=1),
+    "margin, 50 triplets, through": Recipe(target="margin", triplets=50),
+    "margin, through": Recipe(target="margin"),
+    "margin, around": Recipe(target="margin", norm="around"),
+    "centred, around": Recipe(target="centred", norm="around"),
+    "discriminant, through": Recipe(target="discriminant"),
+    "discriminant, around": Recipe(target="discriminant", norm="around"),
+    "distinctive, around": Recipe(norm="around"),
+    DEFAULT: Recipe(),
 }
 UNLABELED = ("margin, through", "margin, around", "centred, around", "discriminant, through")
 
 
-class Posed:
-    """Pictures of one object of unseen classes, and scenes of two of them."""
-
-    def __init__(self, folder: Path, weights: str, cache: Path | None) -> None:
-        pictures, features, kept = frozen_features(folder, frozen_network(weights), cache)
-        unseen = ~pictures.seen()
-        self.pictures = pictures = pictures.some(unseen)
-        self.activations = features.activations[unseen].astype(np.float32)
-        self.pooled = features.pooled[unseen]
-        self.head = reference_head(folder, weights, cache)
-        every = regions(folder)
-        self.objects = np.stack([every[path][0][1][::STEP, ::STEP] for path in pictures.paths])
-        self.first, second = scene_pairs(pictures.labels)
-
-        def scene(number: int, mirrored: bool = False) -> Image.Image:
-            picture = scene_picture(pictures, self.first[number], second[number])
-            return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else picture
-
-        self.scenes = [
-            kept.features(f"{folder.name}-{name}", make, len(second), (SIZE, 2 * SIZE)).activations
-            for name, make in (("scenes", scene), ("mirrored", lambda at: scene(at, True)))
-        ]
-
-    def scored(
-        self, matrix: np.ndarray | None, row: Callable[[Embedded], np.ndarray]
-    ) -> tuple[str, str]:
-        """Return the figures of one row: of single objects, and of pasted pairs."""
-        one = embedded(self.pooled, self.pictures.labels, matrix)
-        weights = row(one)
-        maps = resize(_signed(self.activations, weights), (SIZE, SIZE))[:, ::STEP, ::STEP]
-        nearest = weights[nearest_alike(one.embeddings, self.pictures.labels, self.first)]
-        sides = []
-        for mirrored, scenes in enumerate(self.scenes):
-            maps_of_scenes = _signed(scenes, nearest)
-            on_left = np.arange(maps_of_scenes.shape[2]) < maps_of_scenes.shape[2] // 2
-            side = np.broadcast_to(on_left != bool(mirrored), maps_of_scenes.shape)
-            sides.append(pixel_auc(maps_of_scenes, side))
-        return figure(pixel_auc(maps, self.objects)), figure(np.mean(sides, axis=0))
+def weights_of(row: str, one: Embedded) -> np.ndarray:
+    """Return the weights `[N K]` of a row."""
+    made = ROWS[row]
+    return one.weights(made) if isinstance(made, Recipe) else made(one)
 
 
 class Case(NamedTuple):
@@ -175,7 +122,8 @@ class Natural:
             return found.activations, found.pooled
 
         self.labels = indexed.labels
-        self.one = embedded(views("single", indexed.paths, SIZE)[1], self.labels, None)
+        pooled = unit(views("single", indexed.paths, SIZE)[1])
+        self.one = Embedded(pooled, label_codes(self.labels.tolist()))
         self.activations, pooled = views("several", asked.paths, SIZE)
         self.finer, _ = views("several", asked.paths, 2 * SIZE)
         self.queries = unit(pooled)
@@ -221,17 +169,13 @@ class Natural:
             grid = _signed(self.activations[asked], drawing)
             if detail == 2:
                 grid = joined(grid, _signed(self.finer[asked], drawing))
-            signed, drawn = (resize(one, (SIZE, SIZE)) for one in (grid, np.maximum(grid, 0)))
             alone, other, boxes = (np.stack(one) for one in list(zip(*some, strict=True))[3:])
-            sparse = np.s_[:, ::STEP, ::STEP]
-            share = equal_area_share(drawn, alone, other)
-            columns.append([
-                *(auc for full in (signed, drawn) for auc in (
-                    pixel_auc(full[sparse], alone[sparse], other[sparse]),
-                    pixel_auc(full[sparse], boxes[sparse]),
-                )),
-                share, (share > 0.5) + 0.5 * (share == 0.5),
-            ])  # fmt: skip
+            sparse, aucs = np.s_[:, ::STEP, ::STEP], []
+            for full in (resize(one, (SIZE, SIZE)) for one in (grid, np.maximum(grid, 0))):
+                aucs.append(pixel_auc(full[sparse], alone[sparse], other[sparse]))
+                aucs.append(pixel_auc(full[sparse], boxes[sparse]))
+            share = equal_area_share(full, alone, other)
+            columns.append([*aucs, share, (share > 0.5) + 0.5 * (share == 0.5)])
         return [self._figure(column) for column in np.concatenate(columns, axis=1)]
 
     def _figure(self, column: np.ndarray) -> str:
@@ -252,17 +196,11 @@ def regions(folder: Path) -> dict[Path, list[tuple[str, np.ndarray]]]:
     by_picture: dict[Path, list[tuple[str, np.ndarray]]] = {}
     with (folder / "annotations.csv").open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            if row.get("mask"):
-                mask = Image.open(folder / row["mask"]).convert("L")
-                inside = np.asarray(mask.resize((SIZE, SIZE), Image.Resampling.BOX)) / 255
-            else:
-                scale = SIZE / float(row["width"]), SIZE / float(row["height"])
-                x0, y0, x1, y1 = (
-                    round(float(row[name]) * scale[name[0] == "y"])
-                    for name in ("x0", "y0", "x1", "y1")
-                )
-                inside = box_mask((x0, y0, x1, y1), (SIZE, SIZE))
-            by_picture.setdefault(folder / row["path"], []).append((row["label"], inside >= 0.5))
+            across, down = SIZE / float(row["width"]), SIZE / float(row["height"])
+            x0, x1 = (round(float(row[name]) * across) for name in ("x0", "x1"))
+            y0, y1 = (round(float(row[name]) * down) for name in ("y0", "y1"))
+            inside = box_mask((x0, y0, x1, y1), (SIZE, SIZE)) >= 0.5
+            by_picture.setdefault(folder / row["path"], []).append((row["label"], inside))
     return by_picture
 
 
@@ -286,45 +224,33 @@ def _signed(activations: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def measure(options: argparse.Namespace) -> Iterator[str]:
-    """Yield the tables; folders with `several/` are natural, the others posed."""
-    posed = {
-        (name_of(folder), kind): (one, one.head if kind == "reference" else None)
-        for folder in options.data
-        if not (folder / "several").is_dir()
-        for one in (Posed(folder, options.weights, options.cache),)
-        for kind in ("frozen", "reference")
-    }
-    if posed:
-        scores = {
-            name: [one.scored(matrix, row) for one, matrix in posed.values()]
-            for name, row in ROWS.items()
-        }
-        head = ("weights", *(", ".join(names) for names in posed))
-        for at, title in enumerate(("One object: single", "Two photographs side by side: pasted")):
-            rows = [[name, *(pair[at] for pair in pairs)] for name, pairs in scores.items()]
-            yield f"## {title}\n\n{table(head, rows)}"
+    """Yield the tables; folders with `several/` are natural, the others of single objects."""
+    named = {name: Recipe.paper() if made is paper else made for name, made in ROWS.items()}
+    recipes = {name: made for name, made in named.items() if isinstance(made, Recipe)}
+    posed = [("Single and pasted", {**truth.OBJECTS, "recipes": recipes})]
     for folder in options.data:
         if (folder / "several").is_dir():
             yield from natural_tables(Natural(folder, options.weights, options.cache))
+        else:
+            yield from truth.of_folder(options, folder, posed)
 
 
 def natural_tables(natural: Natural) -> Iterator[str]:
     """Yield the tables of real pictures: at one view, joined from two, without labels."""
-    default, cosine = natural.one.weights(Recipe()), natural.one.embeddings
-    pictures = len(set(natural.pictures))
+    one, pictures = natural.one, len(set(natural.pictures))
     for detail in (1, 2):
-        rows = [[name, *natural.scored(row(natural.one), detail)] for name, row in ROWS.items()]
+        rows = [[name, *natural.scored(weights_of(name, one), detail)] for name in ROWS]
         rows += [
             ["the default, a rival named: the nearest of d",
-             *natural.scored(default, detail, above=True)],
+             *natural.scored(one.weights(Recipe()), detail, above=True)],
             ["Grad-CAM of the cosine to the result, computed on the query",
-             *natural.scored(cosine, detail, on_query=True)],
+             *natural.scored(one.embeddings, detail, on_query=True)],
         ]  # fmt: skip
         what = "detail 2" if detail == 2 else f"{len(natural.cases)} cases in {pictures} pictures"
         yield f"## Natural, {what}\n\n{table(COLUMNS, rows)}"
-    unlabeled = natural.one._replace(codes=None)
+    unlabeled = one._replace(codes=None)
     rows = [
-        [name, *natural.scored(ROWS[name](unlabeled), 1, NEIGHBORS)]
+        [name, *natural.scored(weights_of(name, unlabeled), 1, NEIGHBORS)]
         for name in (*UNLABELED, DEFAULT)
     ]
     yield f"## Natural, an index without labels, five nearest of c\n\n{table(COLUMNS, rows)}"

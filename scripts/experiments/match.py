@@ -20,6 +20,7 @@ import argparse
 from collections.abc import Iterator
 
 import numpy as np
+from PIL import Image
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
@@ -27,7 +28,10 @@ from embedcam.index.calibration import TEN, MatchCalibration
 from embedcam.index.search import nearest
 from embedcam.offline.match import calibrate_match
 
+from ..benchmarks.timing import table
 from .data import (
+    CASES,
+    SEEDS,
     SIZE,
     binned_error,
     data_arguments,
@@ -35,47 +39,43 @@ from .data import (
     frozen_features,
     frozen_network,
     halves,
+    mean_and_worst,
     name_of,
-    pictures_of,
-    table,
     unit,
 )
 
-SEEDS, FEW, MADE, LOW = 5, 10, 60, 0.2
+MADE, LOW = 60, 0.2
 COLUMNS = (
     "wrong first", "AUROC", "calibration error", "perfect", "falls", "noise", "blank", "together",
 )  # fmt: skip
-
-
 arguments = data_arguments
 
 
 def measure(options: argparse.Namespace) -> Iterator[str]:
     network = frozen_network(options.weights)
     strange = [
-        unit(forward(network, pictures_of(pixels), MADE, (SIZE, SIZE), "noise").pooled)
-        for pixels in (noise(), blank())
+        unit(forward(network, pictures, MADE, (SIZE, SIZE), "noise").pooled)
+        for pictures in (map(picture, noise()), map(picture, blank()))
     ]
     lines = []
     for folder in options.data:
         pictures, features, _ = frozen_features(folder, network, options.cache)
         embeddings, labels = unit(features.pooled), pictures.labels
-        for kind in ("all", "ten", "none"):
-            runs = [figures(embeddings, labels, strange, kind, seed) for seed in range(SEEDS)]
-            values, right = (np.concatenate(parts) for parts in zip(*(r[1] for r in runs),
-                                                                    strict=True))  # fmt: skip
-            together = "" if kind == "none" else f"{binned_error(values, right):.3f}"
-            columns = np.array([one for one, _ in runs])
-            lines.append([name_of(folder), kind, *cells(columns), together])
+        for case in CASES:
+            runs = [figures(embeddings, labels, strange, case, seed) for seed in range(SEEDS)]
+            values, right = map(np.concatenate, zip(*(one for _, one in runs), strict=True))
+            together = "" if case == "none" else f"{binned_error(values, right):.3f}"
+            cells = mean_and_worst([columns for columns, _ in runs], (0, 2, 3))
+            lines.append([name_of(folder), case, *cells, together])
     yield table(("set", "labels", *COLUMNS), lines)
 
 
 def figures(
-    embeddings: np.ndarray, labels: np.ndarray, strange: list[np.ndarray], kind: str, seed: int
+    embeddings: np.ndarray, labels: np.ndarray, strange: list[np.ndarray], case: str, seed: int
 ) -> tuple[list[float], tuple[np.ndarray, np.ndarray]]:
     """The columns, of one half, NaN where one means nothing; match and whether it was right."""
-    indexed, asked = halves(labels, seed, FEW if kind == "ten" else len(labels))
-    known = [None] * len(indexed) if kind == "none" else labels[indexed].tolist()
+    indexed, asked = halves(labels, seed, CASES[case])
+    known = [None] * len(indexed) if case == "none" else labels[indexed].tolist()
     made = calibrate_match(embeddings[indexed], known, seed=seed)
     assert made is not None
     calibration = MatchCalibration.from_dict(made["several"])
@@ -93,19 +93,16 @@ def figures(
     generator = np.random.default_rng(seed)
     chance = [binned_error(values, generator.random(len(values)) < values) for _ in range(200)]
     area = roc_auc_score(right, values)
-    by_label = [np.nan] * 2 if kind == "none" else [binned_error(values, right), np.mean(chance)]
+    by_label = [np.nan] * 2 if case == "none" else [binned_error(values, right), np.mean(chance)]
     falls = -spearmanr(values, distances)[0]
     low = [float((match(one)[0] < LOW).mean()) for one in strange]
     return [1 - right.mean(), area, *by_label, falls, *low], (values, right)
 
 
-def cells(runs: np.ndarray) -> list[str]:
-    """Each column's mean over halves, and the worst; empty where it means nothing."""
-    worst = (np.max, np.min, np.max, np.max, np.min, np.min, np.min)
-    return [
-        "" if np.isnan(column).any() else f"{column.mean():.3f} ({pick(column):.3f})"
-        for column, pick in zip(runs.T, worst, strict=True)
-    ]
+def picture(pixels: np.ndarray) -> Image.Image:
+    """Pixels as a picture of the network's size."""
+    made = Image.fromarray(pixels.astype(np.uint8))
+    return made.resize((SIZE, SIZE), Image.Resampling.NEAREST)
 
 
 def noise() -> Iterator[np.ndarray]:

@@ -17,14 +17,16 @@ other pictures of the same classes.
 """
 
 import argparse
+from collections import defaultdict
 from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
 
-from embedcam.metrics import pixel_auc
+from embedcam.metrics import energy_share, pixel_auc
 from embedcam.pairs import PooledSide, make_comparison, make_receipt
 
+from ..benchmarks.timing import table
 from .data import (
     SIZE,
     Pictures,
@@ -34,7 +36,6 @@ from .data import (
     frozen_network,
     reference_head,
     squashed,
-    table,
     unit,
 )
 
@@ -87,13 +88,11 @@ def nearest_alike(embeddings: np.ndarray, labels: np.ndarray, asked: np.ndarray)
     return distances.argmin(1)
 
 
-def _rows(scores: dict[str, list]) -> Iterator[list[str]]:
+def _rows(scores: dict[str, np.ndarray]) -> Iterator[list[str]]:
     for name in sorted(scores, key=lambda one: (one != "mean activation", "not" in one, one)):
-        values = np.array(scores[name])
-        area = "" if values.ndim == 1 else figure(values[:, 0])
-        share = values if values.ndim == 1 else values[:, 1]
+        area, share = np.array(scores[name]).T
         right = (share > 0.5) + 0.5 * (share == 0.5)
-        yield [name, area, figure(share), figure(right)]
+        yield [name, "" if np.isnan(area).any() else figure(area), figure(share), figure(right)]
 
 
 def _scores(
@@ -102,54 +101,49 @@ def _scores(
     gallery: np.ndarray,
     scenes: np.ndarray,
     pairs: tuple[np.ndarray, np.ndarray],
-) -> dict[str, list]:
+) -> dict[str, list[np.ndarray]]:
+    """AUC and share of each scene by each kind of evidence, `[2]`; no AUC (NaN) of a best match."""
     wide = matrix.astype(np.float64)
     embeddings = unit(gallery.mean((2, 3)) @ matrix.T)
     mean = embeddings.mean(0)
     given, other = (nearest_alike(embeddings, labels, one) for one in pairs)
+    found: dict[str, list[np.ndarray]] = defaultdict(list)
 
     def side(activations: np.ndarray) -> PooledSide:
         z = wide @ activations.astype(np.float64).mean((1, 2))
         return PooledSide(activations, z / np.linalg.norm(z), np.linalg.norm(z), matrix)
 
-    found: dict[str, list] = {}
+    def told(name: str, evidence: np.ndarray) -> None:
+        found[name].append(_score(evidence).mean(0))
+
+    def best(name: str, matches: np.ndarray) -> None:
+        at = matches.reshape(len(matches), -1).argmax(1) % matches.shape[2]
+        found[name].append(np.array([np.nan, (at < matches.shape[2] // 2).mean()]))
+
     for number, scene in enumerate(scenes):
         query = side(scene)
         x, y = gallery[given[number]], gallery[other[number]]
         result, rival, both = side(x), side(y), side(np.concatenate([x, y], axis=2))
-        plain = scene.mean(0)
-        found.setdefault("mean activation", []).append(_score(plain[None])[0])
+        told("mean activation", scene.mean(0)[None])
         for centred in (True, False):
             kind = "centred" if centred else "not centred"
-            first = make_receipt(query, result, mean, centred=centred)
-            found.setdefault(f"map, {kind}", []).append(_score(first.query.cells[None])[0])
+            cells = make_receipt(query, result, mean, centred=centred).query.cells
+            told(f"map, {kind}", cells[None])
+            half = cells[:, : cells.shape[1] // 2]
             matches = make_receipt(query, both, mean, centred=centred).matrix()
-            half = first.query.cells[:, : first.query.cells.shape[1] // 2]
-            peak = np.unravel_index(half.argmax(), half.shape)
-            best = matches[peak]
-            found.setdefault(f"cell with most evidence, {kind}", []).append(_score(best[None])[0])
-            found.setdefault(f"its best match, {kind}", []).append(_on_left(best))
-            every = np.stack([matches[place] for place in np.ndindex(*half.shape)])
-            found.setdefault(f"every cell, {kind}", []).append(_score(every).mean(0))
-            best_of = [_on_left(one) for one in every]
-            found.setdefault(f"their best matches, {kind}", []).append(float(np.mean(best_of)))
+            every = matches[:, : half.shape[1]].reshape(half.size, *matches.shape[2:])
+            most = every[half.argmax()][None]
+            told(f"cell with most evidence, {kind}", most)
+            best(f"its best match, {kind}", most)
+            told(f"every cell, {kind}", every)
+            best(f"their best matches, {kind}", every)
         receipts = (make_receipt(query, one, mean) for one in (result, rival))
-        above = make_comparison(query, *receipts, "l2")
-        found.setdefault("above", []).append(_score(above.query.cells[None])[0])
+        told("above", make_comparison(query, *receipts, "l2").query.cells[None])
     return found
 
 
 def _score(cells: np.ndarray) -> np.ndarray:
-    """Of evidence `[n h w]`, AUC of the left half against the right one, and the share of what is
-    positive on the left, 0.5 where nothing is: `[n 2]`."""
-    positive, half = np.maximum(cells, 0), cells.shape[2] // 2
+    """AUC of evidence `[n h w]` on the left against the right, and share of what is positive."""
     left = np.zeros(cells.shape, bool)
-    left[:, :, :half] = True
-    total = positive.sum((1, 2))
-    inside = positive[:, :, :half].sum((1, 2))
-    share = np.where(total > 0, inside / np.where(total > 0, total, 1), 0.5)
-    return np.stack([pixel_auc(cells, left), share], axis=1)
-
-
-def _on_left(cells: np.ndarray) -> float:
-    return float(np.unravel_index(cells.argmax(), cells.shape)[1] < cells.shape[1] // 2)
+    left[:, :, : cells.shape[2] // 2] = True
+    return np.stack([pixel_auc(cells, left), energy_share(np.maximum(cells, 0), left)], axis=1)

@@ -17,15 +17,16 @@ a layer of MobileNetV2 with convolutions and average pooling behind it.
 
 import argparse
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -46,7 +47,7 @@ from embedcam.ops import resize, signed_cam
 from embedcam.render import overlay
 from embedcam.targets import Similarity
 
-from .data import table
+from ..benchmarks.timing import table
 from .truth import OBJECTS, evaluated, sources
 
 SIDE, DIGIT, CHANNELS, WIDTH = 32, 16, 96, 32
@@ -70,20 +71,14 @@ class DigitsInTwo(nn.Module):
         super().__init__()
         self.trunk = nn.Sequential(_block(3, 24, 2), _block(24, 48, 2), _block(48, CHANNELS, 1))
         cells = SIDE // 4
-        self.head = {
-            "depthwise": lambda: nn.Sequential(
-                nn.Conv2d(CHANNELS, CHANNELS, cells, groups=CHANNELS, bias=False),
-                nn.BatchNorm2d(CHANNELS),
-                nn.Flatten(),
-                nn.Linear(CHANNELS, WIDTH, bias=False),
-            ),
-            "flattening": lambda: nn.Sequential(
-                nn.Flatten(), nn.Linear(CHANNELS * cells * cells, WIDTH)
-            ),
-            "average pooling": lambda: nn.Sequential(
-                nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(CHANNELS, WIDTH)
-            ),
-        }[head]()
+        if head == "depthwise":
+            whole = nn.Conv2d(CHANNELS, CHANNELS, cells, groups=CHANNELS, bias=False)
+            linear = nn.Linear(CHANNELS, WIDTH, bias=False)
+            self.head = nn.Sequential(whole, nn.BatchNorm2d(CHANNELS), nn.Flatten(), linear)
+        else:
+            cells = 1 if head == "average pooling" else cells
+            linear = nn.Linear(CHANNELS * cells * cells, WIDTH)
+            self.head = nn.Sequential(nn.AdaptiveAvgPool2d(cells), nn.Flatten(), linear)
 
     def forward(self, images: Tensor) -> Tensor:
         """Embedding `[B D]` of normalised images `[B 3 32 32]`."""
@@ -97,8 +92,7 @@ def _block(inputs: int, outputs: int, stride: int) -> nn.Sequential:
     )
 
 
-@dataclass(frozen=True)
-class Handwriting:
+class Handwriting(NamedTuple):
     """Digits `[n 16 16]` in [0, 1] and what they are, `[n]`."""
 
     ink: np.ndarray
@@ -109,13 +103,13 @@ class Handwriting:
         return np.flatnonzero(self.labels == label)
 
 
-def split(seed: int) -> tuple[Handwriting, Handwriting, Handwriting]:
+def split(seed: int) -> list[Handwriting]:
+    """The handwriting that is learned, that is indexed, and that is asked about."""
     pixels, labels = load_digits(return_X_y=True)
     ink = resize(pixels.reshape(-1, 8, 8).astype(np.float32) / 16, (DIGIT, DIGIT))
     order = np.random.default_rng([seed, 0]).permutation(len(ink))
-    borders = (int(0.6 * len(ink)), int(0.8 * len(ink)))
-    first, second, third = np.split(order, borders)
-    return tuple(Handwriting(ink[part], labels[part]) for part in (first, second, third))  # type: ignore[return-value]
+    parts = np.split(order, (int(0.6 * len(ink)), int(0.8 * len(ink))))
+    return [Handwriting(ink[part], labels[part]) for part in parts]
 
 
 def placed(ink: np.ndarray, half: int, move: tuple[int, int] = (0, 0)) -> np.ndarray:
@@ -126,9 +120,8 @@ def placed(ink: np.ndarray, half: int, move: tuple[int, int] = (0, 0)) -> np.nda
     return wide[4:-4, 4:-4]
 
 
-def as_picture(ink: np.ndarray) -> np.ndarray:
-    """uint8 `[32 32 3]`."""
-    return np.repeat((255 * ink + 0.5).astype(np.uint8)[..., None], 3, -1)
+def picture_of(ink: np.ndarray) -> Image.Image:
+    return Image.fromarray((255 * ink + 0.5).astype(np.uint8)).convert("RGB")
 
 
 def train(head: str, writing: Handwriting, seed: int, steps: int) -> DigitsInTwo:
@@ -142,14 +135,11 @@ def train(head: str, writing: Handwriting, seed: int, steps: int) -> DigitsInTwo
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     labels = torch.arange(10).repeat_interleave(per_class)
     for _ in range(steps):
-        batch = [
-            preprocess(Image.fromarray(as_picture(placed(
-                writing.ink[generator.choice(writing.of(int(label)))],
-                int(generator.integers(2)),
-                (int(generator.integers(-1, 2)), int(generator.integers(-1, 2))),
-            ))))
-            for label in labels
-        ]  # fmt: skip
+        batch = []
+        for label in labels:
+            ink = writing.ink[generator.choice(writing.of(int(label)))]
+            half, down, right = (int(generator.integers(*one)) for one in ((2,), (-1, 2), (-1, 2)))
+            batch.append(preprocess(picture_of(placed(ink, half, (down, right)))))
         found = network(torch.from_numpy(np.stack(batch)))
         loss = triplet_loss(F.normalize(found, dim=1), labels, 0.2)
         optimizer.zero_grad()
@@ -159,8 +149,7 @@ def train(head: str, writing: Handwriting, seed: int, steps: int) -> DigitsInTwo
     return network.eval()
 
 
-@dataclass(frozen=True)
-class Scene:
+class Scene(NamedTuple):
     """Two digits side by side: the picture's ink, each digit's own `[32 32]`, and what they are."""
 
     ink: np.ndarray
@@ -200,7 +189,7 @@ def in_both_halves(writing: Handwriting) -> ImageSource:
     """A picture of each digit in the left half, and one in the right half."""
     return from_dataset(
         [
-            (Image.fromarray(as_picture(placed(ink, half))), str(label))
+            (picture_of(placed(ink, half)), str(label))
             for ink, label in zip(writing.ink, writing.labels, strict=True)
             for half in (0, 1)
         ]
@@ -238,58 +227,58 @@ def told(maps: np.ndarray, asked: list[Scene]) -> np.ndarray:
     return pixel_auc(maps, inside, other).reshape(2, -1).mean(0)
 
 
-def drawn(asked: list[Scene], maps: dict[str, np.ndarray]) -> Image.Image:
-    """The first scenes: the picture, and by each way the left digit's map and the right one's."""
-    side, top, ways = 128, 20, [way for way in maps if way in METHODS]
-    sheet = Image.new("RGB", (side * (1 + 2 * len(ways)), top + side * 6), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((4, 4), "query", "black")
-    for column, way in enumerate(ways):
-        draw.text((side * (1 + 2 * column) + 4, 4), f"{way}: left, right digit", "black")
-    for row, one in enumerate(asked[:6]):
-        picture = Image.fromarray(as_picture(one.ink)).resize((side, side))
-        sheet.paste(picture, (0, top + side * row))
-        for column, way in enumerate(ways):
-            for half in (0, 1):
-                shown = overlay(picture, np.maximum(maps[way][half * len(asked) + row], 0), None)
-                sheet.paste(shown, (side * (1 + 2 * column + half), top + side * row))
-    return sheet
+def draw(path: Path, asked: list[Scene], maps: dict[str, np.ndarray]) -> None:
+    """Draw the first scenes: the picture, and by each way the left digit's map and the right's."""
+    from matplotlib.figure import Figure
+
+    shown = [(way, half) for way in maps if way in METHODS for half in (0, 1)]
+    figure = Figure((1.3 * (1 + len(shown)), 8), layout="constrained")
+    for axes, row in zip(figure.subplots(6, 1 + len(shown)), range(6), strict=True):
+        picture = picture_of(asked[row].ink)
+        axes[0].imshow(picture)
+        for axis, (way, half) in zip(axes[1:], shown, strict=True):
+            axis.imshow(overlay(picture, np.maximum(maps[way][half * len(asked) + row], 0), None))
+            axis.set_title(f"{way}: {('left', 'right')[half]} digit", fontsize=7)
+        for axis in axes:
+            axis.set_axis_off()
+    figure.savefig(path)
+
+
+def told_of(
+    network: EmbeddingNetwork, explainers: dict[str, Explainer], asked: list[Scene]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Signed maps of both digits of each scene `[2n H W]`, and their figures `[n]`, of each way."""
+    inputs = np.stack([network.preprocess(picture_of(one.ink)) for one in asked])
+    questions = [str(one.labels[half]) for half in (0, 1) for one in asked]
+    maps = signed_maps(network, explainers, np.concatenate([inputs, inputs]), questions)
+    return maps, {way: told(found, asked) for way, found in maps.items()}
 
 
 def measured(options: argparse.Namespace) -> Iterator[str]:
     for head in HEADS:
-        cells: dict[str, dict[bool, list[np.ndarray]]] = {}
+        cells: dict[tuple[str, bool], list[np.ndarray]] = defaultdict(list)
         recalls, n_bytes = [], {}
         for seed in range(options.seeds):
             learned, kept, asking = split(seed)
-            network = EmbeddingNetwork(
-                train(head, learned, seed, options.steps),
-                "trunk",
-                preprocess=digits_preprocess(SIDE),
-            )
+            trained = train(head, learned, seed, options.steps)
+            network = EmbeddingNetwork(trained, "trunk", preprocess=digits_preprocess(SIDE))
             with indexes(network, in_both_halves(kept)) as explainers:
                 for moved in (False, True):
                     asked = scenes(asking, seed, options.scenes, moved)
-                    inputs = np.stack([
-                        network.preprocess(Image.fromarray(as_picture(one.ink))) for one in asked
-                    ])  # fmt: skip
-                    questions = [str(one.labels[half]) for half in (0, 1) for one in asked]
-                    twice = np.concatenate([inputs, inputs])
-                    maps = signed_maps(network, explainers, twice, questions)
-                    for way, found in maps.items():
-                        cells.setdefault(way, {False: [], True: []})[moved].append(
-                            told(found, asked)
-                        )
+                    maps, figures = told_of(network, explainers, asked)
+                    for way, found in figures.items():
+                        cells[way, moved].append(found)
                     if options.figure and (head, seed, moved) == (HEADS[0], 0, False):
-                        drawn(asked, maps).save(options.figure, quality=88)
+                        draw(options.figure, asked, maps)
                 recalls.append(recall(network, explainers["gradcam"].index, asking))
                 for way, explainer in explainers.items():
                     n_bytes[way] = explainer.index.encoding().bytes_per_image()
                     explainer.close()
         rows = [
-            [METHODS.get(way, way), n_bytes.get(way, ""), *(figure(both[m]) for m in (False, True))]
-            for way, both in cells.items()
-        ]
+            [METHODS.get(way, way), n_bytes.get(way, ""), figure(cells[way, False]),
+             figure(cells[way, True])]
+            for way in figures
+        ]  # fmt: skip
         yield (
             f"\n## {head.capitalize()}\n\nRecall@1 of single digits {np.mean(recalls):.3f}.\n\n"
             + table(("weights", "bytes an image", "in place", "moved"), rows)
@@ -320,8 +309,8 @@ def figure(by_seed: list[np.ndarray]) -> str:
 
 def recall(network: EmbeddingNetwork, index: Index, writing: Handwriting) -> float:
     """How often the nearest indexed picture shows the digit of a single one, in its place."""
-    singles = [placed(ink, row % 2) for row, ink in enumerate(writing.ink)]
-    inputs = [network.preprocess(Image.fromarray(as_picture(one))) for one in singles]
+    singles = (placed(ink, row % 2) for row, ink in enumerate(writing.ink))
+    inputs = [network.preprocess(picture_of(one)) for one in singles]
     near = index.search(network.forward(np.stack(inputs)).embedding.numpy(), 1)
     found = index.labels[near.positions[:, 0]]
     return float(np.mean([int(label) for label in found] == writing.labels))

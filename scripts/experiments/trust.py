@@ -17,8 +17,8 @@ halves, in brackets the worst.
 import argparse
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import spearmanr
@@ -32,7 +32,10 @@ from embedcam.offline.trust import View, calibrate_trust, trust_rows
 from embedcam.ops import drawn_and_signed
 from embedcam.targets import head_cotangent, query_cotangent
 
+from ..benchmarks.timing import table
 from .data import (
+    CASES,
+    SEEDS,
     SIZE,
     Features,
     binned_error,
@@ -40,52 +43,52 @@ from .data import (
     frozen_features,
     frozen_network,
     halves,
+    mean_and_worst,
     name_of,
-    table,
     unit,
 )
 
-SEEDS, TEN = 5, 10
-CASES = ("all", "ten", "none")
+HEAD = (
+    "indexed", "neighbours", "true correlation", "error", "Spearman", "trusted", "below",
+    "detail 2: error", "Spearman", "elsewhere: trust", "true",
+)  # fmt: skip
+LARGEST = (1, 4, 5)
+"""Columns of which the largest is the worst."""
+arguments = data_arguments
 
 
-@dataclass(frozen=True)
-class Set:
+class Set(NamedTuple):
     """Pictures with their features at both sizes."""
 
     labels: np.ndarray
     embeddings: np.ndarray
-    views: tuple[Features, Features]
+    views: list[Features]
 
 
 def read_set(folder: Path, network: EmbeddingNetwork, cache: Path | None) -> Set:
     """Read the pictures of a folder; of posed ones the second half of the classes."""
-    views = []
-    for side in (SIZE, 2 * SIZE):
-        pictures, features, _ = frozen_features(folder, network, cache, side)
-        kept = np.ones(len(pictures.labels), bool)
-        if "natural" not in folder.parts:
-            kept = ~pictures.seen()
-        views.append(Features(features.activations[kept], features.pooled[kept]))
-    return Set(pictures.labels[kept], unit(views[0].pooled), (views[0], views[1]))
+    both = [frozen_features(folder, network, cache, side) for side in (SIZE, 2 * SIZE)]
+    pictures = both[0][0]
+    kept = np.full(len(pictures.labels), "natural" in folder.parts) | ~pictures.seen()
+    views = [features.some(kept) for _, features, _ in both]
+    return Set(pictures.labels[kept], unit(views[0].pooled), views)
 
 
 def calibrated(
     one: Set, rows: np.ndarray, case: str, path: Path, network: EmbeddingNetwork
 ) -> Index:
     """An index of the rows, calibrated as a build does it."""
-    recipe = Recipe()
+    recipe, embeddings = Recipe(), one.embeddings[rows]
     labels = [None if case == "none" else str(label) for label in one.labels[rows]]
+    pooled = one.views[0].pooled[rows]
     build_from_features(
-        one.embeddings[rows], one.views[0].pooled[rows], path, recipe, grid=(7, 7), labels=labels,
-        progress=False,
-    )  # fmt: skip
+        embeddings, pooled, path, recipe, grid=(7, 7), labels=labels, progress=False
+    )
     with Index.open(path) as index:
-        maps = one.views[0].activations
-        sample = trust_rows(len(rows), recipe, network)
+        maps, sample = one.views[0].activations, trust_rows(len(rows), recipe, network)
         made = calibrate_trust(
             recipe, network, [index.encoding(0)], lambda _, some: index.select(some).fields(0),
-            one.embeddings[rows], labels, sample,
+            embeddings, labels, sample,
             (View([maps[row].astype(np.float32)]) for row in rows[sample]), lambda _: None,
         )  # fmt: skip
     put_calibrations(path, {"trust_calibration": made})
@@ -114,11 +117,10 @@ def direct_weights(index: Index, embedding: np.ndarray, ids: list[str]) -> np.nd
     recipe, near = Recipe.of_index(index.manifest), index.positions(ids)
     others = negatives_for(index, near.tolist(), index.select(near).labels)
     values = query_cotangent(
-        recipe.resolved_target, recipe.norm, embedding, index.embeddings(near),
-        others,
-    )[None]  # fmt: skip
+        recipe.resolved_target, recipe.norm, embedding, index.embeddings(near), others
+    )
     length = np.ones(1, np.float32)
-    return head_cotangent(values, embedding[None], length, recipe.head_norm, True)[0]
+    return head_cotangent(values[None], embedding[None], length, recipe.head_norm, True)[0]
 
 
 def figures(found: np.ndarray, strange: np.ndarray) -> list[float]:
@@ -132,37 +134,26 @@ def figures(found: np.ndarray, strange: np.ndarray) -> list[float]:
     ]  # fmt: skip
 
 
-HEAD = (
-    "indexed", "neighbours", "true correlation", "error", "Spearman", "trusted", "below",
-    "detail 2: error", "Spearman", "elsewhere: trust", "true",
-)  # fmt: skip
-
-
 def measured(name: str, one: Set, other: Set, network: EmbeddingNetwork) -> str:
     lines: list[list[str]] = []
-    for case in CASES:
+    elsewhere = np.arange(0, len(other.labels), 8)
+    for case, most in CASES.items():
         runs: dict[int, list[list[float]]] = {1: [], 5: []}
         for seed in range(SEEDS):
-            rows, queries = halves(one.labels, seed, TEN if case == "ten" else len(one.labels))
-            with tempfile.TemporaryDirectory(prefix="embedcam-trust-") as folder:
-                index = calibrated(one, rows, case, Path(folder) / "index", network)
+            rows, queries = halves(one.labels, seed, most)
+            with (
+                tempfile.TemporaryDirectory(prefix="embedcam-trust-") as folder,
+                calibrated(one, rows, case, Path(folder) / "index", network) as index,
+            ):
                 for count, kept in runs.items():
-                    found = looked(index, one, queries, count)
-                    strange = looked(index, other, np.arange(0, len(other.labels), 8), count)
-                    kept.append(figures(found, strange))
-                index.close()
-        for count, kept in runs.items():
-            values = np.array(kept)
-            worst = [values.min(0), values.max(0)]
-            cells = [
-                f"{values[:, at].mean():.3f} ({worst[at in (1, 4, 5)][at]:.3f})"
-                for at in range(values.shape[1])
-            ]
-            lines.append([case, str(count), *cells])
+                    asked = (
+                        looked(index, *of, count) for of in ((one, queries), (other, elsewhere))
+                    )
+                    kept.append(figures(*asked))
+        lines += [
+            [case, str(count), *mean_and_worst(kept, LARGEST)] for count, kept in runs.items()
+        ]
     return f"## {name}\n\n{table(HEAD, lines)}"
-
-
-arguments = data_arguments
 
 
 def measure(options: argparse.Namespace) -> Iterator[str]:

@@ -16,7 +16,7 @@ and how alike transferred maps are to the query's own.
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from embedcam.evaluate.report import intro, tables
 from embedcam.images import ImageSource
 from embedcam.recipe import WHITENED
 
+from ..benchmarks.timing import table
 from .data import (
     data_arguments,
     frozen_network,
@@ -33,7 +34,6 @@ from .data import (
     read_pictures,
     reference_head,
     reference_network,
-    table,
 )
 
 OBJECTS = {"measures": ("retrieval", "localisation", "objects"), "examples": 0}
@@ -49,21 +49,30 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(options: argparse.Namespace) -> Iterator[str]:
     """Yield the tables of each folder under both embeddings."""
+    chosen = [table for what in options.tables for table in TABLES[what](options)]
     for folder in options.data:
-        for kind in ("reference", "frozen"):
-            with tempfile.TemporaryDirectory() as name:
-                scratch = Path(name)
-                network = frozen_network(options.weights)
-                if kind == "reference":
-                    matrix = reference_head(_single(folder), options.weights, options.cache)
-                    network = reference_network(options.weights, matrix, scratch)
-                indexed, asked, boxes = sources(folder)
-                path = scratch / "index"
-                build_index(indexed, network, path, Recipe(), trust=False, progress=False)
-                yield f"## {name_of(folder)}, {kind} embedding\n"
-                for what in options.tables:
-                    for title, choices in TABLES[what](options):
-                        yield evaluated(title, path, asked, network, boxes, choices)
+        yield from of_folder(options, folder, chosen)
+
+
+Table = tuple[str, dict[str, Any]]
+"""A title, and what `evaluate_index` is asked for."""
+
+
+def of_folder(options: argparse.Namespace, folder: Path, tables: Sequence[Table]) -> Iterator[str]:
+    """Yield tables of a folder under both embeddings."""
+    for kind in ("reference", "frozen"):
+        with tempfile.TemporaryDirectory() as name:
+            scratch = Path(name)
+            network = frozen_network(options.weights)
+            if kind == "reference":
+                matrix = reference_head(_single(folder), options.weights, options.cache)
+                network = reference_network(options.weights, matrix, scratch)
+            indexed, asked, boxes = sources(folder)
+            path = scratch / "index"
+            build_index(indexed, network, path, Recipe(), trust=False, progress=False)
+            yield f"## {name_of(folder)}, {kind} embedding\n"
+            for title, choices in tables:
+                yield evaluated(title, path, asked, network, boxes, choices)
 
 
 def evaluated(
@@ -97,10 +106,7 @@ def _single(folder: Path) -> Path:
     return folder / "single" if (folder / "several").is_dir() else folder
 
 
-Table = Iterator[tuple[str, dict[str, Any]]]
-
-
-def _recipes(options: argparse.Namespace) -> Table:
+def _recipes(options: argparse.Namespace) -> Iterator[Table]:
     made = {}
     for norm in ("through", "around"):
         for method in ("gradcam", "gradcam++"):
@@ -119,7 +125,7 @@ def _recipes(options: argparse.Namespace) -> Table:
     yield "Encodings", {**OBJECTS, **_sizes(options), "recipes": encodings}
 
 
-def _targets(options: argparse.Namespace) -> Table:
+def _targets(options: argparse.Namespace) -> Iterator[Table]:
     made = {
         f"{target}, {norm}": Recipe(target=target, norm=norm)
         for target in ("margin", "centred", *WHITENED)
@@ -128,14 +134,14 @@ def _targets(options: argparse.Namespace) -> Table:
     yield "Targets", {**OBJECTS, **_sizes(options), "recipes": made}
 
 
-def _methods(options: argparse.Namespace) -> Table:
+def _methods(options: argparse.Namespace) -> Iterator[Table]:
     names = [n for n, one in METHODS.items() if not one.trained and n != "polycam"]
     sizes = {"limit": options.pictures, "faithfulness": options.pictures}
     sizes["scenes"] = min(options.scenes, options.pictures)
     yield "Methods", {**OBJECTS, **sizes, "methods": options.methods or names}
 
 
-def _transfer(options: argparse.Namespace) -> Table:
+def _transfer(options: argparse.Namespace) -> Iterator[Table]:
     measures = ("localisation", "fidelity")
     for count, transfer in ((1, "mean"), (5, "mean"), (5, "distance")):
         choices = {"measures": measures, "n_neighbors": count, "transfer": transfer, "examples": 0}

@@ -20,7 +20,7 @@ from embedcam import Recipe, build_from_features
 from embedcam.offline.cotangents import AnchorCotangents
 from embedcam.offline.triplets import NearestOthers
 
-from .data import table
+from ..benchmarks.timing import table
 
 WIDTH, CENTRES = 128, 1000
 

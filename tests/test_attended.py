@@ -63,9 +63,7 @@ def index(tmp_path_factory: pytest.TempPathFactory, network: EmbeddingNetwork) -
     return build(write_photos(folder / "photos"), folder / "index", network)
 
 
-def test_every_way_of_asking_gives_those_of_its_own_map(
-    index: Path, network: EmbeddingNetwork
-) -> None:
+def test_every_way_of_asking_gives_those_of_its_own_map(index, network) -> None:
     query = picture(0, 7)
     assert network.preprocess is not None
     inputs = network.preprocess(query)
@@ -117,9 +115,7 @@ def test_several_layers_give_the_deepest_ones(tmp_path: Path, network: Embedding
     np.testing.assert_allclose(found.features, oracle(deepest, again.cam), rtol=1e-4)
 
 
-def test_json_and_a_report_hold_them_on_request(
-    index: Path, network: EmbeddingNetwork, tmp_path: Path
-) -> None:
+def test_json_and_a_report_hold_them_on_request(index, network, tmp_path) -> None:
     for number in range(3):
         picture(number, 60 + number).save(tmp_path / f"{number}.png")
     (tmp_path / "1b.png").write_text("a letter")

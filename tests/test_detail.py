@@ -83,9 +83,7 @@ def test_a_batch_and_an_explainer_of_its_own_detail(index: Path, network: Embedd
         np.testing.assert_allclose(given.cam, one.cam, atol=scale)
 
 
-def test_larger_inputs_that_are_not_the_queries_are_refused(
-    index: Path, network: EmbeddingNetwork
-) -> None:
+def test_larger_inputs_that_are_not_the_queries_are_refused(index, network) -> None:
     inputs = [network.preprocess(picture(0, 7)), network.preprocess(picture(1, 7))]
     larger = [larger_input(None, one, None) for one in inputs]
     with Explainer(index, network) as explainer:

@@ -128,9 +128,7 @@ def brute_force(index: Index, vector: np.ndarray, k: int) -> list[int]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("transfer", ["mean", "distance"])
 @pytest.mark.parametrize("k", [1, 4])
-def test_transferred_weights_equal_the_oracle(
-    tmp_path: Path, kind: str, transfer: str, k: int
-) -> None:
+def test_transferred_weights_equal_the_oracle(tmp_path, kind, transfer, k) -> None:
     with Index.open(index_samples.make(tmp_path / "index", kind=kind)) as index:
         vector, maps = query()
         why = Explainer(index, transfer=transfer).explain_features(vector, maps, n_neighbors=k)
@@ -199,9 +197,7 @@ def test_a_rivals_weights_are_subtracted_at_equal_length(tmp_path: Path, kind: s
 
 @pytest.mark.parametrize("kind", ["dense32", "low-rank"])
 @pytest.mark.parametrize("label", [None, "owl"])
-def test_a_rival_of_equal_weights_leaves_an_empty_map_that_says_why(
-    tmp_path: Path, kind: str, label: str | None
-) -> None:
+def test_a_rival_of_equal_weights_leaves_an_empty_map_that_says_why(tmp_path, kind, label) -> None:
     encoding = index_samples.encoding_of(kind)
     part = index_samples.part(0, 6, encoding)
     for values in part.fields[0].values():
@@ -314,9 +310,7 @@ def test_neighbours_without_evidence(tmp_path: Path) -> None:
 # --- however a query is given --------------------------------------------------------------------
 
 
-def test_every_form_of_a_query_gives_the_same(
-    photos: Path, explainer: Explainer, network: EmbeddingNetwork
-) -> None:
+def test_every_form_of_a_query_gives_the_same(photos, explainer, network) -> None:
     path = photos / "1/2.png"
     image = Image.open(path)
     by_path = explainer.explain(path)
@@ -349,9 +343,7 @@ def test_every_form_of_a_query_gives_the_same(
         assert why.image is None
 
 
-def test_a_batch_is_its_queries_one_at_a_time(
-    photos: Path, explainer: Explainer, network: EmbeddingNetwork
-) -> None:
+def test_a_batch_is_its_queries_one_at_a_time(photos, explainer, network) -> None:
     queries = [photos / "0/1.png", photos / "2/3.png", photos / "1/0.png"]
     alone = [explainer.explain(one) for one in queries]
     for why, other in zip(explainer.explain_batch(queries), alone, strict=True):
@@ -543,9 +535,7 @@ def test_the_largest_numbers_are_answered_in_numbers(tmp_path: Path, normalized:
             explainer.explain_features(vector, np.full((channels, 3, 3), 1.01 * LARGEST))
 
 
-def test_weights_that_overflow_a_map_are_refused(
-    explainer: Explainer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_that_overflow_a_map_are_refused(explainer, monkeypatch) -> None:
     """Of an index from elsewhere: any finite number may lie in it."""
     vector, maps = explainer.index.embeddings([0])[0], np.full((CHANNELS, *GRID), 1e10)
     shown = Dense.combine
@@ -555,9 +545,7 @@ def test_weights_that_overflow_a_map_are_refused(
 
 
 @pytest.mark.parametrize("value", [np.nan, 2e15])
-def test_what_a_network_makes_is_checked_too(
-    explainer: Explainer, monkeypatch: pytest.MonkeyPatch, value: float
-) -> None:
+def test_what_a_network_makes_is_checked_too(explainer, monkeypatch, value) -> None:
     network: Any = explainer.network
     forward = network.forward
 
@@ -591,9 +579,7 @@ def test_what_a_network_makes_is_checked_too(
         ({"result": "1/0.png", "above": "1/9.png"}, "the index has no image '1/9.png'"),
     ],
 )
-def test_arguments_that_mean_nothing(
-    explainer: Explainer, arguments: dict[str, Any], message: str
-) -> None:
+def test_arguments_that_mean_nothing(explainer, arguments, message) -> None:
     vector, maps = explainer.index.embeddings([0])[0], np.ones((CHANNELS, *GRID))
     with pytest.raises(InputError, match=message):
         explainer.explain_features(vector, maps, **arguments)
@@ -612,18 +598,14 @@ def test_arguments_that_mean_nothing(
         (torch.zeros(3, 32, 32, dtype=torch.uint8), InputError, r"type torch\.uint8.*\[3 H W\]"),
     ],
 )
-def test_queries_that_are_none(
-    explainer: Explainer, given: Any, kind: type[Exception], message: str
-) -> None:
+def test_queries_that_are_none(explainer, given, kind, message) -> None:
     with pytest.raises(kind, match=message):
         explainer.explain(given)
     with pytest.raises(InputError, match=r"use explain\(\)"):
         explainer.explain_batch("0/0.png")
 
 
-def test_another_network_layer_or_preprocessing_is_refused(
-    dense: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_network_layer_or_preprocessing_is_refused(dense, monkeypatch) -> None:
     closed: list[Path] = []
     close = Index.close
     monkeypatch.setattr(Index, "close", lambda self: (closed.append(self.path), close(self)))
@@ -644,9 +626,7 @@ def test_another_network_layer_or_preprocessing_is_refused(
         Explainer(dense, plain.module)  # type: ignore[arg-type]
 
 
-def test_indexes_and_networks_that_do_not_go_together(
-    tmp_path: Path, dense: Path, network: EmbeddingNetwork
-) -> None:
+def test_indexes_and_networks_that_do_not_go_together(tmp_path, dense, network) -> None:
     without = index_samples.make(tmp_path / "index")
     with pytest.raises(InputError, match=r"built from features alone .*use explain_features"):
         Explainer(without, network)

@@ -104,9 +104,7 @@ def test_paths_that_are_not_followed_are_not_looked_at(made: Path, tmp_path: Pat
         assert {one["file"] for one in why.to_dict()["neighbors"]} == {"missing"}
 
 
-def test_an_index_without_marks_says_once_that_it_cannot_tell(
-    made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_index_without_marks_says_once_that_it_cannot_tell(made, tmp_path, caplog) -> None:
     index = Path(shutil.copytree(made / "i", tmp_path / "i"))
     with Explainer(index, toy().network) as explainer:
         explainer.explain(made / "photos/c0/000.png")

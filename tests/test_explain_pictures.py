@@ -114,9 +114,7 @@ def test_the_notebook_form_is_escaped_and_self_contained(cropped: Explainer) -> 
     assert repr(why).startswith("<Explanation: 32 x 32 map by ")
 
 
-def test_a_missing_picture_of_a_neighbour_breaks_nothing(
-    dense: Path, network: EmbeddingNetwork, tmp_path: Path
-) -> None:
+def test_a_missing_picture_of_a_neighbour_breaks_nothing(dense, network, tmp_path) -> None:
     gone = Explainer(dense, network, images=tmp_path / "moved").explain(picture(0, 0))
     assert gone.paths[0].startswith(str(tmp_path / "moved"))
     assert [tile.image for tile in gone.tiles()[1]] == [None] * 5

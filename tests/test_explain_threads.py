@@ -128,9 +128,7 @@ def hammer(
 
 
 @pytest.mark.parametrize("with_faiss", [True, False])
-def test_threads_get_the_answers_of_one(
-    built: Path, network: EmbeddingNetwork, with_faiss: bool
-) -> None:
+def test_threads_get_the_answers_of_one(built, network, with_faiss) -> None:
     asked = questions(network)
     with Index.open(built, with_faiss=with_faiss) as index:
         right = [one(Explainer(index, network)) for one in asked]
@@ -171,9 +169,7 @@ def versions(tmp_path: Path, photos: Path, network: EmbeddingNetwork) -> list[Pa
     return paths
 
 
-def test_reloading_under_threads_mixes_no_versions(
-    tmp_path: Path, versions: list[Path], network: EmbeddingNetwork
-) -> None:
+def test_reloading_under_threads_mixes_no_versions(tmp_path, versions, network) -> None:
     link, asked = tmp_path / "current", questions(network)
     right = [[one(Explainer(path, network)) for one in asked] for path in versions]
     assert not any(same(a[0], b[0]) for a, b in zip(*right, strict=True))
@@ -230,9 +226,7 @@ def test_a_writer_changes_the_index_under_threads(tmp_path: Path) -> None:
     assert sum(counts) >= THREADS * len(asked)
 
 
-def test_a_request_ends_with_the_version_it_began_with(
-    tmp_path: Path, versions: list[Path], photos: Path
-) -> None:
+def test_a_request_ends_with_the_version_it_began_with(tmp_path, versions, photos) -> None:
     """Held in its forward pass while the version changes, and the files are let go after it."""
     network = network_of()
     link = tmp_path / "current"
@@ -352,9 +346,7 @@ def test_the_network_of_a_new_version_is_checked_and_cheaply_where_it_is_the_sam
     assert of_features.index.width == index_samples.WIDTH
 
 
-def test_a_relative_path_still_leads_there_from_elsewhere(
-    tmp_path: Path, versions: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_relative_path_still_leads_there_from_elsewhere(tmp_path, versions, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     explainer = Explainer("one")
     (tmp_path / "elsewhere").mkdir()
@@ -364,9 +356,7 @@ def test_a_relative_path_still_leads_there_from_elsewhere(
     assert len(explainer.index) == 41
 
 
-def test_an_index_that_was_handed_in_stays_the_callers(
-    tmp_path: Path, versions: list[Path]
-) -> None:
+def test_an_index_that_was_handed_in_stays_the_callers(tmp_path, versions) -> None:
     with Index.open(versions[0], with_faiss=False, n_threads=1) as index:
         explainer = Explainer(index)
         assert explainer.reload() is False
@@ -401,12 +391,7 @@ def test_it_is_not_pickled(versions: list[Path]) -> None:
         pickle.dumps(explainer)
 
 
-def test_what_an_operator_reads(
-    tmp_path: Path,
-    versions: list[Path],
-    network: EmbeddingNetwork,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_what_an_operator_reads(tmp_path, versions, network, caplog) -> None:
     root = logging.getLogger("embedcam")
     assert root.handlers == []
     assert root.level == logging.NOTSET

@@ -75,10 +75,10 @@ def test_exclude_takes_patterns_alone(mixed: Path) -> None:
     ("names", "note"),
     [
         (["train/c0/1", "train/c1/2", "test/c0/3"],
-         r"the labels are test and train, parts .* \(c0, c1\) give .*/train, or take labels="
+         r"look like parts of .*: test and train; .* \(c0, c1\) give .*/train, or take labels="
          '"subfolders"'),
-        (["Train/c0/1", "Train/c1/2"], r"the label is Train, a part .* \(c0, c1\) give .*/Train, "),
-        (["train/1", "val/2"], 'the labels train and val look like parts .*; labels="none" leaves'),
+        (["Train/c0/1", "Train/c1/2"], r"a data set: Train; .* \(c0, c1\) give .*/Train, "),
+        (["train/1", "val/2"], 'look like parts .*: train and val; labels="none" leaves'),
         (["train/a/1", "car/2"], ""),
         (["c0/train/1", "c1/train/2"], ""),
     ],

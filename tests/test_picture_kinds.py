@@ -133,9 +133,7 @@ def test_a_data_set_whose_own_reader_stops_at_such_text_says_so() -> None:
         from_dataset(Opens([data])).open(0)
 
 
-def test_heic_is_read_by_the_extra_and_named_without_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_heic_is_read_by_the_extra_and_named_without_it(tmp_path, monkeypatch) -> None:
     heif = pytest.importorskip("pillow_heif")
     picture = Image.new("RGB", (64, 32), (200, 30, 30))
     picture.paste((20, 20, 220), (0, 0, 32, 32))

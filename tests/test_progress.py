@@ -29,9 +29,7 @@ def wait_for(caplog: pytest.LogCaptureFixture, line: str, times: int = 1) -> Non
     raise AssertionError(f"{line!r} is not among {lines_of(caplog)}")
 
 
-def test_without_a_terminal_lines_are_logged_now_and_then(
-    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_terminal_lines_are_logged_now_and_then(caplog, capsys) -> None:
     caplog.set_level(logging.INFO)
     with progress_of("embed", 4_000, shown=None, done=1_000) as advance:
         advance(32)
@@ -43,29 +41,30 @@ def test_without_a_terminal_lines_are_logged_now_and_then(
 @pytest.mark.parametrize(
     ("total", "expected"), [(0, "tracing: 0 s"), (None, "tracing: 7 passes, 0 s")]
 )
-def test_what_is_not_counted_has_its_time(
-    total: int | None, expected: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_is_not_counted_has_its_time(total, expected, caplog) -> None:
     caplog.set_level(logging.INFO)
     with progress_of("tracing", total, "passes", shown=None) as advance:
         advance(7)
         wait_for(caplog, expected)
 
 
-def test_nothing_is_said_where_nothing_is_wanted(
-    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("shown", "terminal", "bar"),
+    [(False, False, False), (False, True, False), (None, True, True), (True, False, True)],
+)
+def test_a_bar_is_shown_where_it_is_wanted(
+    monkeypatch, caplog, capsys, shown, terminal, bar
 ) -> None:
     caplog.set_level(logging.INFO)
-    with progress_of("embed", 3, shown=False) as advance:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    with progress_of("embed", 3, shown=shown) as advance:
         advance(3)
         time.sleep(0.05)
+    assert ("embed: 100%" in capsys.readouterr().err) == bar
     assert lines_of(caplog) == []
-    assert capsys.readouterr() == ("", "")
 
 
-def test_quick_stages_say_nothing(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_quick_stages_say_nothing(monkeypatch, caplog) -> None:
     monkeypatch.setattr(progress, "EVERY", 30.0)
     caplog.set_level(logging.INFO)
     begun = time.monotonic()
@@ -75,23 +74,7 @@ def test_quick_stages_say_nothing(
     assert lines_of(caplog) == []
 
 
-def test_a_terminal_has_a_bar(
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    caplog.set_level(logging.INFO)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with progress_of("embed", 3, shown=None) as advance:
-        advance(3)
-        time.sleep(0.05)
-    assert "embed: 100%" in capsys.readouterr().err
-    assert lines_of(caplog) == []
-
-
-def test_a_notebook_has_a_bar_unasked(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_notebook_has_a_bar_unasked(monkeypatch, capsys) -> None:
     shells: list[object] = [None, SimpleNamespace(config={}), SimpleNamespace(config="IPKernelApp")]
     module = ModuleType("IPython")
     monkeypatch.setitem(sys.modules, "IPython", module)
@@ -102,9 +85,7 @@ def test_a_notebook_has_a_bar_unasked(
         assert ("embed: 100%" in capsys.readouterr().err) == shown
 
 
-def test_without_tqdm_there_are_lines(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_without_tqdm_there_are_lines(monkeypatch, caplog) -> None:
     caplog.set_level(logging.INFO)
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     with progress_of("explain", 3, "queries", shown=True):

@@ -291,8 +291,6 @@ def test_what_cannot_be_a_reference_is_refused(make: Callable[[], Any], message:
         (Coordinate(-8), "coordinate -8 of an embedding of 7 numbers"),
     ],
 )
-def test_references_that_do_not_fit_the_embeddings_are_refused(
-    target: Target, message: str
-) -> None:
+def test_references_that_do_not_fit_the_embeddings_are_refused(target, message) -> None:
     with pytest.raises(InputError, match=message):
         target.check(2, 7)

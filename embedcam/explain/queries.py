@@ -51,7 +51,8 @@ def embed(
 ) -> list[Query]:
     """Return queries by one forward pass; `larger` are inputs at twice the side for detail 2."""
     prepared = [prepare(image, snapshot.preprocess, max_pixels) for image in images]
-    batch = stacked([inputs for _, inputs in prepared])
+    alone = len(prepared) == 1
+    batch = prepared[0][1][None] if alone else stacked([inputs for _, inputs in prepared])
     if detail > 1:
         snapshot.refuse_by_position()
     if larger is not None:

@@ -45,7 +45,18 @@ class Snapshot:
         if before is not None and _same_network(index, before.index):
             self.network = before.network
         elif network is not None:
-            self.network = admitted(index, network)
+            if not isinstance(network, Network):
+                raise InputError(
+                    f"network is a {type(network).__name__}; expected an EmbeddingNetwork: wrap it "
+                    "as EmbeddingNetwork(module, layer, preprocess=...)"
+                )
+            if (stored := index.identity) is None:
+                raise InputError(
+                    "this index was built from features alone and does not know its network, so a "
+                    "network cannot be checked against it; use explain_features, or build it again "
+                    "naming the network"
+                )
+            self.network = network.for_index(stored, manifest.layer_names)
         folder = images or manifest.images_root
         self.root, self.only_below = Path(folder or ""), images is not None
         self.prefix = str(self.root) if folder else ""
@@ -71,8 +82,7 @@ class Snapshot:
             _LOG.warning(
                 "%s holds a calibration of trust by an earlier definition, which is not read; "
                 "`embedcam calibrate %s` makes it again, without building the index",
-                index.path,
-                index.path,
+                *[index.path] * 2,
             )
 
     @classmethod
@@ -144,23 +154,6 @@ class Snapshot:
 def shared_of(manifest: Manifest) -> str | None:
     """Return what of their weights the images of a label share; None where it is little."""
     return SHARED.get(manifest.target) if manifest.near_share is None else None
-
-
-def admitted(index: Index, network: Network) -> Network:
-    """Return the network held against the index's, or raise NetworkMismatch or InputError."""
-    if not isinstance(network, Network):
-        raise InputError(
-            f"network is a {type(network).__name__}; expected an EmbeddingNetwork: wrap it as "
-            "EmbeddingNetwork(module, layer, preprocess=...)"
-        )
-    stored = index.identity
-    if stored is None:
-        raise InputError(
-            "this index was built from features alone and does not know its network, so a "
-            "network cannot be checked against it; use explain_features, or build it again "
-            "naming the network"
-        )
-    return network.for_index(stored, index.manifest.layer_names)
 
 
 def _same_network(index: Index, before: Index) -> bool:

@@ -88,20 +88,18 @@ def load_batches(
     "fail" raises the ImageError of the first unreadable image, "skip" leaves it out and reports it
     in `Batch.errors`. `marked` takes the marks of the files, which reads each of them twice.
     """
-    wanted = np.asarray(positions)
-    if wanted.ndim != 1 or (wanted.size and wanted.dtype.kind not in "iu"):
-        raise InputError(f"positions: expected whole numbers [n], given {wanted.dtype}")
-    wanted = wanted.astype(np.int64)
-    if wanted.size and (wanted.min() < 0 or wanted.max() >= len(source)):
-        ends = f"{wanted.min()} to {wanted.max()}"
+    given = np.asarray(positions)
+    if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+        raise InputError(f"positions: expected whole numbers [n], given {given.dtype}")
+    wanted = given.astype(np.int64).tolist()
+    if wanted and not 0 <= min(wanted) <= max(wanted) < len(source):
+        ends = f"{min(wanted)} to {max(wanted)}"
         raise InputError(f"positions: {ends} given, the source has {len(source)} images")
     batch_size = whole("batch_size", batch_size, 1)
     workers = default_workers() if workers is None else whole("workers", workers)
     one_of("on_error", on_error, ("fail", "skip"))
     prepare = partial(_prepare, source, preprocess, marked)
-    outcomes = (prepare(position) for position in wanted.tolist())
-    if workers:
-        outcomes = _threaded(prepare, wanted, workers, ahead=batch_size + 2 * workers)
+    outcomes = _outcomes(prepare, wanted, workers, ahead=batch_size + 2 * workers)
     size = getattr(preprocess, "size", None)
     shape = (3, *size) if isinstance(size, tuple) else None
     return _batches(source, wanted, outcomes, batch_size, on_error, shape)
@@ -124,13 +122,16 @@ def _prepare(source: ImageSource, preprocess: Prepare, marked: bool, position: i
         raise
 
 
-def _threaded(
-    prepare: Callable[[int], Outcome], positions: np.ndarray, workers: int, ahead: int
+def _outcomes(
+    prepare: Callable[[int], Outcome], positions: Sequence[int], workers: int, ahead: int
 ) -> Generator[Outcome, None, None]:
+    if not workers:
+        yield from map(prepare, positions)
+        return
     pool = ThreadPoolExecutor(workers, thread_name_prefix="embedcam-images")
     waiting: deque[Future[Outcome]] = deque()
     try:
-        for position in positions.tolist():
+        for position in positions:
             if len(waiting) == ahead:
                 yield waiting.popleft().result()
             waiting.append(pool.submit(prepare, position))
@@ -142,7 +143,7 @@ def _threaded(
 
 def _batches(
     source: ImageSource,
-    positions: np.ndarray,
+    positions: Sequence[int],
     outcomes: Generator[Outcome, None, None],
     batch_size: int,
     on_error: str,
@@ -150,7 +151,7 @@ def _batches(
 ) -> Generator[Batch, None, None]:
     with closing(outcomes):
         for start in range(0, len(positions), batch_size):
-            part = positions[start : start + batch_size].tolist()
+            part = positions[start : start + batch_size]
             loaded: list[tuple[int, np.ndarray, tuple[int, int], np.ndarray]] = []
             errors: list[tuple[int, str]] = []
             for position, outcome in zip(part, islice(outcomes, len(part)), strict=True):

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import ImageError, InputError, cut, ran_out, short
-from .reading import MAX_PIXELS, is_long_text, read_image
+from .reading import MAX_PIXELS, ImageLike, is_long_text
 from .sources import ImageSource, Item, escaped, relative_path
 
 _PICTURES = ("image", "img", "picture", "photo")
@@ -43,18 +43,14 @@ class DatasetSource(ImageSource):
         super().__init__(items, root, max_pixels=max_pixels)
         self._dataset, self._lock = dataset, lock
 
-    def open(self, position: int) -> Image.Image:
-        """Return the item's picture, upright and RGB, or raise ImageError that names it."""
-        name, reason = self.name(position), self.refused(position)
-        if reason is not None:
-            raise ImageError(reason)
-        with self._lock:
-            item = _item(self._dataset, position, name)
-        return read_image(_picture(item), max_pixels=self.max_pixels, name=name)
-
     def fingerprint(self, position: int) -> str:
         """Return the id alone: what a data set holds cannot be asked whether it changed."""
         return f"id:{self.items[position].id}"
+
+    def _held(self, position: int) -> ImageLike:
+        with self._lock:
+            item = _item(self._dataset, position, self.name(position))
+        return _picture(item)
 
 
 def from_dataset(
@@ -197,7 +193,7 @@ def _label_name(value: Any, classes: Any) -> str | None:
     return str(value)
 
 
-def _picture(item: Any) -> Any:
+def _picture(item: Any) -> ImageLike:
     picture = item[0] if isinstance(item, tuple | list) and item else item
     if isinstance(picture, Mapping) and not picture.keys() <= _UNDECODED:
         column = next((name for name in _PICTURES if name in picture), None)
@@ -213,7 +209,8 @@ def _picture(item: Any) -> Any:
         held = picture.get("bytes")
         picture = picture.get("path") if held is None else held
     if not hasattr(picture, "detach"):
-        return picture
+        shown: ImageLike = picture
+        return shown
     values: np.ndarray = picture.detach().cpu().numpy()
     if values.ndim == 3 and values.shape[0] in (1, 3, 4):
         return values[0] if len(values) == 1 else np.ascontiguousarray(values.transpose(1, 2, 0))

@@ -180,15 +180,14 @@ def file_state(path: str | os.PathLike[str], mark: np.ndarray) -> FileState | No
         return "missing"
     if not stat.S_ISREG(status.st_mode):
         return "missing"
-    marked, content = tuple(mark[:2].tolist()), mark[2:].tolist()
-    now = _size_and_time(status)
-    if now == marked:
+    marked, now = mark.tolist(), _size_and_time(status)
+    if now == tuple(marked[:2]):
         return "same"
-    if now[0] != marked[0] or not any(content):
+    if now[0] != marked[0] or not any(marked[2:]):
         return "changed"
     times = status.st_mtime_ns, status.st_ctime_ns
     hashed = _content(os.fspath(path), *status[1:3], status.st_size, *times)
-    return "same" if hashed == content else "changed"
+    return "same" if hashed == marked[2:] else "changed"
 
 
 def _size_and_time(status: os.stat_result) -> tuple[int, int]:
@@ -206,11 +205,9 @@ def _content(path: str, *_: int) -> list[int]:
 def _read_file(path: str, name: str, max_pixels: int) -> Image.Image:
     try:
         mode = os.stat(path).st_mode
-        if stat.S_ISDIR(mode):
-            raise ImageError(f"{name}: is a folder, not an image")
-        if not stat.S_ISREG(mode):
-            # Opening a named pipe would wait for ever.
-            raise ImageError(f"{name}: is not a regular file")
+        if not stat.S_ISREG(mode):  # opening a named pipe would wait for ever
+            kind = "a folder, not an image" if stat.S_ISDIR(mode) else "not a regular file"
+            raise ImageError(f"{name}: is {kind}")
         with open(path, "rb") as stream:
             return _decode(name, stream, os.fstat(stream.fileno()).st_size, max_pixels)
     except ImageError:
@@ -219,12 +216,11 @@ def _read_file(path: str, name: str, max_pixels: int) -> Image.Image:
         raise ImageError(f"{name}: {why_missing(path)}") from None
     except PermissionError:
         raise ImageError(f"{name}: may not be read (permission denied)") from None
-    except OSError as error:
+    except (OSError, ValueError) as error:
         if memory.ran_out(error):
             raise
-        raise ImageError(f"{name}: cannot be opened ({error.strerror or error})") from None
-    except ValueError as error:
-        raise ImageError(f"{name}: is not a path ({error})") from None
+        said = "cannot be opened" if isinstance(error, OSError) else "is not a path"
+        raise ImageError(f"{name}: {said} ({getattr(error, 'strerror', None) or error})") from None
 
 
 def _decode(name: str, stream: IO[bytes], n_bytes: int, max_pixels: int) -> Image.Image:

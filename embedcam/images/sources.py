@@ -26,6 +26,7 @@ from .reading import (
     EXTENSIONS,
     MAX_PIXELS,
     FileState,
+    ImageLike,
     file_mark,
     file_state,
     is_url,
@@ -134,12 +135,10 @@ class ImageSource:
 
     def open(self, position: int) -> Image.Image:
         """Return the picture, upright and RGB, or raise ImageError, beginning with its path."""
-        reason = self.refused(position)
-        if reason is not None:
+        if (reason := self.refused(position)) is not None:
             raise ImageError(reason)
-        return read_image(
-            self._file(position), max_pixels=self.max_pixels, name=self.name(position)
-        )
+        held = self._held(position)
+        return read_image(held, max_pixels=self.max_pixels, name=self.name(position))
 
     def fingerprint(self, position: int) -> str:
         """Return what changes when the file does (size and time): for resuming a build."""
@@ -163,6 +162,9 @@ class ImageSource:
         return ImageSource(
             items, self.root, max_pixels=limit, left_out=self.left_out, numbers=self.numbers
         )
+
+    def _held(self, position: int) -> ImageLike:
+        return self._file(position)
 
     def _file(self, position: int) -> Path:
         path = Path(self.items[position].path)
@@ -273,19 +275,15 @@ def _of_parts(root: Path, items: Sequence[Item]) -> list[str]:
     splits = sorted(label for label in folders if label and label.lower() in _SPLITS)
     if not splits or (len(splits) == 1 and len(folders) > 1):  # a train may be a class
         return []
-    one, named = len(splits) == 1, " and ".join(splits)
-    label, what = ("label", "a part") if one else ("labels", "parts")
+    looks = f"labels that look like parts of a data set: {' and '.join(splits)}"
     paths = [item.id.split("/") for item in items]
     below = sorted({parts[1] for parts in paths if len(parts) > 2 and parts[0] in splits})
     if not below:
-        looks, it = ("looks", "it") if one else ("look", "them")
-        said = f'the {label} {named} {looks} like {what} of a data set; labels="none" leaves {it}'
-        return [f"{said} out"]
+        return [f'{looks}; labels="none" leaves them out']
     some = ", ".join([cut(name, 80) for name in below[:3]] + ["..."] * (len(below) > 3))
     most = next((name for name in splits if name.lower().startswith("train")), splits[0])
     return [
-        f"the {label} {'is' if one else 'are'} {named}, {what} of a data set by the name; for the "
-        f'labels below ({some}) give {root / most}, or take labels="subfolders"'
+        f'{looks}; for the labels below ({some}) give {root / most}, or take labels="subfolders"'
     ]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -28,23 +28,12 @@ if TYPE_CHECKING:
     from ..network.gradients import HeadPass
 
 
-class Side(Protocol):
-    """One picture of a pair."""
+class PooledSide:
+    """A picture behind average pooling and an affine head W `[D K]`, None for the identity.
 
-    activations: np.ndarray  # [K H W] float32
-    embedding: np.ndarray  # f, [D] float64
-    norm: float  # |z| where f is z / |z|, else 1
-    exact: bool  # not of first order alone
-
-    def products(self, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the sums of dy/dA * A by channel `[K]` and position `[H W]`, y = f . direction."""
-
-    def cell_vectors(self, cells: Sequence[int]) -> np.ndarray:
-        """Return what positions, counted row by row, alone give to the embedding, `[n D]`."""
-
-
-class PooledSide(Side):
-    """A picture behind average pooling and an affine head W `[D K]`, None for the identity."""
+    Of it `activations` `[K H W]` float32, `embedding` f `[D]` float64, and `norm`, |z| where f is
+    z / |z|, else 1.
+    """
 
     exact = True
 
@@ -66,7 +55,7 @@ class PooledSide(Side):
         self._scale = self.norm * self._flat.shape[1]
 
     def products(self, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return contributions as `Side` says."""
+        """Return the sums of dy/dA * A by channel `[K]` and position `[H W]`, y = f . direction."""
         slopes = direction if self._matrix is None else direction.astype("f4") @ self._matrix
         slopes = (slopes / self._scale).astype(np.float64)
         channels = slopes * self._flat.sum(1, dtype=np.float64)
@@ -74,13 +63,13 @@ class PooledSide(Side):
         return channels, cells.astype(np.float64).reshape(self.activations.shape[1:])
 
     def cell_vectors(self, cells: Sequence[int]) -> np.ndarray:
-        """Return vectors as `Side` says."""
+        """Return what positions, counted row by row, alone give to the embedding, `[n D]`."""
         chosen = self._flat[:, list(cells)]
         embedded = chosen if self._matrix is None else self._matrix @ chosen
         return np.asarray(embedded.T.astype(np.float64) / self._scale)
 
 
-class DifferentiatedSide(Side):
+class DifferentiatedSide:
     """A picture behind any other head, by `network.head_pass(input, twice=True)` of it alone."""
 
     exact = False
@@ -94,13 +83,13 @@ class DifferentiatedSide(Side):
         self._vectors: dict[int, np.ndarray] = {}
 
     def products(self, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return contributions as `Side` says."""
+        """Return the sums of dy/dA * A by channel `[K]` and position `[H W]`, y = f . direction."""
         slopes = as_array(self._passed.vjp((direction / self.norm)[None]))[0]
         product = slopes.astype(np.float64) * self.activations
         return product.sum((1, 2)), product.sum(0)
 
     def cell_vectors(self, cells: Sequence[int]) -> np.ndarray:
-        """Return vectors as `Side` says."""
+        """Return what positions, counted row by row, alone give to the embedding, `[n D]`."""
         for cell in cells:
             # Kept: a query's positions are asked for again by each of its receipts.
             if cell not in self._vectors:
@@ -110,6 +99,9 @@ class DifferentiatedSide(Side):
                 self._vectors[cell] = as_array(self._passed.jvp(alone[None]))[0]
         vectors = np.array([self._vectors[cell] for cell in cells], np.float64)
         return vectors.reshape(len(cells), -1) / self.norm
+
+
+Side = PooledSide | DifferentiatedSide
 
 
 @dataclass(frozen=True, eq=False)

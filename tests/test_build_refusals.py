@@ -1,6 +1,7 @@
 """What a build refuses, skips, resumes and does not call done."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from build_samples import (
 )
 from PIL import Image
 
-import embedcam.offline.build as jobs
+import embedcam.offline.merge as merge
 from embedcam.errors import (
     EmbedcamError,
     ImageError,
@@ -88,18 +89,10 @@ def test_a_build_that_failed_goes_on_when_told_to_skip(tmp_path, broken, small_c
 
 
 def test_a_skip_is_not_taken_over_by_a_build_that_must_fail(tmp_path, broken, monkeypatch) -> None:
-    interrupt(
-        monkeypatch,
-        "gather",
-        build_index,
-        broken,
-        toy().network,
-        tmp_path / "i",
-        DENSE,
-        on_unreadable="skip",
-    )
+    given = (broken, toy().network, tmp_path / "i", DENSE)
+    interrupt(monkeypatch, "merge.gather", build_index, *given, on_unreadable="skip")
     with pytest.raises(ImageError, match=r"c0/003\.png"):
-        build_index(broken, toy().network, tmp_path / "i", DENSE)
+        build_index(*given)
 
 
 def test_an_image_that_vanishes_between_the_passes_is_named(tmp_path, monkeypatch) -> None:
@@ -109,8 +102,8 @@ def test_an_image_that_vanishes_between_the_passes_is_named(tmp_path, monkeypatc
         (source.root / "c1" / "004.png").unlink(missing_ok=True)
         return gather(*args)
 
-    gather = jobs.gather
-    monkeypatch.setattr(jobs, "gather", then_delete)
+    gather = merge.gather
+    monkeypatch.setattr(merge, "gather", then_delete)
     for mode in ("skip", "fail"):
         paint(source.root, [4])
         with pytest.raises(ImageError, match=r"c1/004\.png"):
@@ -118,12 +111,11 @@ def test_an_image_that_vanishes_between_the_passes_is_named(tmp_path, monkeypatc
 
 
 def test_not_one_readable_image_is_one_sentence(tmp_path) -> None:
-    folder = tmp_path / "pictures"
-    for number in range(6):
-        (folder / f"c{number % 2}").mkdir(parents=True, exist_ok=True)
-        (folder / f"c{number % 2}" / f"{number}.png").write_bytes(b"")
+    source = pictures(tmp_path / "pictures", 6, 2)
+    for item in source.items:
+        (source.root / item.path).write_bytes(b"")
     with pytest.raises(InputError, match=r"none of the 6 images could be used; .*0\.png"):
-        build_index(find_images(folder), toy().network, tmp_path / "i", on_unreadable="skip")
+        build_index(source, toy().network, tmp_path / "i", on_unreadable="skip")
 
 
 def test_given_triplets_keep_to_their_images_when_one_is_skipped(tmp_path, broken) -> None:
@@ -199,25 +191,10 @@ def test_a_folder_of_something_else_is_refused_untouched(tmp_path, source) -> No
 
 
 def test_another_writer_is_not_disturbed(tmp_path, source) -> None:
-    import threading
-
-    done = threading.Event()
-    held = threading.Event()
-
-    def hold():
-        with lock(tmp_path / "i"):
-            held.set()
-            done.wait(20)
-
-    thread = threading.Thread(target=hold)
-    thread.start()
-    held.wait(20)
-    try:
+    with ThreadPoolExecutor(1) as other, lock(tmp_path / "i"):
+        job = other.submit(build_index, source, toy().network, tmp_path / "i")
         with pytest.raises(IndexBusyError, match="another process is writing"):
-            build_index(source, toy().network, tmp_path / "i")
-    finally:
-        done.set()
-        thread.join()
+            job.result(20)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -285,16 +262,6 @@ def test_a_grid_that_changes_between_images_is_a_sentence(tmp_path, source, smal
         build_index(source, it.network, tmp_path / "i", DENSE, batch_size=4, workers=0)
 
 
-def test_a_finished_index_is_not_built_again(tmp_path, source) -> None:
-    it = toy()
-    build_index(source, it.network, tmp_path / "i", DENSE)
-    before, forwards = everything(tmp_path / "i"), len(it.batches)
-    report = build_index(source, it.network, tmp_path / "i", DENSE)
-    assert (report.n_images, report.skipped) == (0, [])
-    assert everything(tmp_path / "i") == before
-    assert sum(it.batches[forwards:]) < 4
-
-
 def test_a_finished_index_of_something_else_is_not_called_done(tmp_path, source) -> None:
     build_index(source, toy().network, tmp_path / "i", DENSE)
     fewer = ImageSource(source.items[:-1], source.root)
@@ -349,21 +316,14 @@ def test_an_interruption_by_the_user_leaves_what_was_finished(
     tmp_path, source, monkeypatch, small_chunks
 ) -> None:
     it = toy()
-    interrupt(monkeypatch, "weigh_chunks", build_index, source, it.network, tmp_path / "i", DENSE)
+    given = (source, it.network, tmp_path / "i", DENSE)
+    interrupt(monkeypatch, "shard.weigh_chunks", build_index, *given)
     before = sum(it.batches)
-    build_index(source, it.network, tmp_path / "i", DENSE)
+    build_index(*given)
     assert sum(it.batches) - before < 4
 
 
-def changed_recipe(source, it):
-    return source, it, dense(seed=9)
-
-
-def changed_network(source, it):
-    return source, toy(seed=9), DENSE
-
-
-def changed_code(source, it):
+def other_code(source, it):
     """The same parameters, another computation."""
     other = toy()
     first = other.network.runner.trunk
@@ -371,29 +331,30 @@ def changed_code(source, it):
     return source, other, DENSE
 
 
-def changed_image(source, it):
+def other_image(source, it):
     path = source.root / source.items[3].path
     Image.fromarray(np.full((24, 24, 3), 77, np.uint8)).save(path)
     return source, it, DENSE
 
 
-def changed_order(source, it):
-    return ImageSource(source.items[::-1], source.root), it, DENSE
+CHANGES = {
+    "recipe": lambda source, it: (source, it, dense(seed=9)),
+    "network": lambda source, it: (source, toy(seed=9), DENSE),
+    "code": other_code,
+    "image": other_image,
+    "order": lambda source, it: (ImageSource(source.items[::-1], source.root), it, DENSE),
+    "labels": lambda source, it: (find_images(source.root, "none"), it, DENSE),
+}
 
 
-def changed_labels(source, it):
-    return find_images(source.root, "none"), it, DENSE
-
-
-@pytest.mark.parametrize(
-    "change",
-    [changed_recipe, changed_network, changed_code, changed_image, changed_order, changed_labels],
-)
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_what_was_finished_for_other_choices_is_not_used(
     tmp_path, monkeypatch, change, small_chunks
 ) -> None:
     source, it = pictures(tmp_path / "p"), toy()
-    interrupt(monkeypatch, "fit_encodings", build_index, source, it.network, tmp_path / "i", DENSE)
+    interrupt(
+        monkeypatch, "merge.fit_encodings", build_index, source, it.network, tmp_path / "i", DENSE
+    )
     source, it, recipe = change(source, it)
     build_index(source, it.network, tmp_path / "i", recipe)
     build_index(source, it.network, tmp_path / "fresh", recipe)

@@ -272,10 +272,10 @@ def test_an_interruption_is_130_and_says_how_to_go_on(
     build = ("build", "photos", f"{index}2", *NAMED)
     told = "going on: 12 of 12 images are embedded\ngoing on: weights of 12 of 12 images are done\n"
     with monkeypatch.context() as patch:
-        patch.setattr("embedcam.offline.build.embed_chunks", interrupted)
+        patch.setattr("embedcam.offline.shard.embed_chunks", interrupted)
         assert say(*build) == (130, "", "embedcam: interrupted\n")  # nothing is kept yet
         patch.undo()
-        patch.setattr("embedcam.offline.build.fit_encodings", interrupted)
+        patch.setattr("embedcam.offline.merge.fit_encodings", interrupted)
         code, out, err = say(*build)
         assert (code, out) == (130, "")
         assert err == "embedcam: interrupted; run the same command again to go on\n"

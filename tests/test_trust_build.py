@@ -267,15 +267,9 @@ def test_an_index_with_a_broken_calibration_is_refused(source, tmp_path) -> None
         good = index.manifest.to_dict()["trust_calibration"]
     for broken, message in (
         ({**good, "many": {}}, "trust_calibration has the unknown entry 'many'"),
-        (
-            {"one": {**good["one"], "scale": [0] * 3}},
-            r"trust_calibration\.one: .*do not fit together",
-        ),
-        (
-            {"several": good["one"]},
-            r"trust_calibration\.several is of explanations by 1 neighbours",
-        ),
-        ({"one": good["several"]}, r"trust_calibration\.one is of explanations by 5 neighbours"),
+        ({"one": {**good["one"], "scale": [0] * 3}}, r"\.one: .*do not fit together"),
+        ({"several": good["one"]}, r"\.several is of explanations by 1 neighbours"),
+        ({"one": good["several"]}, r"\.one is of explanations by 5 neighbours"),
         ([1], "trust_calibration"),
     ):
         edit(lambda manifest, broken=broken: manifest.update(trust_calibration=broken))(path)
@@ -334,24 +328,14 @@ def test_what_changes_while_it_is_calibrated_is_not_vouched_for(
 
 
 def test_of_inner_products_the_nearest_counts_not_the_first(tmp_path: Path) -> None:
-    generator = np.random.default_rng(0)
-    vectors = generator.normal(size=(60, 8)) * generator.uniform(0.1, 5, (60, 1))
-    recipe = Recipe(metric="ip", target="margin")
-    labels = [f"k{at % 3}" for at in range(60)]
-    found = leave_out(
-        recipe, vectors.astype(np.float32), labels, sample_of(60, 0, 512), closed_form=False,
-        normalized=False,
-    )["several"]  # fmt: skip
-    assert any(one.distances.min() < one.distances[0] for one in found)
-    made_of, photos = toy("affine"), pictures(tmp_path / "photos", n=44)
-    path = built(photos, made_of, tmp_path / "index", Recipe(metric="ip"))
+    photos, recipe = pictures(tmp_path / "photos", n=44), Recipe(metric="ip", target="margin")
+    path = built(photos, toy("affine", normalize=False), tmp_path / "index", recipe)
     with opened(path) as (index, live):
         largest = index.manifest.trust_calibration["several"].largest_distance
-        expected = leave_out(
-            Recipe(metric="ip"), index.embeddings(live), list(index.labels[live]),
-            sample_of(44, 0, 512), closed_form=False, normalized=True,
-        )["several"]  # fmt: skip
-    assert largest == pytest.approx(max(float(one.distances.min()) for one in expected))
+        of = index.embeddings(live), list(index.labels[live]), sample_of(44, 0, 512)
+        found = leave_out(recipe, *of, closed_form=False, normalized=False)["several"]
+    assert any(one.distances.min() < one.distances[0] for one in found)
+    assert largest == pytest.approx(max(float(one.distances.min()) for one in found))
 
 
 def test_what_cannot_be_calibrated_again_says_why(source, tmp_path) -> None:

@@ -15,7 +15,7 @@ from ..network import EmbeddingNetwork
 from ..recipe.recipe import Recipe
 from . import merge, plan, shard
 from .checkpoint import Checkpoint, finished_job, remove_checkpoint
-from .cotangents import AnchorCotangents, coded_labels
+from .cotangents import coded_labels
 from .match import LEAST_MATCH, calibrate_match
 from .plan import SCRATCH_GB, Plan
 from .report import BuildReport, Changes, Stages, changes_since, report_of
@@ -26,7 +26,6 @@ from .trust import LEAST, calibrate_trust, forwarded, trust_rows
 log = logging.getLogger(__name__)
 
 _CHECKPOINT = ".building"
-_NO_ROWS = np.empty(0, np.int64)
 
 
 def build_index(
@@ -126,7 +125,9 @@ def build_index(
         work = Plan(network, source, recipe, strategy, checkpoint, stages, batch_size, *options)
         plan.cache_within(work, own_maps * scratch_gb)
         shard.embed_chunks(work)
-        embedded, codes = _weigh(work, triplets)
+        embedded = merge.gather(work)
+        anchors = merge.anchors_of(work, embedded, triplets)
+        shard.weigh_chunks(work, anchors, embedded.n_before)
         with stages("encode"):
             encodings = merge.fit_encodings(work, embedded.mean)
             part = merge.encode(work, encodings, embedded, own_maps, source.root)
@@ -160,7 +161,7 @@ def build_index(
             writer.create(path, about, fitted, shared, part, replace=generation > 1)
         remove_checkpoint(checkpoint.path)
     notes = [] if note is None else [note]
-    return _report(work, path, embedded, codes, part, notes, '; resize="squash" shows all of each')
+    return _report(work, path, embedded, part, notes, '; resize="squash" shows all of each')
 
 
 def add_images(
@@ -259,7 +260,9 @@ def add_images(
             if len(skipped) == len(source):
                 remove_checkpoint(checkpoint.path)
                 return removed(changes, skipped)
-        embedded, codes = _weigh(work, None, index, live)
+        embedded = merge.gather(work, index, live)
+        anchors = merge.anchors_of(work, embedded, None)
+        shard.weigh_chunks(work, anchors, embedded.n_before)
         if merge.grid_of(work) != tuple(layer.grid or ()):
             raise InputError(
                 f"the layer's grid is {list(merge.grid_of(work))} for these images and "
@@ -272,7 +275,7 @@ def add_images(
             checkpoint.mark_commit(job, manifest.generation + 1)
             writer.append(path, part, removing=gone)
         remove_checkpoint(checkpoint.path)
-    return dataclasses.replace(_report(work, path, embedded, codes, part), changes=changes)
+    return dataclasses.replace(_report(work, path, embedded, part), changes=changes)
 
 
 def calibrate_index(
@@ -366,47 +369,10 @@ def _tidied(index: Index) -> str | None:
     return job
 
 
-def _weigh(
-    work: Plan,
-    triplets: np.ndarray | None,
-    index: Index | None = None,
-    live: np.ndarray = _NO_ROWS,
-) -> tuple[merge.EmbeddedImages, np.ndarray | None]:
-    """Weigh all chunks; return the images, and codes of the labels `[N]`, live images first."""
-    embedded = merge.gather(work, index, live)
-    labels, names = zip(*((item.label, item.id) for item in embedded.items), strict=True)
-    if index is not None:
-        rows = index.select(live)
-        labels, names = (*rows.labels, *labels), (*rows.ids, *names)
-    codes = coded_labels(work.recipe, labels, names)
-    if triplets is not None and embedded.skipped:
-        triplets = _without_skipped(triplets, embedded, work.source)
-    anchors = AnchorCotangents(work.recipe, embedded.embeddings, codes, embedded.mean, triplets)
-    shard.weigh_chunks(work, anchors, embedded.n_before)
-    return embedded, codes
-
-
-def _without_skipped(
-    triplets: np.ndarray, embedded: merge.EmbeddedImages, source: ImageSource
-) -> np.ndarray:
-    """Return given triplets as places among the images that could be read."""
-    new_place = np.full(len(source), -1)
-    new_place[embedded.positions] = np.arange(len(embedded.positions))
-    kept: np.ndarray = new_place[np.asarray(triplets)[embedded.positions]]
-    if (lost := (kept < 0).any((1, 2))).any():
-        name = source.items[embedded.positions[lost.argmax()]].id
-        raise InputError(
-            f"the triplets of image {name!r} name an image that could not be read (skipped: "
-            f"{', '.join(repr(name) for name, _ in embedded.skipped[:3])}); give it others"
-        )
-    return kept
-
-
 def _report(
     work: Plan,
     path: Path,
     embedded: merge.EmbeddedImages,
-    codes: np.ndarray | None,
     part: PartData,
     notes: Sequence[str] = (),
     instead_of_crop: str = "",
@@ -417,6 +383,7 @@ def _report(
             f"the crop leaves out more than a quarter of {embedded.n_cropped:,} of "
             f"{len(part):,} pictures{instead_of_crop}"
         )
-    report = report_of(path, work.recipe, part.labels, codes, part.triplets_used, work.stages)
+    of = (part.labels, embedded.codes, part.triplets_used, work.stages)
+    report = report_of(path, work.recipe, *of)
     left_out = work.source.left_out
     return dataclasses.replace(report, skipped=embedded.skipped, left_out=left_out, notes=notes)

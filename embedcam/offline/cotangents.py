@@ -119,25 +119,22 @@ class AnchorCotangents:
         counts = np.empty(len(anchors), np.int64)
         values = np.empty((len(anchors), self.embeddings.shape[1]))
         labelled = self.sampler.labelled(anchors)
-        if labelled.any():
-            values[labelled], counts[labelled] = self._of_labels(anchors[labelled])
-        alone = self._amounts(labelled=False)
-        values[~labelled], counts[~labelled] = self._margins(anchors[~labelled], alone)
-        if self.recipe.resolved_target == "distinctive":
-            centred = centred_cotangent(np.asarray(self.embeddings[anchors]), self.mean)
-            for of_label in (True, False):
-                rows = labelled == of_label
-                share = self._amounts(labelled=of_label).own
-                values[rows] = with_own(values[rows], centred[rows], share)
+        for shared in np.unique(labelled):
+            rows, amounts = labelled == shared, self._amounts(labelled=bool(shared))
+            places, of = anchors[rows], self._of_labels if shared else self._margins
+            values[rows], counts[rows] = of(places, amounts)
+            if self.recipe.resolved_target == "distinctive":
+                centred = centred_cotangent(np.asarray(self.embeddings[places]), self.mean)
+                values[rows] = with_own(values[rows], centred, amounts.own)
         return Cotangents(values.astype(np.float32), None, counts)
 
-    def _of_labels(self, anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _of_labels(self, anchors: np.ndarray, amounts: Whitened) -> tuple[np.ndarray, np.ndarray]:
         """Return what images of each anchor's label share, `[a D]`, and of how many triplets."""
         classes = self.sampler.groups
         if not isinstance(classes, Classes):
-            return self._margins(anchors, self._amounts(labelled=True))
+            return self._margins(anchors, amounts)
         if self._label_sums is None:
-            amounts, width = self._amounts(labelled=True), self.embeddings.shape[1]
+            width = self.embeddings.shape[1]
             self._label_sums = classes.sums(lambda some: self._margins(some, amounts)[0], width)
         codes = classes.codes[anchors]
         means = self._label_sums[classes.shared[codes]] / classes.sizes[codes][:, None]

@@ -17,6 +17,7 @@ from ..index.calibration import Calibration, MatchCalibration
 from ..index.encoding import Dense, Encoding, LowRank, TopM, fit_by_position, fit_pca
 from ..recipe.recipe import Recipe
 from ..recipe.registry import PositionMethod
+from .cotangents import AnchorCotangents, coded_labels
 from .plan import Plan
 from .shard import map_chunk
 from .strategies import HeadCodes, is_derived, weights_of_layer
@@ -27,6 +28,7 @@ SAMPLE, NUMBERS = 2048, 1 << 25
 """Weights that a basis is fitted on, at most: images, and numbers in all (but `rank` images)."""
 MOST_COUNTED = np.iinfo(np.uint32).max
 _BLOCK, _VIEWED = 1 << 14, 64
+_NO_ROWS = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,15 @@ class EmbeddedImages:
     """What the embedding pass gave.
 
     `positions` `[n]` are places in the source of the images that could be used, which are `items`,
-    `embeddings` `[N D]` of the images in the index already, then theirs, `mean` `[D]` of those of
-    the first build; `skipped` (id, reason) of the others.
+    `embeddings` `[N D]` and `codes` of labels `[N]` of the images in the index already, then
+    theirs, `mean` `[D]` of those of the first build; `skipped` (id, reason) of the others.
     """
 
     positions: np.ndarray
     items: list[Item]
     embeddings: np.ndarray
     mean: np.ndarray
+    codes: np.ndarray | None
     skipped: list[tuple[str, str]]
     n_cropped: int
 
@@ -56,7 +59,7 @@ class EmbeddedImages:
         return self.embeddings[self.n_before :]
 
 
-def gather(plan: Plan, index: Index | None, live: np.ndarray) -> EmbeddedImages:
+def gather(plan: Plan, index: Index | None = None, live: np.ndarray = _NO_ROWS) -> EmbeddedImages:
     """Collect the chunks of the embedding pass behind the index's `live` rows."""
     chunks, skipped = plan.chunks, plan.skipped()
     positions = np.concatenate([plan.embedded(chunk) for chunk in chunks])
@@ -67,16 +70,34 @@ def gather(plan: Plan, index: Index | None, live: np.ndarray) -> EmbeddedImages:
     shape = (len(live) + len(positions), new[0].shape[1])
     embeddings = plan.checkpoint.array("embeddings", "float32", shape)
     np.concatenate(new, out=embeddings[len(live) :])
+    items = [plan.source.items[position] for position in positions]
+    labels, names = [item.label for item in items], [item.id for item in items]
     if index is None:
         mean = embeddings.mean(axis=0, dtype=np.float64).astype(np.float32)
     else:
-        mean = index.fitted("embedding_mean")
+        mean, before = index.fitted("embedding_mean"), index.select(live)
+        labels, names = [*before.labels, *labels], [*before.ids, *names]
         for start in range(0, len(live), _BLOCK):
             rows = live[start : start + _BLOCK]
             embeddings[start : start + len(rows)] = index.embeddings(rows)
+    codes = coded_labels(plan.recipe, labels, names)
     n_cropped = sum(int(plan.checkpoint.column("embed", c, "cropped")[0]) for c in chunks)
-    items = [plan.source.items[position] for position in positions]
-    return EmbeddedImages(positions, items, embeddings, mean, skipped, n_cropped)
+    return EmbeddedImages(positions, items, embeddings, mean, codes, skipped, n_cropped)
+
+
+def anchors_of(plan: Plan, embedded: EmbeddedImages, given: np.ndarray | None) -> AnchorCotangents:
+    """Return the cotangents of all images; triplets that are given are places in the source."""
+    if given is not None and embedded.skipped:
+        places = np.full(len(plan.source), -1)
+        places[embedded.positions] = np.arange(len(embedded.positions))
+        given = places[np.asarray(given)[embedded.positions]]
+        if (lost := (given < 0).any((1, 2))).any():
+            raise InputError(
+                f"the triplets of image {embedded.items[lost.argmax()].id!r} name an image that "
+                "could not be read (skipped: "
+                f"{', '.join(repr(name) for name, _ in embedded.skipped[:3])}); give it others"
+            )
+    return AnchorCotangents(plan.recipe, embedded.embeddings, embedded.codes, embedded.mean, given)
 
 
 def fit_encodings(plan: Plan, mean: np.ndarray) -> list[Encoding]:

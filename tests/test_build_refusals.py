@@ -2,6 +2,7 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,9 +32,9 @@ from embedcam.errors import (
     InputError,
     RecipeError,
 )
-from embedcam.images import ImageSource, find_images
-from embedcam.index import Index, lock
-from embedcam.offline import build_index
+from embedcam.images import ImageSource, find_images, from_dataset
+from embedcam.index import Index, compact, lock, remove
+from embedcam.offline import add_images, build_index, indexed_images
 from embedcam.offline.checkpoint import Checkpoint
 from embedcam.preprocess import custom
 from embedcam.recipe.recipe import Recipe, RecipeWarning
@@ -262,23 +263,6 @@ def test_a_grid_that_changes_between_images_is_a_sentence(tmp_path, source, smal
         build_index(source, it.network, tmp_path / "i", DENSE, batch_size=4, workers=0)
 
 
-def test_a_finished_index_of_something_else_is_not_called_done(tmp_path, source) -> None:
-    build_index(source, toy().network, tmp_path / "i", DENSE)
-    fewer = ImageSource(source.items[:-1], source.root)
-    extra = pictures(tmp_path / "more", 14)
-    for match, options in (
-        ("another recipe;", {"recipe": dense(seed=1)}),
-        ("another network;", {"network": toy(seed=1).network}),
-        ("another recipe and network;", {"recipe": Recipe(), "network": toy(seed=1).network}),
-        ("another list of images;", {"source": fewer}),
-        ("another list of images;", {"source": extra}),
-        ("another choice of own maps;", {"own_maps": False}),
-    ):
-        given = {"source": source, "network": toy().network, "recipe": DENSE, **options}
-        with pytest.raises(InputError, match=match + ".*--refit"):
-            build_index(path=tmp_path / "i", **given)
-
-
 def test_replace_swaps_a_finished_index_for_readers_to_come(tmp_path, source) -> None:
     build_index(source, toy().network, tmp_path / "i", DENSE)
     with opened(tmp_path / "i") as (old, live):
@@ -359,3 +343,157 @@ def test_what_was_finished_for_other_choices_is_not_used(
     build_index(source, it.network, tmp_path / "i", recipe)
     build_index(source, it.network, tmp_path / "fresh", recipe)
     assert everything(tmp_path / "i") == everything(tmp_path / "fresh")
+
+
+# --- a build that is run again: what counts as done, and what is said of what differs ---
+
+
+@pytest.fixture
+def own(tmp_path) -> ImageSource:
+    return pictures(tmp_path / "p")
+
+
+def again(path, own, recipe=DENSE, **options) -> None:
+    """Built again, it is done already, and no image is embedded."""
+    before = everything(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("embedcam.offline.shard.embed_chunks", None)
+        assert build_index(own, toy().network, path, recipe, **options).n_images == 0
+    assert everything(path) == before
+
+
+def refused(path, own, match: str, recipe=DENSE, seed: int = 0, **options) -> None:
+    """Built again, it is refused with these words, and nothing changes."""
+    before = everything(path)
+    with pytest.raises(InputError, match=match + ".*--refit"):
+        build_index(own, toy(seed=seed).network, path, recipe, **options)
+    assert everything(path) == before
+
+
+def pairs(step: int) -> np.ndarray:
+    rows = np.arange(12)
+    return np.stack([(rows[:, None] + [3, 6]) % 12, (rows[:, None] + [step, 2]) % 12], -1)
+
+
+def test_other_given_triplets_are_not_called_done(tmp_path, own) -> None:
+    path, recipe = tmp_path / "i", dense(sampling="given")
+    build_index(own, toy().network, path, recipe, triplets=pairs(1))
+    again(path, own, recipe, triplets=pairs(1))
+    again(path, own, recipe, triplets=pairs(1).astype(np.uint16))
+    refused(path, own, "with another array of given triplets;", recipe, triplets=pairs(4))
+    with opened(path) as (index, _):
+        about = index.manifest.to_dict()["triplets"]
+        assert (about["sampling"], about["count"], len(about["sha256"])) == ("given", 2, 64)
+    refused(path, own, "with another recipe and array of given triplets;")
+    build_index(own, toy().network, path, recipe, triplets=pairs(4), replace=True)
+    again(path, own, recipe, triplets=pairs(4))
+
+
+def test_a_replaced_picture_is_not_called_done(tmp_path, own) -> None:
+    path = tmp_path / "i"
+    build_index(own, toy().network, path, DENSE)
+    file = own.root / own.items[3].path
+    data, times = file.read_bytes(), os.stat(file)
+    Image.fromarray(np.full((24, 24, 3), 77, np.uint8)).save(file)
+    refused(path, own, "with image files changed since;")
+    refused(path, own, "with another recipe, and with image files changed since;", Recipe())
+    file.write_bytes(data)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    again(path, own)
+    (own.root / own.items[3].path).write_bytes(b"")
+    refused(path, own, "with image files changed since;")
+
+
+def test_other_choices_labels_paths_and_orders_are_not_called_done(tmp_path, own) -> None:
+    path, items = tmp_path / "i", own.items
+    build_index(own, toy().network, path, DENSE)
+    refused(path, own, "another recipe;", dense(seed=1))
+    refused(path, own, "another network;", seed=1)
+    refused(path, own, "another recipe and network;", Recipe(), seed=1)
+    refused(path, own, "another choice of own maps;", own_maps=False)
+    refused(path, ImageSource(items[:-1], own.root), "another list of images;")
+    other = [replace(items[0], label="another"), *items[1:]]
+    refused(path, ImageSource(other, own.root), "with other labels;")
+    refused(path, find_images(own.root, "none"), "with other labels;")
+    swapped = [replace(items[0], path=items[1].path), *items[1:]]
+    refused(path, ImageSource(swapped, own.root), "with another list of images;")
+    # The order decides what is drawn.
+    refused(path, ImageSource(items[::-1], own.root), "with another list of images;")
+
+
+def test_a_moved_folder_is_still_the_same(tmp_path, own) -> None:
+    build_index(own, toy().network, tmp_path / "i", DENSE)
+    own.root.rename(tmp_path / "moved")
+    again(tmp_path / "i", find_images(tmp_path / "moved"))
+
+
+def test_skipped_images_count_once_they_can_be_read(tmp_path) -> None:
+    own, path = broken_pictures(tmp_path / "b"), tmp_path / "i"
+    build_index(own, toy().network, path, DENSE, on_unreadable="skip")
+    report = build_index(own, toy().network, path, DENSE, on_unreadable="skip")
+    assert [name for name, _ in report.skipped] == BAD
+    paint(own.root, [3])
+    refused(path, own, "with another list of images;", on_unreadable="skip")
+
+
+def test_additions_and_removals_are_named(tmp_path, own) -> None:
+    path = tmp_path / "i"
+    build_index(own, toy().network, path, DENSE)
+    paint(tmp_path / "later", range(20, 23))
+    add_images(find_images(tmp_path / "later"), toy().network, path)
+    refused(path, own, r"with another list of images \(3 added since\);")
+    remove(path, [own.ids[0], own.ids[5]])
+    refused(path, own, r"with another list of images \(3 added since, 2 removed since\);")
+    remove(path, find_images(tmp_path / "later").ids)
+    compact(path)
+    refused(path, own, r"with another list of images \(2 removed since\);")
+    with opened(path) as (index, _):
+        kept = indexed_images(index)
+    build_index(kept, toy().network, path, DENSE, replace=True)
+    again(path, kept)
+
+
+def test_a_data_set_without_files_is_done_already(tmp_path, own) -> None:
+    dataset = [(own.open(i), i % 3) for i in range(12)]
+    build_index(from_dataset(dataset), toy().network, tmp_path / "i", DENSE)
+    again(tmp_path / "i", from_dataset(dataset))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sampling", "count"),
+    [
+        (Recipe(target="centred", norm="around"), "none", 0),
+        (Recipe(), "all", 0),
+        (Recipe(triplets=7), "random", 7),
+        (Recipe(sampling="hard"), "hard", 50),
+    ],
+)
+def test_the_manifest_says_which_triplets_were_drawn(
+    tmp_path, own, recipe, sampling, count
+) -> None:
+    build_index(own, toy().network, tmp_path / "i", recipe)
+    with opened(tmp_path / "i") as (index, _):
+        expected = {"count": count, "hinge": False, "margin": 0.2, "seed": 0}
+        assert index.manifest.to_dict()["triplets"] == {"sampling": sampling, **expected}
+
+
+@pytest.mark.parametrize("encoding", ["dense", "top-m"])
+def test_where_nothing_is_fitted_no_sample_is_read(tmp_path, own, monkeypatch, encoding) -> None:
+    monkeypatch.setattr(
+        "embedcam.offline.merge._sample", lambda work: pytest.fail("read for nothing")
+    )
+    build_index(own, toy().network, tmp_path / "i", dense(encoding=encoding, m=4))
+    with opened(tmp_path / "i") as (index, live):
+        assert index.weights(live).shape == (12, 8)
+
+
+def test_ids_that_collide_are_shown_the_way_out(tmp_path, own) -> None:
+    path = tmp_path / "i"
+    build_index(own, toy().network, path, DENSE)
+    other = pictures(tmp_path / "other", seed=6)
+    with pytest.raises(InputError, match=r"a CSV with the columns path,label,id gives them other"):
+        add_images(other, toy().network, path)
+    lines = "".join(f"{i.path},{i.label},other/{i.id}\n" for i in other.items)
+    (other.root / "list.csv").write_text("path,label,id\n" + lines)
+    report = add_images(find_images(other.root / "list.csv"), toy().network, path)
+    assert report.n_images == 12

@@ -6,7 +6,6 @@ anchor's triplets do not depend on batches, on workers, or on where a killed bui
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -301,8 +300,15 @@ class NearestOthers:
 
     def _proposed(self, queries: np.ndarray, k: int) -> Neighbors:
         """Return the k nearest of the inverted file's candidates; where too few, of all."""
-        with _row_by_row():
-            candidates = self._lists.search(queries, k + SLACK)[1]
+        import faiss
+
+        lists, before = self._lists, faiss.cvar.distance_compute_blas_threshold
+        # Queries meet centroids one by one: products of many would round by their number.
+        faiss.cvar.distance_compute_blas_threshold = 1 << 30
+        try:
+            candidates = lists.search(queries, k + SLACK)[1]
+        finally:
+            faiss.cvar.distance_compute_blas_threshold = before
         few = candidates[:, k - 1] < 0
         if few.any():
             candidates[few, :k] = nearest(self.embeddings, queries[few], k).positions
@@ -324,19 +330,6 @@ class NearestOthers:
         for start in range(0, n, _ADDED):
             lists.add(np.ascontiguousarray(self.embeddings[start : start + _ADDED], np.float32))
         return lists
-
-
-@contextmanager
-def _row_by_row() -> Iterator[None]:
-    """Compare queries with centroids one by one: products of many would round by their number."""
-    import faiss
-
-    before = faiss.cvar.distance_compute_blas_threshold
-    faiss.cvar.distance_compute_blas_threshold = 1 << 30
-    try:
-        yield
-    finally:
-        faiss.cvar.distance_compute_blas_threshold = before
 
 
 def check_given(pairs: np.ndarray, n_images: int) -> None:

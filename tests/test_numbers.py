@@ -230,7 +230,9 @@ def test_a_forged_reach_is_refused(wrong: dict) -> None:
 
 def test_few_numbers_leave_match_to_the_distance_and_spellings_do_not_count() -> None:
     points = np.random.default_rng(0).normal(size=(30, 3)).astype(np.float32)
-    assert "values" not in calibrate_match(points, [None] * 30, near=0.1)["one"]
+    unlabelled = calibrate_match(points, [None] * 30, NUMBERS)
+    assert unlabelled is not None
+    assert "values" not in unlabelled["one"].to_dict()
     made = {}
     for name, labels in (("same", ["7"] * 30), ("mixed", ["7", "7.0", "07"] * 10)):
         found = calibrate_match(points, labels, NUMBERS)

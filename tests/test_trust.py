@@ -161,6 +161,31 @@ def test_what_a_forged_calibration_makes_overflow_is_still_a_share() -> None:
         assert 0 <= low <= expected <= 1
 
 
+def known(n: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Evidence, a correlation that is a function of it with noise, and that function."""
+    generator = np.random.default_rng(seed)
+    seen = generator.normal(size=(n, 6))
+    clear = 1 / (1 + np.exp(-1.5 * seen[:, 0] + seen[:, 3]))
+    return seen, np.clip(clear + 0.1 * generator.normal(size=n), -1, 1), clear
+
+
+def test_a_known_relation_is_found() -> None:
+    seen, y, _ = known(400, 1)
+    made = fit_calibration(seen, y, np.ones(400), neighbors=5)
+    fresh, true, clear = known(2000, 2)
+    found, low = trusts(made, fresh, np.zeros(2000)).T
+    bins = np.array_split(np.argsort(found, kind="stable"), 10)
+    off = [abs(found[part].mean() - clear[part].mean()) for part in bins]
+    assert np.mean(off) < 0.04
+    assert np.abs(found - clear).mean() < 0.4 * np.abs(clear - np.median(clear)).mean()
+    # Nine in ten reach the low one, wherever it lies.
+    assert 0.06 < (true < low).mean() < 0.16
+    assert all((true[part] < low[part]).mean() < 0.2 for part in bins[2:])
+    # It can be wrong: of other evidence nothing can be told.
+    turned = trusts(made, fresh[:, ::-1], np.zeros(2000))[:, 0]
+    assert np.abs(turned - clear).mean() > 2 * np.abs(found - clear).mean()
+
+
 def literal_ridge(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Coefficients of columns of unit spread and, last, the intercept; left out one at a time."""
 

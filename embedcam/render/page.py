@@ -182,7 +182,7 @@ def page_row(row: Row, look: Look = _PLAIN) -> str:
     tiles = [row.query, *row.results]
     scale = row.scale or look.scale
     query_top, tops = top_values(row.query, row.results, scale)
-    sizes = [tile.fitted(look.side, look.side) for tile in tiles]
+    sizes = [tile.fitted(look.side) for tile in tiles]
     noted = any(tile.cam is not None for tile in tiles) and not row.compact and not look.long
     return _written(
         "row.html",

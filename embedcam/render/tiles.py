@@ -81,13 +81,13 @@ class Tile:
             beyond = x0 > 0.5 or y0 > 0.5 or x1 < width - 0.5 or y1 < height - 0.5
             self.cropped = beyond and not self.changed
 
-    def fitted(self, width: int, height: int) -> tuple[int, int]:
-        """Return (width, height) of the picture, made to fit a box with its shape kept."""
+    def fitted(self, side: int) -> tuple[int, int]:
+        """Return (width, height) of the picture, its longer side made so long."""
         if self.image is None:
-            return min(width, height), min(width, height)
-        across, down = self.image.size
-        factor = min(width / across, height / down)
-        return max(1, round(across * factor)), max(1, round(down * factor))
+            return side, side
+        factor = side / max(self.image.size)
+        width, height = (max(1, round(one * factor)) for one in self.image.size)
+        return width, height
 
     def drawn(
         self, size: tuple[int, int], top: float
@@ -139,7 +139,7 @@ def shrunk(tile: Tile, side: int) -> Tile:
     """Return the tile with a picture of at most `side` pixels a side; it draws the same."""
     if tile.image is None or max(tile.image.size) <= side:
         return tile
-    size, box = tile.fitted(side, side), checked_box(tile.extent, *tile.image.size)
+    size, box = tile.fitted(side), checked_box(tile.extent, *tile.image.size)
     extent = scale_box(box, tile.image.size, size)
     return replace(tile, image=resized(tile.image.convert("RGB"), size), extent=extent)
 
@@ -175,7 +175,7 @@ def draw_on_axes(ax: Axes, tile: Tile, title: str | None = None) -> Axes:
     """Draw a tile's picture with its map into matplotlib axes, `title` above; return the axes."""
     if not hasattr(ax, "imshow"):
         raise InputError(f"ax = {short(ax)}; give the Axes that matplotlib's subplots returns")
-    size = tile.fitted(512, 512) if tile.image is None else tile.image.size
+    size = tile.fitted(512) if tile.image is None else tile.image.size
     plain, mapped = tile.drawn(size, top_value([tile]))
     ax.imshow(np.asarray(plain if mapped is None else mapped))
     ax.set_axis_off()
@@ -303,7 +303,7 @@ class Canvas:
         `placed` holds (x, tile, end of the color scale); returns (x, y, width, height) of each
         picture.
         """
-        sizes = [tile.fitted(side, side) for _, tile, _ in placed]
+        sizes = [tile.fitted(side) for _, tile, _ in placed]
         height = max(map(itemgetter(1), sizes))
         frames, begun, end = [], self.y, self.y
         for (x, tile, top), size in zip(placed, sizes, strict=True):

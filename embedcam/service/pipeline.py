@@ -255,23 +255,10 @@ class Pipeline:
             read_picture(upload.picture(), self.limits.pixels), self.preprocess, side, detail
         )
 
-    async def explain(
-        self,
-        upload: Upload,
-        n_neighbors: int,
-        result: str | None = None,
-        rival: str | None = None,
-        detail: int = 1,
-        side: int | None = None,
-    ) -> tuple[Prepared, Explanation]:
-        """Return an uploaded picture, explained."""
-        check_ids(self.index, [] if result is None else [result], rival)
-        wanted = (n_neighbors, result, rival, detail)
-        return await self.ask(self._explained, wanted, self.reading(upload, side, detail))
-
-    def _explained(
+    def explained(
         self, wanted: tuple[int, str | None, str | None, int], pictures: Sequence[Prepared]
     ) -> list[Explanation]:
+        """Explain pictures; `wanted` are n_neighbors, a result, its rival, and detail."""
         n_neighbors, result, rival, detail = wanted
         # One after the other where finer: at twice the side each takes four times the memory.
         groups = [pictures] if detail == 1 else [[one] for one in pictures]
@@ -287,11 +274,8 @@ class Pipeline:
             )
         return answers
 
-    async def search(self, upload: Upload, n_neighbors: int) -> tuple[Prepared, list[Result]]:
-        """Return an uploaded picture, and what is near, without paths and maps."""
-        return await self.ask(self._searched, n_neighbors, self.reading(upload))
-
-    def _searched(self, n_neighbors: int, pictures: Sequence[Prepared]) -> list[list[Result]]:
+    def searched(self, n_neighbors: int, pictures: Sequence[Prepared]) -> list[list[Result]]:
+        """Return what is near to each picture, without maps."""
         index, inputs = self.index, np.stack([one.inputs for one in pictures])
         near = index.search(self.network.embed(inputs).embedding, n_neighbors)
         answers = []
@@ -308,9 +292,10 @@ class Pipeline:
             shape = (PROBE_SIDE, PROBE_SIDE, 3)
             noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
             upload = Upload(await self.in_thread(encoded, Image.fromarray(noise), PNG))
-            picture, why = await self.explain(upload, self.n_neighbors, side=PROBE_SIDE)
+            wanted, read = (self.n_neighbors, None, None, 1), self.reading(upload, PROBE_SIDE)
+            picture, why = await self.ask(self.explained, wanted, read)
             # What the head is, which receipts need, is found once, in many passes.
-            await self.ask(self._warmed_up, None, self.reading(upload))
+            await self.ask(self._warmed_up, None, read)
             # The first overlay loads the colors.
             await self.in_thread(overlaid, replace(picture.small, cam=why.cam))
         except Exception:

@@ -125,9 +125,12 @@ def router(pipeline: Pipeline) -> APIRouter:
             told = _explained(request, picture, why, asked.map_size, asked.signed)
             return schemas.response(told, kind, {"Vary": "Accept"})
 
+        check_ids(pipeline.index, [] if asked.result is None else [asked.result], asked.rival)
+        wanted = (asked.n_neighbors, asked.result, asked.rival, asked.detail)
         async with pipeline.admitted(request) as upload:
-            about = (asked.n_neighbors, asked.result, asked.rival, asked.detail, side)
-            return await pipeline.in_thread(answer, *await pipeline.explain(upload, *about))
+            read = pipeline.reading(upload, side, asked.detail)
+            found = await pipeline.ask(pipeline.explained, wanted, read)
+            return await pipeline.in_thread(answer, *found)
 
     @routes.post(
         "/search",
@@ -141,7 +144,8 @@ def router(pipeline: Pipeline) -> APIRouter:
     )
     async def search(request: Request, asked: Annotated[SearchParameters, Query()]) -> Response:
         async with pipeline.admitted(request) as upload:
-            picture, near = await pipeline.search(upload, asked.n_neighbors)
+            read = pipeline.reading(upload)
+            picture, near = await pipeline.ask(pipeline.searched, asked.n_neighbors, read)
         neighbors = [
             schemas.built(schemas.Match, vars(one), **schemas.urls_of(request, one.id))
             for one in near

@@ -547,14 +547,14 @@ def test_weights_that_overflow_a_map_are_refused(explainer, monkeypatch) -> None
 @pytest.mark.parametrize("value", [np.nan, 2e15])
 def test_what_a_network_makes_is_checked_too(explainer, monkeypatch, value) -> None:
     network: Any = explainer.network
-    forward = network.forward
+    embed = network.embed
 
-    def broken(images: Any) -> Any:
-        found = forward(images)
-        found.activations[-1] = value
+    def broken(*given: Any) -> Any:
+        found = embed(*given)
+        found.activations[0][-1] = value
         return found
 
-    monkeypatch.setattr(network, "forward", broken)
+    monkeypatch.setattr(network, "embed", broken)
     words = "holds a NaN" if value != value else r"holds 2e\+15"
     with pytest.raises(NetworkError, match=f"the network's activations of query 1 {words}"):
         explainer.explain_batch([picture(0, 0), picture(1, 0)])

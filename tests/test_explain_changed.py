@@ -231,7 +231,7 @@ def app(made: Path) -> Iterator[Any]:
 
 def serving(index: Path) -> Iterator[Any]:
     app = create_app(explainer(index))
-    app.state.pipeline.set_ready(True)
+    app.state.pipeline.ready = True
     yield app
     app.state.pipeline.close()
 

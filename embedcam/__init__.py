@@ -39,59 +39,37 @@ _WHERE = {
     for name in names.split()
 }
 
-__all__ = [
-    "METHODS",
-    "BuildReport",
-    "ClassProxy",
-    "Coordinate",
-    "DirectWeights",
-    "EmbedcamError",
-    "EmbeddingNetwork",
-    "Explainer",
-    "Explanation",
-    "Index",
-    "NegativeDistance",
-    "PairContribution",
-    "PairExplainer",
-    "Preprocess",
-    "Recipe",
-    "Similarity",
-    "TripletMargin",
-    "__version__",
-    "add_images",
-    "build_from_features",
-    "build_index",
-    "cam_for",
-    "evaluate_index",
-    "find_images",
-    "from_dataset",
-    "load_network",
-    "write_report",
-]
+__all__ = ["__version__", *_WHERE]
 
 if TYPE_CHECKING:
     import typing
 
-    from .errors import EmbedcamError
-    from .evaluate import evaluate_index
-    from .explain import Explainer, Explanation
-    from .images import find_images, from_dataset
-    from .index import Index
-    from .methods import DirectWeights, cam_for
-    from .network import EmbeddingNetwork, load_network
-    from .offline import BuildReport, add_images, build_from_features, build_index
-    from .pairs import PairExplainer
-    from .preprocess import Preprocess
-    from .recipe import METHODS, Recipe
-    from .report import write_report
-    from .targets import (
-        ClassProxy,
-        Coordinate,
-        NegativeDistance,
-        PairContribution,
-        Similarity,
-        TripletMargin,
-    )
+    from .errors import EmbedcamError as EmbedcamError
+    from .evaluate import evaluate_index as evaluate_index
+    from .explain import Explainer as Explainer
+    from .explain import Explanation as Explanation
+    from .images import find_images as find_images
+    from .images import from_dataset as from_dataset
+    from .index import Index as Index
+    from .methods import DirectWeights as DirectWeights
+    from .methods import cam_for as cam_for
+    from .network import EmbeddingNetwork as EmbeddingNetwork
+    from .network import load_network as load_network
+    from .offline import BuildReport as BuildReport
+    from .offline import add_images as add_images
+    from .offline import build_from_features as build_from_features
+    from .offline import build_index as build_index
+    from .pairs import PairExplainer as PairExplainer
+    from .preprocess import Preprocess as Preprocess
+    from .recipe import METHODS as METHODS
+    from .recipe import Recipe as Recipe
+    from .report import write_report as write_report
+    from .targets import ClassProxy as ClassProxy
+    from .targets import Coordinate as Coordinate
+    from .targets import NegativeDistance as NegativeDistance
+    from .targets import PairContribution as PairContribution
+    from .targets import Similarity as Similarity
+    from .targets import TripletMargin as TripletMargin
 
 
 def __getattr__(name: str) -> "typing.Any":

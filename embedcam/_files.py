@@ -13,7 +13,7 @@ import stat
 import sys
 import threading
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -86,8 +86,9 @@ def refuse_device(path: str | Path) -> None:
 @contextmanager
 def _folder_below(root: Path, name: str, flags: int) -> Iterator[int]:
     """Open `root`, or a folder below it that is reached without following a link."""
-    descriptor = os.open(root, flags & ~os.O_NOFOLLOW)
-    try:
+    with ExitStack() as stack:
+        descriptor = os.open(root, flags & ~os.O_NOFOLLOW)
+        stack.callback(os.close, descriptor)
         for step in name.split("/") if name else ():
             if step in ("", ".", ".."):
                 raise NotPlain("is no plain name below its folder")
@@ -95,12 +96,9 @@ def _folder_below(root: Path, name: str, flags: int) -> Iterator[int]:
             if not stat.S_ISDIR(kind):
                 what = "behind a symbolic link" if stat.S_ISLNK(kind) else "below what is no folder"
                 raise NotPlain(f"lies {what}")
-            below = os.open(step, flags, dir_fd=descriptor)
-            os.close(descriptor)
-            descriptor = below
+            descriptor = os.open(step, flags, dir_fd=descriptor)
+            stack.callback(os.close, descriptor)
         yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -88,15 +88,9 @@ def build(it: Toy, source: ImageSource, recipe: Recipe = DENSE, **options) -> Jo
     )
 
 
-def add(it: Toy, source: ImageSource) -> Job:
+def add(it: Toy, source: ImageSource, **options) -> Job:
     return lambda folder: add_images(
-        source, it.network, folder, batch_size=4, workers=0, progress=False
-    )
-
-
-def update(it: Toy, source: ImageSource) -> Job:
-    return lambda folder: add_images(
-        source, it.network, folder, update=True, batch_size=4, workers=0, progress=False
+        source, it.network, folder, batch_size=4, workers=0, progress=False, **options
     )
 
 
@@ -126,7 +120,7 @@ def scenario_update(base: Path) -> list[str]:
     paint(photos, (20, 21))
     paint(photos, (3, 4), seed=6)
     (photos / "c2/005.png").unlink()
-    job = update(it, find_images(photos))
+    job = add(it, find_images(photos), update=True)
     return killed_everywhere(
         base, lambda folder: shutil.copytree(base / "known", folder, dirs_exist_ok=True), job, 16,
         old_or_new(12, 13),

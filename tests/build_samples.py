@@ -42,13 +42,13 @@ def quicken(monkeypatch) -> None:
 
 
 def interrupt(monkeypatch, stage: str, job: Callable[..., object], *given, **options) -> None:
-    """Run a job that the user interrupts when it comes to this step."""
+    """Run a job that the user interrupts when it comes to this step, as "merge.gather"."""
 
     def stop(*_) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(jobs, stage, stop)
+        patch.setattr(f"embedcam.offline.{stage}", stop)
         with pytest.raises(KeyboardInterrupt):
             job(*given, **options)
 
@@ -136,10 +136,16 @@ class Toy:
         return (sum(self.batches) - extra) / n_images
 
 
-def toy(kind: str = "affine", *, normalize: bool = True, seed: int = 0, **settings) -> Toy:
-    parts = seeded(lambda: nn.ModuleList(HEADS[kind]()), seed)
+def toy(
+    kind: str = "affine",
+    *,
+    normalize: bool = True,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    **settings,
+) -> Toy:
+    parts = seeded(lambda: nn.ModuleList(HEADS[kind]()), seed).to(dtype)
     first, head = parts
-    made: Toy
     batches: list[int] = []
 
     def counted(images: Tensor) -> Tensor:
@@ -156,8 +162,7 @@ def toy(kind: str = "affine", *, normalize: bool = True, seed: int = 0, **settin
         tokens = maps.flatten(2).transpose(1, 2)
         return precise[1](torch.cat([precise[0].token.expand(len(tokens), -1, -1), tokens], 1))
 
-    made = Toy(network, on_maps, batches)
-    return made
+    return Toy(network, on_maps, batches)
 
 
 def pictures(folder: Path, n: int = 12, classes: int = 3, seed: int = 5) -> ImageSource:
@@ -198,63 +203,39 @@ def activations_of(toy: Toy, source: ImageSource) -> Tensor:
 
 def drawn(recipe: Recipe, embeddings: np.ndarray, labels: list[str | None]) -> np.ndarray:
     """The triplets that a build draws, `[N S 2]`."""
-    sampler = TripletSampler(
-        embeddings,
-        label_codes(labels),
-        NearestOthers(embeddings),
-        sampling=recipe.resolved_sampling,
-        n_triplets=recipe.n_triplets,
-        margin=recipe.margin,
-        seed=recipe.seed,
-    )
-    found = sampler.draw(np.arange(len(embeddings)))
-    return np.stack([found.positives, found.negatives], -1)
+    finder = NearestOthers(embeddings)
+    sampler = TripletSampler(embeddings, label_codes(labels), finder, recipe)
+    return sampler.draw(np.arange(len(embeddings)))
 
 
 def literal_weights(
     toy: Toy, source: ImageSource, recipe: Recipe, embeddings: np.ndarray, triplets: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Weights `[N K]` by one backward a triplet through the head, and the triplets counted.
+    """Weights `[n K]` by one backward a triplet through the head, and the triplets counted.
 
-    Of HiResCAM `[N K H W]`.
+    Of HiResCAM `[n K H W]`. The source's images are the last of those embedded.
     """
-    activations = activations_of(toy, source)
-    kept = [
-        averaged_weights(
-            toy.head,
-            activations[row],
-            embeddings[row],
-            embeddings,
-            triplets[row].tolist(),
-            method=recipe.method,
-            normalize=toy.network.normalize,
-            norm=recipe.norm,
-            hinge=recipe.margin if recipe.hinge else None,
-        )
-        for row in range(len(embeddings))
-    ]
-    return np.stack([w for w, _ in kept]), np.array([used for _, used in kept])
+    own = embeddings[len(embeddings) - len(source) :]
+    choices = {"method": recipe.method, "norm": recipe.norm, "normalize": toy.network.normalize}
+    choices["hinge"] = recipe.margin if recipe.hinge else None
+    weights, used = zip(
+        *(
+            averaged_weights(toy.head, maps, f, embeddings, pairs.tolist(), **choices)
+            for maps, f, pairs in zip(activations_of(toy, source), own, triplets, strict=True)
+        ),
+        strict=True,
+    )
+    return np.stack(weights), np.array(used)
 
 
 def literal_centred(
     toy: Toy, source: ImageSource, recipe: Recipe, embeddings: np.ndarray
 ) -> np.ndarray:
     """Weights of the centred target, each image its own reference, `[N K]`."""
-    activations = activations_of(toy, source)
-    mean = embeddings.astype(np.float64).mean(0)
-    return np.stack(
-        [
-            target_weights(
-                toy.head,
-                activations[row],
-                dot_score(torch.from_numpy(embeddings[row] - mean)),
-                method=recipe.method,
-                normalize=toy.network.normalize,
-                norm=recipe.norm,
-            )
-            for row in range(len(embeddings))
-        ]
-    )
+    centred = torch.from_numpy(embeddings - embeddings.astype(np.float64).mean(0))
+    choices = {"method": recipe.method, "norm": recipe.norm, "normalize": toy.network.normalize}
+    both = zip(activations_of(toy, source), map(dot_score, centred), strict=True)
+    return np.stack([target_weights(toy.head, *each, **choices) for each in both])
 
 
 def off(found: np.ndarray, expected: np.ndarray) -> float:

@@ -17,7 +17,7 @@ hypothesis.settings.load_profile("embedcam")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 CORE = {
-    "cotangents", "encoding", "identity", "index_golden", "layers", "matching", "metrics", "ops",
+    "encoding", "identity", "index_golden", "layers", "matching", "metrics", "ops",
     "options", "oracles_metrics", "preprocess", "printing", "public", "recipe", "rounding",
     "snapshots", "targets", "targets_scores", "triplets", "weights",
 }  # fmt: skip

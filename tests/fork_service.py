@@ -11,6 +11,7 @@ import sys
 import threading
 import traceback
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -101,20 +102,15 @@ def in_threads(folder, explainer):
     expected = answers(explainer)
 
     def run():
-        seen, start = [], threading.Barrier(4)
+        start = threading.Barrier(4)
 
-        def ask():
+        def ask(_):
             start.wait(10)
             alike(answers(explainer), expected)
-            seen.append(explainer.index)
+            return explainer.index
 
-        running = [threading.Thread(target=ask) for _ in range(4)]
-        for one in running:
-            one.start()
-        for one in running:
-            one.join()
-        assert len(seen) == 4
-        assert len(set(map(id, seen))) == 1
+        with ThreadPoolExecutor(4) as pool:
+            assert len(set(map(id, pool.map(ask, range(4))))) == 1
 
     child(run)
 
@@ -122,10 +118,10 @@ def in_threads(folder, explainer):
 def locks_held(folder, explainer):
     """What another thread of the parent held during the fork, a child does not wait for."""
     expected, held, go_on = answers(explainer), threading.Event(), threading.Event()
+    faiss_file = explainer.index.faiss_file
+    assert faiss_file is not None
 
     def hold():
-        faiss_file = explainer.index.faiss_file
-        assert faiss_file is not None
         with explainer._lock, explainer.network.lock, faiss_file._lock:
             held.set()
             go_on.wait(60)
@@ -147,13 +143,11 @@ def searches(index, queries, expected):
 def index_alone(folder, explainer):
     """An index without an explainer, FAISS loaded before the fork or after it."""
     for early in (True, False):
-        with Index.open(folder / "index") as index:
+        with Index.open(folder / "index") as index, Index.open(folder / "index") as other:
             queries = np.tile(index.embeddings(np.arange(30)), (20, 1))
+            expected = other.search(queries, 5).positions
             if early:
                 index.load()
-            with Index.open(folder / "index") as other:
-                expected = other.search(queries, 5).positions
-
             child(partial(searches, index, queries, expected))
 
 

@@ -100,11 +100,10 @@ def main(operation: str, folder: Path) -> None:
         outcomes.add(found == new)
         if found == old:
             operate(path)
+            assert state(path) == new
         else:
             rebuild_faiss(path)  # any later writer sweeps what is left over
             rebuild_faiss(path)
-        if found == old:
-            assert state(path) == new
         leftovers = {p.name for p in path.rglob("*")} - {".lock"}
         assert not [name for name in leftovers if name.endswith(".tmp")], leftovers
         assert len(list(path.glob("faiss-*"))) == 1

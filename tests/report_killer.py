@@ -1,4 +1,4 @@
-"""A report that is killed with SIGKILL at any change to its files; see test_report_kill.py.
+"""A report that is killed with SIGKILL at any change to its files; see test_report.py.
 
 Before each, and while the page and the lines are written from what is kept.
 

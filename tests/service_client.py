@@ -15,6 +15,8 @@ from PIL import Image
 from embedcam import Explainer, build_index
 
 BOUNDARY = "a-boundary"
+FORM = f"multipart/form-data; boundary={BOUNDARY}"
+LAST = f"\r\n--{BOUNDARY}--\r\n".encode()
 
 
 def built(folder, **settings):
@@ -47,14 +49,7 @@ def data_of(image, kind="PNG", **options):
 def form(data, name="image", filename='filename="query.png"'):
     """A form of one file."""
     head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"; {filename}\r\n'
-    return (
-        f"{head}Content-Type: image/png\r\n\r\n".encode()
-        + data
-        + f"\r\n--{BOUNDARY}--\r\n".encode()
-    )
-
-
-FORM = f"multipart/form-data; boundary={BOUNDARY}"
+    return f"{head}Content-Type: image/png\r\n\r\n".encode() + data + LAST
 
 
 @dataclass(frozen=True)
@@ -71,12 +66,10 @@ class Reply:
         """Status and code of a refusal, which is checked to be nothing but one sentence."""
         assert self.headers["content-type"] == "application/json"
         body = self.json()
-        assert set(body) == {"error"}
-        assert set(body["error"]) == {"code", "message"}
-        message = body["error"]["message"]
-        assert 10 < len(message) < 400
-        assert "\n" not in message
-        assert "Traceback" not in message
+        assert {name: set(told) for name, told in body.items()} == {"error": {"code", "message"}}
+        assert 10 < len(self.message) < 400
+        assert "\n" not in self.message
+        assert "Traceback" not in self.message
         return self.status, body["error"]["code"]
 
     @property
@@ -87,23 +80,12 @@ class Reply:
         return Image.open(io.BytesIO(self.body))
 
 
-async def send(
-    app,
-    method,
-    target,
-    body=b"",
-    headers=None,
-):
-    """One request as uvicorn would hand it on.
+async def send(app, method, target, body=b"", headers=None):
+    """One request as uvicorn would hand it on, its target percent-encoded.
 
-    Args:
-        app: the application.
-        method: as it stands.
-        target: path and query, percent-encoded.
-        body: its bytes; or a list of pieces as they come in, where a number is a pause in seconds,
-            and nothing follows the last piece for ever where that is a pause; or an iterator of
-            pieces that do not end.
-        headers: Content-Length is added for whole bodies unless given.
+    `body`: its bytes; or a list of pieces as they come in, where a number is a pause in seconds,
+    and nothing follows the last piece for ever where that is a pause; or an iterator of pieces that
+    do not end. Content-Length is added for whole bodies unless given.
     """
     path, _, query = target.partition("?")
     given = {name.lower(): value for name, value in (headers or {}).items()}

@@ -7,7 +7,6 @@ import oracles
 import pytest
 import torch
 from build_samples import (
-    CHANNELS,
     DENSE,
     WIDTH,
     activations_of,
@@ -154,32 +153,6 @@ def test_the_derived_encoding_stores_no_codes_and_equals_dense(tmp_path, source,
         np.testing.assert_allclose(index.coarse(live), maps, atol=2 / 255 * maps.max())
 
 
-def test_top_m_keeps_the_largest_of_each_image(tmp_path, source) -> None:
-    it = toy()
-    build_index(source, it.network, tmp_path / "dense", DENSE)
-    for by in ("signed", "magnitude"):
-        recipe = dense(encoding="top-m", m=3, by=by)
-        build_index(source, it.network, tmp_path / by, recipe)
-        with opened(tmp_path / by) as (index, live), opened(tmp_path / "dense") as (full, _):
-            expected = [oracles.top_m(w, 3, by) for w in full.weights(live)]
-            np.testing.assert_array_equal(index.weights(live), expected)
-
-
-def test_principal_components_leave_no_more_than_they_must(tmp_path, source) -> None:
-    it = toy("other")
-    build_index(source, it.network, tmp_path / "dense", DENSE)
-    build_index(source, it.network, tmp_path / "pca", Recipe(triplets=4, rank=3, dtype="float32"))
-    with opened(tmp_path / "dense") as (index, live):
-        weights = index.weights(live)
-    with opened(tmp_path / "pca") as (index, live):
-        offset = index.encoding().fitted["offset"]
-        np.testing.assert_allclose(offset, weights.mean(0), atol=1e-7)
-        left = ((index.weights(live) - weights) ** 2).sum()
-        bound = oracles.best_rank_error(weights, weights.astype(np.float64).mean(0), 3)
-        assert left == pytest.approx(bound, rel=1e-3)
-        assert index.encoding().spec()["origin"] == "pca"
-
-
 def test_a_head_wider_than_the_rank_takes_principal_components(tmp_path, source) -> None:
     build_index(source, toy().network, tmp_path / "i", Recipe(triplets=4, rank=WIDTH - 1))
     with opened(tmp_path / "i") as (index, _):
@@ -322,7 +295,7 @@ def test_a_bar_counts_every_image_also_of_a_resumed_build(
     tmp_path, source, capsys, monkeypatch, small_chunks
 ) -> None:
     given = (source, toy("other").network, tmp_path / "i", DENSE)
-    interrupt(monkeypatch, "fit_encodings", build_index, *given, progress=False)
+    interrupt(monkeypatch, "merge.fit_encodings", build_index, *given, progress=False)
     assert capsys.readouterr().err == ""
     report = build_index(*given, progress=True)
     bars = capsys.readouterr().err
@@ -330,4 +303,3 @@ def test_a_bar_counts_every_image_also_of_a_resumed_build(
     assert "weights: 100%" in bars
     assert bars.count("12/12") >= 2
     assert list(report.seconds) == ["embed", "weights", "encode", "trust", "write"]
-    assert CHANNELS == 8

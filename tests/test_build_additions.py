@@ -8,11 +8,10 @@ import oracles
 import pytest
 import torch
 from build_samples import (
-    BAD,
+    CELLS,
     DENSE,
     WIDTH,
     activations_of,
-    broken_pictures,
     dense,
     drawn,
     everything,
@@ -31,15 +30,7 @@ from embedcam.index.identity import NetworkWarning
 from embedcam.offline import add_images, build_index, indexed_images
 from embedcam.recipe.recipe import Recipe
 
-HALF = 2.0**-10
-
-
 pytestmark = pytest.mark.usefixtures("quick")
-
-
-@pytest.fixture
-def broken(tmp_path) -> ImageSource:
-    return broken_pictures(tmp_path / "pictures")
 
 
 @pytest.fixture
@@ -81,14 +72,10 @@ def test_additions_keep_what_was_fitted_and_draw_from_old_and_new(tmp_path, grow
         counts = index.manifest.to_dict()["counts"]
         assert (counts["rows"], counts["added_after_fit"]) == (18, 6)
         assert index.manifest.to_dict()["fit"] == {"images": 12, "rows": 12}
-        embeddings = index.embeddings(live)
-        encoding = index.encoding()
-        rows = live[12:]
+        embeddings, encoding, rows = index.embeddings(live), index.encoding(), live[12:]
         if recipe.target == "centred":
-            cotangents = embeddings[12:] - mean
-            matrix = it.network.head_kind.matrix
-            cells = activations_of(it, later).shape[-1] ** 2
-            assert off(index.weights(rows), cotangents @ matrix / cells) < 1e-5
+            weights = (embeddings[12:] - mean) @ it.network.head_kind.matrix / CELLS
+            assert off(index.weights(rows), weights) < 1e-5
             return
         labels = [*first.labels, *later.labels]
         triplets = (
@@ -98,20 +85,15 @@ def test_additions_keep_what_was_fitted_and_draw_from_old_and_new(tmp_path, grow
         )
         assert (triplets < 12).any()
         assert (triplets >= 12).any()
-        activations = activations_of(it, later)
-        for row in range(6):
-            weights, used = oracles.averaged_weights(
-                it.head, activations[row], embeddings[12 + row], embeddings,
-                triplets[row].tolist(), method=recipe.method, norm=recipe.norm,
-                hinge=recipe.margin if recipe.hinge else None,
-            )  # fmt: skip
-            if case == "pca":
-                weights = encoding.decode(encoding.encode(weights[None].astype(np.float32)))[0]
-            elif case == "top-m":
-                weights = oracles.top_m(weights, 4, "signed")
-            assert off(index.weights(rows)[row], weights) < 1e-4
-            assert index.triplets_used(rows)[row] == used
-        own = oracles.cam(index.weights(rows)[2], activations[2].numpy())
+        weights, used = literal_weights(it, later, recipe, embeddings, triplets)
+        if case == "pca":
+            weights = encoding.decode(encoding.encode(weights.astype(np.float32)))
+        elif case == "top-m":
+            weights = np.stack([oracles.top_m(one, 4, "signed") for one in weights])
+        for found, expected in zip(index.weights(rows), weights, strict=True):
+            assert off(found, expected) < 1e-4
+        assert index.triplets_used(rows).tolist() == used.tolist()
+        own = oracles.cam(index.weights(rows)[2], activations_of(it, later)[2].numpy())
         np.testing.assert_allclose(index.coarse(rows)[2], own, atol=own.max() * 0.8 / 255)
         near = index.search(embeddings[12:], 1)
         assert near.positions[:, 0].tolist() == list(range(12, 18))
@@ -213,12 +195,7 @@ def test_codes_in_principal_components_stay_so_for_a_network_found_affine(tmp_pa
         assert index.encoding().spec()["origin"] == "pca"
         embeddings = index.embeddings(live)
         triplets = drawn(recipe, embeddings, [*first.labels, *later.labels])[12:]
-        expected = np.stack([
-            oracles.averaged_weights(
-                plain.head, maps, embeddings[12 + row], embeddings, triplets[row].tolist()
-            )[0]
-            for row, maps in enumerate(activations_of(plain, later))
-        ])  # fmt: skip
+        expected, _ = literal_weights(plain, later, recipe, embeddings, triplets)
         assert off(index.weights(live[12:]), expected) < 0.05
 
 
@@ -232,20 +209,6 @@ def test_faiss_grows_with_the_additions_by_what_it_was_trained_on(tmp_path, grow
         assert index.manifest.faiss.trained_on == 12
         found = index.search(index.embeddings(live), 1).positions[:, 0]
         assert found.tolist() == list(range(18))
-
-
-def test_skipped_additions_are_reported(tmp_path, broken) -> None:
-    first = pictures(tmp_path / "first", 9, seed=8)
-    renamed = ImageSource(
-        [type(i)("new/" + i.id, i.path, i.label) for i in broken.items], broken.root
-    )
-    it = toy()
-    build_index(first, it.network, tmp_path / "i", DENSE)
-    report = add_images(renamed, it.network, tmp_path / "i", on_unreadable="skip")
-    assert [name for name, _ in report.skipped] == ["new/" + name for name in BAD]
-    assert report.n_images == 9
-    with opened(tmp_path / "i") as (_, live):
-        assert len(live) == 18
 
 
 def test_a_class_new_to_the_index_and_of_one_image_is_counted(tmp_path, grown) -> None:

@@ -1,6 +1,8 @@
 """What a build refuses, skips, resumes and does not call done."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from build_samples import (
 )
 from PIL import Image
 
-import embedcam.offline.build as jobs
+import embedcam.offline.merge as merge
 from embedcam.errors import (
     EmbedcamError,
     ImageError,
@@ -30,9 +32,9 @@ from embedcam.errors import (
     InputError,
     RecipeError,
 )
-from embedcam.images import ImageSource, find_images
-from embedcam.index import Index, lock
-from embedcam.offline import build_index
+from embedcam.images import ImageSource, find_images, from_dataset
+from embedcam.index import Index, compact, lock, remove
+from embedcam.offline import add_images, build_index, indexed_images
 from embedcam.offline.checkpoint import Checkpoint
 from embedcam.preprocess import custom
 from embedcam.recipe.recipe import Recipe, RecipeWarning
@@ -88,18 +90,10 @@ def test_a_build_that_failed_goes_on_when_told_to_skip(tmp_path, broken, small_c
 
 
 def test_a_skip_is_not_taken_over_by_a_build_that_must_fail(tmp_path, broken, monkeypatch) -> None:
-    interrupt(
-        monkeypatch,
-        "gather",
-        build_index,
-        broken,
-        toy().network,
-        tmp_path / "i",
-        DENSE,
-        on_unreadable="skip",
-    )
+    given = (broken, toy().network, tmp_path / "i", DENSE)
+    interrupt(monkeypatch, "merge.gather", build_index, *given, on_unreadable="skip")
     with pytest.raises(ImageError, match=r"c0/003\.png"):
-        build_index(broken, toy().network, tmp_path / "i", DENSE)
+        build_index(*given)
 
 
 def test_an_image_that_vanishes_between_the_passes_is_named(tmp_path, monkeypatch) -> None:
@@ -109,8 +103,8 @@ def test_an_image_that_vanishes_between_the_passes_is_named(tmp_path, monkeypatc
         (source.root / "c1" / "004.png").unlink(missing_ok=True)
         return gather(*args)
 
-    gather = jobs.gather
-    monkeypatch.setattr(jobs, "gather", then_delete)
+    gather = merge.gather
+    monkeypatch.setattr(merge, "gather", then_delete)
     for mode in ("skip", "fail"):
         paint(source.root, [4])
         with pytest.raises(ImageError, match=r"c1/004\.png"):
@@ -118,12 +112,11 @@ def test_an_image_that_vanishes_between_the_passes_is_named(tmp_path, monkeypatc
 
 
 def test_not_one_readable_image_is_one_sentence(tmp_path) -> None:
-    folder = tmp_path / "pictures"
-    for number in range(6):
-        (folder / f"c{number % 2}").mkdir(parents=True, exist_ok=True)
-        (folder / f"c{number % 2}" / f"{number}.png").write_bytes(b"")
+    source = pictures(tmp_path / "pictures", 6, 2)
+    for item in source.items:
+        (source.root / item.path).write_bytes(b"")
     with pytest.raises(InputError, match=r"none of the 6 images could be used; .*0\.png"):
-        build_index(find_images(folder), toy().network, tmp_path / "i", on_unreadable="skip")
+        build_index(source, toy().network, tmp_path / "i", on_unreadable="skip")
 
 
 def test_given_triplets_keep_to_their_images_when_one_is_skipped(tmp_path, broken) -> None:
@@ -199,25 +192,10 @@ def test_a_folder_of_something_else_is_refused_untouched(tmp_path, source) -> No
 
 
 def test_another_writer_is_not_disturbed(tmp_path, source) -> None:
-    import threading
-
-    done = threading.Event()
-    held = threading.Event()
-
-    def hold():
-        with lock(tmp_path / "i"):
-            held.set()
-            done.wait(20)
-
-    thread = threading.Thread(target=hold)
-    thread.start()
-    held.wait(20)
-    try:
+    with ThreadPoolExecutor(1) as other, lock(tmp_path / "i"):
+        job = other.submit(build_index, source, toy().network, tmp_path / "i")
         with pytest.raises(IndexBusyError, match="another process is writing"):
-            build_index(source, toy().network, tmp_path / "i")
-    finally:
-        done.set()
-        thread.join()
+            job.result(20)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -285,33 +263,6 @@ def test_a_grid_that_changes_between_images_is_a_sentence(tmp_path, source, smal
         build_index(source, it.network, tmp_path / "i", DENSE, batch_size=4, workers=0)
 
 
-def test_a_finished_index_is_not_built_again(tmp_path, source) -> None:
-    it = toy()
-    build_index(source, it.network, tmp_path / "i", DENSE)
-    before, forwards = everything(tmp_path / "i"), len(it.batches)
-    report = build_index(source, it.network, tmp_path / "i", DENSE)
-    assert (report.n_images, report.skipped) == (0, [])
-    assert everything(tmp_path / "i") == before
-    assert sum(it.batches[forwards:]) < 4
-
-
-def test_a_finished_index_of_something_else_is_not_called_done(tmp_path, source) -> None:
-    build_index(source, toy().network, tmp_path / "i", DENSE)
-    fewer = ImageSource(source.items[:-1], source.root)
-    extra = pictures(tmp_path / "more", 14)
-    for match, options in (
-        ("another recipe;", {"recipe": dense(seed=1)}),
-        ("another network;", {"network": toy(seed=1).network}),
-        ("another recipe and network;", {"recipe": Recipe(), "network": toy(seed=1).network}),
-        ("another list of images;", {"source": fewer}),
-        ("another list of images;", {"source": extra}),
-        ("another choice of own maps;", {"own_maps": False}),
-    ):
-        given = {"source": source, "network": toy().network, "recipe": DENSE, **options}
-        with pytest.raises(InputError, match=match + ".*--refit"):
-            build_index(path=tmp_path / "i", **given)
-
-
 def test_replace_swaps_a_finished_index_for_readers_to_come(tmp_path, source) -> None:
     build_index(source, toy().network, tmp_path / "i", DENSE)
     with opened(tmp_path / "i") as (old, live):
@@ -349,21 +300,14 @@ def test_an_interruption_by_the_user_leaves_what_was_finished(
     tmp_path, source, monkeypatch, small_chunks
 ) -> None:
     it = toy()
-    interrupt(monkeypatch, "weigh_chunks", build_index, source, it.network, tmp_path / "i", DENSE)
+    given = (source, it.network, tmp_path / "i", DENSE)
+    interrupt(monkeypatch, "shard.weigh_chunks", build_index, *given)
     before = sum(it.batches)
-    build_index(source, it.network, tmp_path / "i", DENSE)
+    build_index(*given)
     assert sum(it.batches) - before < 4
 
 
-def changed_recipe(source, it):
-    return source, it, dense(seed=9)
-
-
-def changed_network(source, it):
-    return source, toy(seed=9), DENSE
-
-
-def changed_code(source, it):
+def other_code(source, it):
     """The same parameters, another computation."""
     other = toy()
     first = other.network.trunk
@@ -371,30 +315,185 @@ def changed_code(source, it):
     return source, other, DENSE
 
 
-def changed_image(source, it):
+def other_image(source, it):
     path = source.root / source.items[3].path
     Image.fromarray(np.full((24, 24, 3), 77, np.uint8)).save(path)
     return source, it, DENSE
 
 
-def changed_order(source, it):
-    return ImageSource(source.items[::-1], source.root), it, DENSE
+CHANGES = {
+    "recipe": lambda source, it: (source, it, dense(seed=9)),
+    "network": lambda source, it: (source, toy(seed=9), DENSE),
+    "code": other_code,
+    "image": other_image,
+    "order": lambda source, it: (ImageSource(source.items[::-1], source.root), it, DENSE),
+    "labels": lambda source, it: (find_images(source.root, "none"), it, DENSE),
+}
 
 
-def changed_labels(source, it):
-    return find_images(source.root, "none"), it, DENSE
-
-
-@pytest.mark.parametrize(
-    "change",
-    [changed_recipe, changed_network, changed_code, changed_image, changed_order, changed_labels],
-)
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_what_was_finished_for_other_choices_is_not_used(
     tmp_path, monkeypatch, change, small_chunks
 ) -> None:
     source, it = pictures(tmp_path / "p"), toy()
-    interrupt(monkeypatch, "fit_encodings", build_index, source, it.network, tmp_path / "i", DENSE)
+    interrupt(
+        monkeypatch, "merge.fit_encodings", build_index, source, it.network, tmp_path / "i", DENSE
+    )
     source, it, recipe = change(source, it)
     build_index(source, it.network, tmp_path / "i", recipe)
     build_index(source, it.network, tmp_path / "fresh", recipe)
     assert everything(tmp_path / "i") == everything(tmp_path / "fresh")
+
+
+# --- a build that is run again: what counts as done, and what is said of what differs ---
+
+
+@pytest.fixture
+def own(tmp_path) -> ImageSource:
+    return pictures(tmp_path / "p")
+
+
+def again(path, own, recipe=DENSE, **options) -> None:
+    """Built again, it is done already, and no image is embedded."""
+    before = everything(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("embedcam.offline.shard.embed_chunks", None)
+        assert build_index(own, toy().network, path, recipe, **options).n_images == 0
+    assert everything(path) == before
+
+
+def refused(path, own, match: str, recipe=DENSE, seed: int = 0, **options) -> None:
+    """Built again, it is refused with these words, and nothing changes."""
+    before = everything(path)
+    with pytest.raises(InputError, match=match + ".*--refit"):
+        build_index(own, toy(seed=seed).network, path, recipe, **options)
+    assert everything(path) == before
+
+
+def pairs(step: int) -> np.ndarray:
+    rows = np.arange(12)
+    return np.stack([(rows[:, None] + [3, 6]) % 12, (rows[:, None] + [step, 2]) % 12], -1)
+
+
+def test_other_given_triplets_are_not_called_done(tmp_path, own) -> None:
+    path, recipe = tmp_path / "i", dense(sampling="given")
+    build_index(own, toy().network, path, recipe, triplets=pairs(1))
+    again(path, own, recipe, triplets=pairs(1))
+    again(path, own, recipe, triplets=pairs(1).astype(np.uint16))
+    refused(path, own, "with another array of given triplets;", recipe, triplets=pairs(4))
+    with opened(path) as (index, _):
+        about = index.manifest.to_dict()["triplets"]
+        assert (about["sampling"], about["count"], len(about["sha256"])) == ("given", 2, 64)
+    refused(path, own, "with another recipe and array of given triplets;")
+    build_index(own, toy().network, path, recipe, triplets=pairs(4), replace=True)
+    again(path, own, recipe, triplets=pairs(4))
+
+
+def test_a_replaced_picture_is_not_called_done(tmp_path, own) -> None:
+    path = tmp_path / "i"
+    build_index(own, toy().network, path, DENSE)
+    file = own.root / own.items[3].path
+    data, times = file.read_bytes(), os.stat(file)
+    Image.fromarray(np.full((24, 24, 3), 77, np.uint8)).save(file)
+    refused(path, own, "with image files changed since;")
+    refused(path, own, "with another recipe, and with image files changed since;", Recipe())
+    file.write_bytes(data)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    again(path, own)
+    (own.root / own.items[3].path).write_bytes(b"")
+    refused(path, own, "with image files changed since;")
+
+
+def test_other_choices_labels_paths_and_orders_are_not_called_done(tmp_path, own) -> None:
+    path, items = tmp_path / "i", own.items
+    build_index(own, toy().network, path, DENSE)
+    refused(path, own, "another recipe;", dense(seed=1))
+    refused(path, own, "another network;", seed=1)
+    refused(path, own, "another recipe and network;", Recipe(), seed=1)
+    refused(path, own, "another choice of own maps;", own_maps=False)
+    refused(path, ImageSource(items[:-1], own.root), "another list of images;")
+    other = [replace(items[0], label="another"), *items[1:]]
+    refused(path, ImageSource(other, own.root), "with other labels;")
+    refused(path, find_images(own.root, "none"), "with other labels;")
+    swapped = [replace(items[0], path=items[1].path), *items[1:]]
+    refused(path, ImageSource(swapped, own.root), "with another list of images;")
+    # The order decides what is drawn.
+    refused(path, ImageSource(items[::-1], own.root), "with another list of images;")
+
+
+def test_a_moved_folder_is_still_the_same(tmp_path, own) -> None:
+    build_index(own, toy().network, tmp_path / "i", DENSE)
+    own.root.rename(tmp_path / "moved")
+    again(tmp_path / "i", find_images(tmp_path / "moved"))
+
+
+def test_skipped_images_count_once_they_can_be_read(tmp_path) -> None:
+    own, path = broken_pictures(tmp_path / "b"), tmp_path / "i"
+    build_index(own, toy().network, path, DENSE, on_unreadable="skip")
+    report = build_index(own, toy().network, path, DENSE, on_unreadable="skip")
+    assert [name for name, _ in report.skipped] == BAD
+    paint(own.root, [3])
+    refused(path, own, "with another list of images;", on_unreadable="skip")
+
+
+def test_additions_and_removals_are_named(tmp_path, own) -> None:
+    path = tmp_path / "i"
+    build_index(own, toy().network, path, DENSE)
+    paint(tmp_path / "later", range(20, 23))
+    add_images(find_images(tmp_path / "later"), toy().network, path)
+    refused(path, own, r"with another list of images \(3 added since\);")
+    remove(path, [own.ids[0], own.ids[5]])
+    refused(path, own, r"with another list of images \(3 added since, 2 removed since\);")
+    remove(path, find_images(tmp_path / "later").ids)
+    compact(path)
+    refused(path, own, r"with another list of images \(2 removed since\);")
+    with opened(path) as (index, _):
+        kept = indexed_images(index)
+    build_index(kept, toy().network, path, DENSE, replace=True)
+    again(path, kept)
+
+
+def test_a_data_set_without_files_is_done_already(tmp_path, own) -> None:
+    dataset = [(own.open(i), i % 3) for i in range(12)]
+    build_index(from_dataset(dataset), toy().network, tmp_path / "i", DENSE)
+    again(tmp_path / "i", from_dataset(dataset))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sampling", "count"),
+    [
+        (Recipe(target="centred", norm="around"), "none", 0),
+        (Recipe(), "all", 0),
+        (Recipe(triplets=7), "random", 7),
+        (Recipe(sampling="hard"), "hard", 50),
+    ],
+)
+def test_the_manifest_says_which_triplets_were_drawn(
+    tmp_path, own, recipe, sampling, count
+) -> None:
+    build_index(own, toy().network, tmp_path / "i", recipe)
+    with opened(tmp_path / "i") as (index, _):
+        expected = {"count": count, "hinge": False, "margin": 0.2, "seed": 0}
+        assert index.manifest.to_dict()["triplets"] == {"sampling": sampling, **expected}
+
+
+@pytest.mark.parametrize("encoding", ["dense", "top-m"])
+def test_where_nothing_is_fitted_no_sample_is_read(tmp_path, own, monkeypatch, encoding) -> None:
+    monkeypatch.setattr(
+        "embedcam.offline.merge._sample", lambda work: pytest.fail("read for nothing")
+    )
+    build_index(own, toy().network, tmp_path / "i", dense(encoding=encoding, m=4))
+    with opened(tmp_path / "i") as (index, live):
+        assert index.weights(live).shape == (12, 8)
+
+
+def test_ids_that_collide_are_shown_the_way_out(tmp_path, own) -> None:
+    path = tmp_path / "i"
+    build_index(own, toy().network, path, DENSE)
+    other = pictures(tmp_path / "other", seed=6)
+    with pytest.raises(InputError, match=r"a CSV with the columns path,label,id gives them other"):
+        add_images(other, toy().network, path)
+    lines = "".join(f"{i.path},{i.label},other/{i.id}\n" for i in other.items)
+    (other.root / "list.csv").write_text("path,label,id\n" + lines)
+    report = add_images(find_images(other.root / "list.csv"), toy().network, path)
+    assert report.n_images == 12

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,6 @@ import pytest
 from build_samples import dense, everything, opened, paint, pictures, toy
 from PIL import Image
 
-from embedcam import Explainer
-from embedcam.cli import main
 from embedcam.errors import ImageError, InputError
 from embedcam.images import find_images, from_dataset
 from embedcam.index import Index, remove, verify
@@ -96,33 +95,6 @@ def test_new_changed_and_vanished_files_are_taken_in(photos: Path) -> None:
     assert (again.n_images, again.changes.gone, again.changes.new) == (0, [], [])
     assert again.changes.n_same == 13
     assert (photos.with_name("i") / "manifest.json").read_bytes() == manifest
-
-
-def test_the_changed_image_is_found_by_its_new_picture(photos: Path) -> None:
-    replaced(photos / "c1/004.png")
-    update(photos)
-    with Explainer(photos.with_name("i"), toy().network, n_neighbors=1) as explainer:
-        why = explainer.explain(photos / "c1/004.png")
-        assert why.ids == ["c1/004.png"]
-        assert why.distances[0] < 1e-6
-        assert why.changed() == []
-
-
-def test_times_alone_change_nothing(photos: Path) -> None:
-    for file in photos.rglob("*.png"):
-        os.utime(file, ns=(10**18, 10**18))
-    manifest = (photos.with_name("i") / "manifest.json").read_bytes()
-    assert update(photos).changes.n_same == 12
-    assert (photos.with_name("i") / "manifest.json").read_bytes() == manifest
-
-
-def test_only_vanished_files_are_only_removed(photos: Path) -> None:
-    (photos / "c2/005.png").unlink()
-    report = update(photos)
-    assert (report.n_images, report.changes.vanished) == (0, ["c2/005.png"])
-    with Index.open(photos.with_name("i")) as index:
-        assert len(index) == 11
-        assert index.manifest.generation == 2
 
 
 def test_images_of_another_folder_are_left_alone(photos: Path, tmp_path: Path) -> None:
@@ -279,45 +251,33 @@ def test_an_index_follows_whatever_becomes_of_its_folder(photos: Path, seed: int
 
 
 @pytest.fixture
-def say(
-    photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    import embedcam.cli.offline as offline
-
-    monkeypatch.setattr(offline, "load_named", lambda chosen: toy().network)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        words = ["add", photos.with_name("i"), *arguments, "--network", "toy:make"]
-        code = main([str(word) for word in words])
-        told = capsys.readouterr()
-        return code, told.out, told.err
-
-    return run
+def add(photos: Path, monkeypatch: pytest.MonkeyPatch, say: Callable[..., Any]) -> Any:
+    monkeypatch.setattr("embedcam.cli.offline.load_named", lambda chosen: toy().network)
+    return partial(say, "add", photos.with_name("i"), "--network", "toy:make", unasked=False)
 
 
-def test_the_command_says_what_it_did(photos: Path, say: Callable[..., Any]) -> None:
+def test_the_command_says_what_it_did(photos: Path, add: Callable[..., Any]) -> None:
     index = photos.with_name("i")
     paint(photos, range(30, 35))
     replaced(photos / "c1/004.png")
     (photos / "c2/005.png").unlink()
-    code, out, err = say(photos, "--update")
+    code, out, err = add(photos, "--update")
     assert (code, err) == (0, "labels: 3 (c0, c1, c2), of 1 (c2) to 3 (c1) images each\n")
     assert out.startswith(
         f"{index}: 5 new (c0/030.png, c0/033.png, c1/031.png, ...), 1 changed (c1/004.png), "
         "1 vanished (c2/005.png); 10 as before, in "
     )
-    code, out, _ = say(photos, "--update")
+    code, out, _ = add(photos, "--update")
     assert out.startswith(f"{index}: nothing to update, 16 as before, in ")
-    code, out, _ = say(photos, "--update", "--json")
+    code, out, _ = add(photos, "--update", "--json")
     assert json.loads(out)["changes"] == {
         "new": [], "changed": [], "vanished": [], "n_same": 16, "n_unmarked": 0
     }  # fmt: skip
 
 
-def test_the_command_says_what_it_cannot_tell(photos: Path, say: Callable[..., Any]) -> None:
+def test_the_command_says_what_it_cannot_tell(photos: Path, add: Callable[..., Any]) -> None:
     unmarked(photos.with_name("i"))
-    code, out, err = say(photos, "--update")
+    code, out, err = add(photos, "--update")
     assert (code, "nothing to update" in out) == (0, True)
     assert err == (
         "note: 12 images of the index without a mark of the file, so whether one changed cannot "
@@ -325,12 +285,12 @@ def test_the_command_says_what_it_cannot_tell(photos: Path, say: Callable[..., A
     )
 
 
-def test_the_command_refuses_in_its_own_words(photos: Path, say: Callable[..., Any]) -> None:
+def test_the_command_refuses_in_its_own_words(photos: Path, add: Callable[..., Any]) -> None:
     other = shutil.copytree(photos, photos.with_name("other"))
-    code, _, err = say(other, "--update")
+    code, _, err = add(other, "--update")
     assert (code, err.count("\n")) == (2, 1)
     assert "without --update, or redo the index with --refit where" in err
-    code, _, err = say(photos, "--update", "--skip-existing")
+    code, _, err = add(photos, "--update", "--skip-existing")
     assert (code, "not allowed with argument --update" in err) == (2, True)
 
 

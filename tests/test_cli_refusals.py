@@ -120,7 +120,7 @@ BUILD = ["build", "photos", "x"]
          [*EXPLAIN, "--onnx", "exported.onnx", "--network", "x:y", "--no-normalize", "--method",
           "rise"]),
         (2, "leave out --fallback", [*EXPLAIN, "--onnx", "exported.onnx", "--fallback"]),
-        (2, "method 'scorcam' is unknown; did you mean 'sc", [*EXPLAIN, "--method", "scorcam"]),
+        (2, "method = 'scorcam' is unknown; did you mean 'sc", [*EXPLAIN, "--method", "scorcam"]),
         (2, "ABN draws with a branch that is trained", [*EXPLAIN, "--method", "abn"]),
         (2, "Poly-CAM draws with several layers and this", [*EXPLAIN, "--method", "polycam"]),
         (2, "--fill and --option are a method's; name it with --method",
@@ -217,10 +217,10 @@ def test_an_interruption_is_130_and_says_how_to_go_on(
     said = "embedcam: interrupted{}\n".format
     again = said("; run the same command again to go on")
     with monkeypatch.context() as patch:
-        patch.setattr("embedcam.offline.build.embed_chunks", interrupted)
+        patch.setattr("embedcam.offline.shard.embed_chunks", interrupted)
         assert say(*build) == (130, "", said(""))  # nothing is kept yet
         patch.undo()
-        patch.setattr("embedcam.offline.build.fit_encodings", interrupted)
+        patch.setattr("embedcam.offline.merge.fit_encodings", interrupted)
         assert say(*build) == (130, "", again)
         assert say(*build)[2] == done + again
     assert say(*build, "--quiet")[::2] == (0, "")

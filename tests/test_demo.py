@@ -166,8 +166,8 @@ def test_network_weights_come_back(tmp_path: Path) -> None:
 def test_settings_are_checked() -> None:
     for choices, message in (
         ({"batch_size": 25}, "batch_size is 25"),
-        ({"n_query": 3}, "at least 10"),
-        ({"n_train": 40}, "less than one batch"),
+        ({"n_query": 3}, "n_query = 3; give a whole number of at least 10"),
+        ({"n_train": 40}, "n_train = 40; give a whole number of at least 80"),
     ):
         with pytest.raises(InputError, match=message):
             DemoSettings(**choices)

@@ -17,7 +17,7 @@ from embedcam.evaluate import Evaluation
 from embedcam.evaluate.examples import TRUE_BOX
 from embedcam.evaluate.gallery import Gallery, sample
 from embedcam.evaluate.groups import RESULTS
-from embedcam.evaluate.maps import Mapper
+from embedcam.evaluate.maps import Mapper, Question
 from embedcam.evaluate.measures import MEASURES
 from embedcam.evaluate.report import tables
 from embedcam.evaluate.rivals import ShuffledNetwork, permuted_rows, random_weights, wrong_rows
@@ -139,7 +139,7 @@ def test_localisation_and_its_controls_literally(
             activations = features.activations[0].numpy()
 
             near = index.search(features.embedding.numpy(), 2).positions[0]
-            wrong = wrong_rows(gallery, row["label"], near, [-1], 0, row["id"])
+            wrong = wrong_rows(gallery, Question(near, [-1], row["label"], row["id"]), 0)
             assert not {row["label"]} & set(index.labels[wrong])
             theirs = index.weights(wrong)
             mixed = sum(w / np.linalg.norm(w) / 2 for w in theirs)

@@ -4,13 +4,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import evaluate_samples
 import numpy as np
 import pytest
 import torch
 from photo_samples import SQUASH, build, picture, write_photos
 from PIL import Image
 
-from embedcam import EmbeddingNetwork, Explainer, Recipe, evaluate_index, find_images
+from embedcam import EmbeddingNetwork, Explainer, Recipe, find_images
 from embedcam.errors import InputError
 from embedcam.evaluate import Evaluation
 from embedcam.evaluate.report import tables
@@ -19,16 +20,14 @@ from embedcam.images import ImageSource
 from embedcam.metrics import pixel_auc
 from embedcam.prototypes import compress
 
-QUICK: dict[str, Any] = {
-    "scenes": 3, "faithfulness": 5, "steps": 3, "examples": 1, "n_neighbors": 2, "progress": False,
-    "workers": 0, "measures": ("localisation", "objects"),
-}  # fmt: skip
 FIVE = Recipe.paper(m=5, triplets=4)
 
 
 def run(site: Path, network: EmbeddingNetwork, **more: Any) -> Evaluation:
-    given = {"boxes": site / "boxes.csv", **QUICK, **more}
-    return evaluate_index(site / "index", find_images(site / "queries"), network, **given)
+    some = {"boxes": site / "boxes.csv", "scenes": 3, "faithfulness": 5, "steps": 3}
+    return evaluate_samples.run(
+        site, network, **{**some, "measures": ("localisation", "objects"), **more}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +152,7 @@ def test_what_is_compared_does_not_hang_on_the_batch_or_on_controls(
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ({"methods": ["gradcamm"]}, "method 'gradcamm' is unknown; did you mean"),
+        ({"methods": ["gradcamm"]}, "method = 'gradcamm' is unknown; did you mean"),
         ({"methods": "gradcam"}, r"methods = 'gradcam'; give a list of names such as \['gradcam"),
         ({"methods": ["abn"]}, "ABN draws with a branch that is trained with the network"),
         ({"methods": ["polycam"]}, "Poly-CAM draws with several layers and this index has one"),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from build_samples import built, inputs, pictures, quicken, toy
+from build_samples import built, inputs, pictures, toy
 from test_index_corrupt import edit
 
 from embedcam import DirectWeights, Explainer, Index, Recipe, TripletMargin, build_index, cam_for
@@ -15,6 +15,8 @@ from embedcam.errors import InputError
 from embedcam.images import ImageSource
 from embedcam.ops import cam, sharpen
 from embedcam.targets import Direction
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +35,6 @@ class Noted:
         return [np.ones(8, np.float32)]
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    quicken(monkeypatch)
-
-
 @pytest.mark.parametrize(
     "recipe",
     [Recipe(target="margin"), Recipe(method="gradcam++"), Recipe(target="centred", norm="around"),
@@ -47,7 +44,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=lambda r: f"{r.method}, {r.target}, {r.fill}",
 )  # fmt: skip
 def test_an_explanation_that_is_not_trusted_is_computed_on_the_query(
-    quick: None, source: ImageSource, tmp_path: Path, recipe: Recipe
+    source, tmp_path, recipe
 ) -> None:
     made_of = toy("affine")
     path = built(source, made_of, tmp_path / "index", recipe)
@@ -111,9 +108,7 @@ def of_its_neighbors(own: np.ndarray, positives: np.ndarray, negatives: np.ndarr
     return found.astype(np.float32)
 
 
-def test_what_is_explained_by_one_result_is_not_told_from_that_result(
-    quick: None, source: ImageSource, tmp_path: Path
-) -> None:
+def test_what_is_explained_by_one_result_is_not_told_from_that_result(source, tmp_path) -> None:
     made_of = toy("affine")
     path = built(source, made_of, tmp_path / "index")
     fallback = Noted()
@@ -135,9 +130,7 @@ def test_what_is_explained_by_one_result_is_not_told_from_that_result(
     assert not {of[tuple(v)] for v in negatives} & {labels[far], *near.labels}
 
 
-def test_without_labels_neighbours_and_the_result_are_still_no_negatives(
-    quick: None, tmp_path: Path
-) -> None:
+def test_without_labels_neighbours_and_the_result_are_still_no_negatives(tmp_path) -> None:
     made_of = toy("affine")
     photos = pictures(tmp_path / "photos", n=42)
     bare = ImageSource([replace(item, label=None) for item in photos.items], photos.root)
@@ -154,9 +147,7 @@ def test_without_labels_neighbours_and_the_result_are_still_no_negatives(
         assert not {tuple(v) for v in negatives} & {tuple(v) for v in left_out}
 
 
-def test_beyond_what_was_calibrated_it_is_the_nearest_that_counts(
-    quick: None, source: ImageSource, tmp_path: Path
-) -> None:
+def test_beyond_what_was_calibrated_it_is_the_nearest_that_counts(source, tmp_path) -> None:
     made_of = toy()
     path = built(source, made_of, tmp_path / "index")
     query = inputs(made_of, source)[0] * 1.1
@@ -176,7 +167,7 @@ def index_vectors(path: Path, ids: list[str]) -> np.ndarray:
         return index.embeddings(index.positions(ids))
 
 
-def test_direct_weights_of_several_layers(quick: None, tmp_path: Path) -> None:
+def test_direct_weights_of_several_layers(tmp_path) -> None:
     from test_methods_index import LAYERS, dense, layered
 
     network, source = layered(), pictures(tmp_path / "photos", n=44)
@@ -200,9 +191,7 @@ def test_a_fallback_of_something_else_is_refused() -> None:
         DirectWeights(toy().network, "gradcam")  # type: ignore[arg-type]
 
 
-def test_features_alone_are_not_computed_again(
-    quick: None, source: ImageSource, tmp_path: Path
-) -> None:
+def test_features_alone_are_not_computed_again(source, tmp_path) -> None:
     made_of = toy()
     # An image that is not indexed, whose weights are its own: transfer is not exact.
     recipe = Recipe(method="gradcam++")

@@ -96,45 +96,6 @@ def test_blocks_change_nothing(tmp_path, source, monkeypatch) -> None:
         assert off(a.weights(live), b.weights(live)) < 1e-6
 
 
-def test_a_bad_number_is_found_in_whichever_block(tmp_path, source, monkeypatch) -> None:
-    monkeypatch.setattr("embedcam.offline.features.BLOCK", 5)
-    it = toy()
-    for row in (0, 4, 5, 11):
-        for name in ("embeddings", "pooled"):
-            bad = features(it, source)[name].copy()
-            bad[row, 2] = np.nan
-            with pytest.raises(InputError, match=f"{name}: row {row} holds a NaN"):
-                from_features(it, source, tmp_path / "i", DENSE, **{name: bad})
-        bad = features(it, source)["positive_pooled"].copy()
-        bad[row, 1] = -1
-        with pytest.raises(InputError, match=r"its least value -1; .* and not negative"):
-            from_features(it, source, tmp_path / "i", RECIPES["plus"], positive_pooled=bad)
-    assert not (tmp_path / "i").exists()
-
-
-def test_a_bar_counts_every_image(tmp_path, source, capsys) -> None:
-    from_features(toy(), source, tmp_path / "i", DENSE)
-    assert capsys.readouterr().err == ""
-    report = from_features(toy(), source, tmp_path / "j", DENSE, progress=True)
-    bars = capsys.readouterr().err
-    assert "weights: 100%" in bars
-    assert "12/12" in bars
-    assert list(report.seconds) == ["weights", "write"]
-
-
-@pytest.mark.parametrize("encoding", ["dense", "top-m"])
-def test_where_nothing_is_fitted_no_sample_is_taken(
-    tmp_path, source, monkeypatch, encoding
-) -> None:
-    monkeypatch.setattr(
-        "embedcam.offline.features.sample_places", lambda n, seed: pytest.fail("taken")
-    )
-    from_features(toy(), source, tmp_path / "i", dense(encoding=encoding, m=4))
-    with opened(tmp_path / "i") as (index, live):
-        assert index.weights(live).shape == (12, 8)
-        assert index.manifest.images is None
-
-
 def test_unit_embeddings_are_kept_to_the_bit_and_others_made_so(tmp_path, source) -> None:
     it = toy()
     given = features(it, source)["embeddings"]

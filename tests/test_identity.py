@@ -72,15 +72,8 @@ def test_the_digest_is_of_names_dtypes_shapes_and_bytes() -> None:
     a, b = torch.arange(6.0), torch.ones(2)
     base = digest(a=a, b=b)
     assert digest(b=b, a=a) == base  # the order of registration is nothing
-    others = [
-        digest(a=a, c=b),
-        digest(a=a.reshape(2, 3), b=b),
-        digest(a=a.double(), b=b),
-        digest(a=a.half(), b=b),
-        digest(a=a + 1e-6, b=b),
-        digest(a=a.int(), b=b),
-        digest(a=a),
-    ]
+    changes = (a.reshape(2, 3), a.double(), a.half(), a + 1e-6, a.int())
+    others = [digest(a=a), digest(a=a, c=b), *(digest(a=other, b=b) for other in changes)]
     assert len({base, *others}) == len(others) + 1
     assert digest(a=a, b=b, num_batches_tracked=torch.tensor(3)) == base
     strided = torch.arange(12.0)[::2] / 2
@@ -212,9 +205,8 @@ def test_the_same_parameters_that_compute_something_else_are_refused() -> None:
     # The very same would be admitted, with a warning, if the parameters were others.
     with pytest.raises(NetworkMismatch, match=r"in the embedding, where 0\.001 is allowed"):
         check(identity, network(slightly))
-    with pytest.raises(
-        NetworkMismatch, match=r"differ by inf.*5 numbers: .* in the index, 3 numbers: .* given"
-    ):
+    message = r"differ by inf.*5 numbers: .* in the index, 3 numbers: .* given"
+    with pytest.raises(NetworkMismatch, match=message):
         check(identity, network(toy(lambda z: z[:, :3])))
 
 

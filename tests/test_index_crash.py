@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -107,46 +108,30 @@ def test_a_reader_that_loses_the_race_reads_again(
 def test_readers_and_a_writer_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     path, stop = make(tmp_path / "x", 20), threading.Event()
-    problems: list[BaseException] = []
 
     def read() -> None:
-        try:
-            while not stop.is_set():
-                with Index.open(path) as index:
-                    row = index.position("image-0007")
-                    assert index.search(index.embeddings([row]), 1).positions[0, 0] == row
-        except BaseException as error:
-            problems.append(error)
+        while not stop.is_set():
+            with Index.open(path) as index:
+                row = index.position("image-0007")
+                assert index.search(index.embeddings([row]), 1).positions[0, 0] == row
 
-    readers = [threading.Thread(target=read) for _ in range(2)]
-    for reader in readers:
-        reader.start()
-    try:
-        for start in range(100, 120):
-            append(path, part(start, start + 1, encoding_of("top-m")))
-            remove(path, [f"image-{start:04d}"])
-            if start % 3 == 0:
-                compact(path)
-    finally:
-        stop.set()
-        for reader in readers:
-            reader.join()
-    assert not problems
+    with ThreadPoolExecutor(2) as pool:
+        readers = [pool.submit(read) for _ in range(2)]
+        try:
+            for start in range(100, 120):
+                append(path, part(start, start + 1, encoding_of("top-m")))
+                remove(path, [f"image-{start:04d}"])
+                if start % 3 == 0:
+                    compact(path)
+        finally:
+            stop.set()
+    assert [reader.result() for reader in readers] == [None, None]
     verify(path)
 
 
 def test_another_thread_is_another_writer(tmp_path: Path) -> None:
-    path, caught = make(tmp_path / "x", 6), []
-
-    def write() -> None:
-        try:
-            remove(path, ["image-0001"])
-        except IndexBusyError as error:
-            caught.append(str(error))
-
-    with lock(path):
-        thread = threading.Thread(target=write)
-        thread.start()
-        thread.join()
-    assert len(caught) == 1
+    path = make(tmp_path / "x", 6)
+    with lock(path), ThreadPoolExecutor(1) as pool:
+        failed = pool.submit(remove, path, ["image-0001"]).exception()
+    assert isinstance(failed, IndexBusyError)
     assert len(Index.open(path)) == 6

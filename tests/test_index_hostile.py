@@ -187,12 +187,10 @@ def test_what_could_not_be_read_is_not_written(path: Path) -> None:
 def test_a_header_that_could_not_be_read_again_is_refused(tmp_path: Path) -> None:
     encoding = encoding_of("top-m")
     good = header_of(encoding)
+    wide = {**good["layers"][0], "channels": 1 << 21}
     for change, message in (
         ({"method": "x" * 501}, "the header's method has 501 characters"),
-        (
-            {"layers": [{**good["layers"][0], "channels": 1 << 21}]},
-            r"header's layers\[0\]\.channels",
-        ),
+        ({"layers": [wide]}, r"header's layers\[0\]\.channels"),
         ({"images": {"root": 3}}, "the header's images.root is 3, not of type str"),
         ({"network": {"loading": [1]}}, r"the header's network\.loading is \[1\]"),
     ):
@@ -230,9 +228,7 @@ def test_offsets_that_lead_outside(path: Path, name: str, first: int) -> None:
     with Index.open(path) as index:
         strings = getattr(index, name)
         for read in (lambda: strings[0], lambda: strings[:], lambda: strings[np.array([5, 1])]):
-            with pytest.raises(
-                IndexFormatError, match=rf"{name}\.offsets\.u64: offsets fall or lead"
-            ):
+            with pytest.raises(IndexFormatError, match=rf"{name}\.off.*: offsets fall or lead"):
                 read()
 
 
@@ -265,10 +261,8 @@ def test_the_mean_has_the_width_of_the_embeddings(path: Path, shape: list[int]) 
 
 
 def test_arrays_of_no_rows_are_finite(tmp_path: Path) -> None:
-    encoding = encoding_of("dense32")
-    shared = {"empty": np.zeros((0, 3), np.float32)}
-    header = header_of(encoding)
-    verify(create(tmp_path / "x", header, [{}], shared, part(0, 4, encoding)))
+    encoding, shared = encoding_of("dense32"), {"empty": np.zeros((0, 3), np.float32)}
+    verify(create(tmp_path / "x", header_of(encoding), [{}], shared, part(0, 4, encoding)))
 
 
 def test_more_lists_than_there_are(tmp_path: Path) -> None:

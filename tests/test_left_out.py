@@ -148,20 +148,15 @@ def test_a_build_ends_with_what_it_took(tmp_path: Path) -> None:
     source = pictures(folder)
     write(folder / "c0/notes.txt", b"x")
     write(folder / "c0/bad.png", b"")
-    report = build_index(
-        find_images(folder), toy().network, tmp_path / "i", DENSE, on_unreadable="skip",
-        progress=False,
-    )  # fmt: skip
+    given = (toy().network, tmp_path / "i", DENSE)
+    report = build_index(find_images(folder), *given, on_unreadable="skip", progress=False)
     counts = {label: source.labels.count(label) for label in sorted(set(source.labels))}
     assert report.labels == counts
     assert report.left_out == LeftOut({".txt": 1})
     few = ", ".join([*counts][:3])
     assert report.taken()[0].startswith(f"labels: {len(counts)} ({few}), of ")
     assert report.taken()[1] == "not taken: 1 .txt, 1 skipped"
-    again = build_index(
-        find_images(folder), toy().network, tmp_path / "i", DENSE, on_unreadable="skip",
-        progress=False,
-    )  # fmt: skip
+    again = build_index(find_images(folder), *given, on_unreadable="skip", progress=False)
     assert (again.n_images, [name for name, _ in again.skipped]) == (0, ["c0/bad.png"])
     write(tmp_path / "more/c0/new.png", (folder / "c0/000.png").read_bytes())
     write(tmp_path / "more/c0/x.heics", b"")

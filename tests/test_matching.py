@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedcam import Explainer, Index, build_from_features
+from embedcam import Explainer, Index, Recipe, build_from_features
 from embedcam.cli import main
 from embedcam.errors import InputError
 from embedcam.index import put_calibrations
@@ -36,9 +36,9 @@ def clouds(seed: int = 0, n: int = 60) -> tuple[np.ndarray, list[str | None]]:
 
 def fitted(labels: bool = True, name: str = "several") -> MatchCalibration:
     points, names = clouds()
-    made = calibrate_match(points, names if labels else [None] * len(points))
+    made = calibrate_match(points, names if labels else [None] * len(points), Recipe())
     assert made is not None
-    return MatchCalibration.from_dict(json.loads(json.dumps(made))[name])
+    return MatchCalibration.from_dict(json.loads(json.dumps(made[name].to_dict())))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -99,14 +99,14 @@ def test_without_labels_match_is_how_usual_the_distance_is() -> None:
 
 def test_too_few_images_calibrate_nothing() -> None:
     points, names = clouds(n=5)
-    assert calibrate_match(points, names) is None
+    assert calibrate_match(points, names, Recipe()) is None
 
 
 def test_an_image_of_many_copies_is_not_its_own_result() -> None:
     points = np.zeros((40, 3), np.float32)
-    made = calibrate_match(points, ["a"] * 40)
+    made = calibrate_match(points, ["a"] * 40, Recipe())
     assert made is not None
-    assert MatchCalibration.from_dict(made["several"]).match(np.zeros(10), ["a"] * 10) > 0.9
+    assert made["several"].match(np.zeros(10), ["a"] * 10) > 0.9
 
 
 @pytest.mark.parametrize(

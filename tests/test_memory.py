@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from build_samples import DENSE, pictures, toy
+from build_samples import DENSE, everything, pictures, toy
 from photo_samples import build, network_of, picture, write_photos
 from PIL import Image, ImageFile
 from torch import nn
@@ -89,53 +90,40 @@ def test_only_options_that_a_command_has_are_named() -> None:
     assert "take a smaller --batch-size, or" in str(memory.told(MemoryError(), {"batch_size": 3}))
 
 
-def short(monkeypatch: pytest.MonkeyPatch, raised: Callable[[], Exception]) -> Callable[[], None]:
-    """Let decoding fail as where memory is short, until what is returned is called."""
+@contextmanager
+def short(raised: Callable[[], Exception], left: bool = False) -> Iterator[None]:
+    """Let decoding fail as where memory is short, or where much is asked of what is `left`."""
 
     def fail(self: Image.Image) -> Any:
         raise raised()
 
-    own = ImageFile.ImageFile.load
-    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
-    monkeypatch.setattr(memory, "is_left", lambda n_bytes: False)
-
-    def over() -> None:
-        monkeypatch.setattr(ImageFile.ImageFile, "load", own)
-        monkeypatch.setattr(memory, "is_left", lambda n_bytes: True)
-
-    return over
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ImageFile.ImageFile, "load", fail)
+        patch.setattr(memory, "is_left", lambda n_bytes: left)
+        yield
 
 
 WAYS = [lambda: MemoryError(), lambda: OSError("broken data stream when reading image file")]
 
 
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    picture(0, 1).save(tmp_path / "a.png")
+    return tmp_path / "a.png"
+
+
 @pytest.mark.parametrize("raised", WAYS, ids=["memory", "broken stream"])
-def test_a_picture_is_not_broken_because_memory_ran_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: Callable[[], Exception]
-) -> None:
-    picture(0, 1).save(tmp_path / "a.png")
-    over = short(monkeypatch, raised)
-    with pytest.raises(MemoryError, match=r"a\.png: there was too little memory to decode it"):
-        read_image(tmp_path / "a.png")
-    over()
-    assert read_image(tmp_path / "a.png").size == (48, 40)
+def test_a_picture_is_not_broken_because_memory_ran_out(photo, raised) -> None:
+    message = r"a\.png: there was too little memory to decode it"
+    with short(raised), pytest.raises(MemoryError, match=message):
+        read_image(photo)
+    message = r"a\.png: cannot be decoded \(MemoryError\)"
+    with short(MemoryError, left=True), pytest.raises(ImageError, match=message):
+        read_image(photo)  # it asks for absurd amounts
+    assert read_image(photo).size == (48, 40)
 
 
-def test_a_picture_that_asks_for_absurd_amounts_is_a_broken_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    picture(0, 1).save(tmp_path / "a.png")
-    over = short(monkeypatch, MemoryError)
-    monkeypatch.setattr(memory, "is_left", lambda n_bytes: True)
-    with pytest.raises(ImageError, match=r"a\.png: cannot be decoded \(MemoryError\)"):
-        read_image(tmp_path / "a.png")
-    over()
-
-
-def test_a_picture_that_failed_once_is_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    picture(0, 1).save(tmp_path / "a.png")
+def test_a_picture_that_failed_once_is_read_again(photo, monkeypatch) -> None:
     own, failed = ImageFile.ImageFile.load, []
 
     def once(self: Any) -> Any:
@@ -145,24 +133,19 @@ def test_a_picture_that_failed_once_is_read_again(
         return own(self)
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", once)
-    assert read_image(tmp_path / "a.png").size == (48, 40)
+    assert read_image(photo).size == (48, 40)
     assert failed == [1]
 
 
 @pytest.mark.parametrize("raised", WAYS, ids=["memory", "broken stream"])
-def test_no_picture_is_skipped_because_memory_ran_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: Callable[[], Exception]
-) -> None:
+def test_no_picture_is_skipped_because_memory_ran_out(tmp_path, raised) -> None:
     source, it = pictures(tmp_path / "p"), toy()
     asked = {"batch_size": 4, "workers": 1, "progress": False, "on_unreadable": "skip"}
     build_index(source, it.network, tmp_path / "whole", DENSE, **asked)
-    over = short(monkeypatch, raised)
-    with pytest.raises(MemoryError):
+    with short(raised), pytest.raises(MemoryError):
         build_index(source, it.network, tmp_path / "i", DENSE, **asked)
-    over()
     assert build_index(source, it.network, tmp_path / "i", DENSE, **asked).skipped == []
-    same = [(tmp_path / n / "manifest.json").read_bytes() for n in ("i", "whole")]
-    assert same[0] == same[1]
+    assert everything(tmp_path / "i") == everything(tmp_path / "whole")
 
 
 # --- reports -------------------------------------------------------------------------------------
@@ -184,26 +167,15 @@ def queries(folder: Path) -> Any:
     return find_images(folder, "none")
 
 
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
 @pytest.mark.parametrize("raised", WAYS, ids=["memory", "broken stream"])
-def test_no_query_is_unreadable_because_memory_ran_out(
-    explainer: Explainer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    raised: Callable[[], Exception],
-) -> None:
+def test_no_query_is_unreadable_because_memory_ran_out(explainer, tmp_path, raised) -> None:
     source = queries(tmp_path / "q")
     write_report(explainer, source, tmp_path / "whole", batch_size=2)
-    over = short(monkeypatch, raised)
-    with pytest.raises(MemoryError):
+    with short(raised), pytest.raises(MemoryError):
         write_report(explainer, source, tmp_path / "out", batch_size=2)
-    over()
     found = write_report(explainer, source, tmp_path / "out", batch_size=2)
     assert [Path(name).name for name, _ in found.unreadable] == ["broken.png"]
-    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+    assert everything(tmp_path / "out") == everything(tmp_path / "whole")
 
 
 def test_no_query_is_kept_as_failed_because_memory_ran_out(
@@ -229,7 +201,7 @@ def test_a_damaged_report_is_repaired_by_a_rerun(
 ) -> None:
     source = queries(tmp_path / "q")
     whole = write_report(explainer, source, tmp_path / "out", batch_size=2)
-    before, file = bytes_of(tmp_path / "out"), tmp_path / "out" / name
+    before, file = everything(tmp_path / "out"), tmp_path / "out" / name
     if name == "report.json":
         said = json.loads(file.read_text())
         assert sorted(said["files"]) == [LINES, PAGE]
@@ -237,7 +209,7 @@ def test_a_damaged_report_is_repaired_by_a_rerun(
     else:
         file.write_bytes(file.read_bytes().replace(b"0", b"1", 1))
     assert write_report(explainer, source, tmp_path / "out", batch_size=2).n_new == 6
-    assert bytes_of(tmp_path / "out") == before
+    assert everything(tmp_path / "out") == before
     assert write_report(explainer, source, tmp_path / "out", batch_size=2).n_new == 0
     assert whole.n_new == 6
 
@@ -265,7 +237,7 @@ def test_what_is_finished_proves_where_it_belongs(
     (kept / "00000001.json").write_bytes((kept / "00000000.json").read_bytes())
     (kept / "00000002.json").write_bytes((foreign / "00000002.json").read_bytes())
     assert write_report(explainer, source, tmp_path / "out", batch_size=1).n_new == 2
-    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+    assert everything(tmp_path / "out") == everything(tmp_path / "whole")
 
 
 def test_a_report_s_own_places_are_no_links(explainer: Explainer, tmp_path: Path) -> None:

@@ -69,9 +69,9 @@ def test_methods_are_found_as_they_are_printed(given: str, found: str) -> None:
 
 
 def test_an_unknown_method_is_told_its_neighbours() -> None:
-    with pytest.raises(InputError, match="method 'scorcam' is unknown; did you mean 'scorecam'"):
+    with pytest.raises(InputError, match="method = 'scorcam' is unknown; did you mean 'scorecam'"):
         find_method("scorcam")
-    with pytest.raises(InputError, match="named by a string such as 'gradcam'; given 3"):
+    with pytest.raises(InputError, match="method = 3 is unknown; known: cam, gradcam"):
         find_method(3)  # type: ignore[arg-type]
 
 

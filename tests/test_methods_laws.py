@@ -83,6 +83,8 @@ VIEWS = ("base", "scissors", "difference")
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("rise", {}),
     ("lime", {}),
+    *(("layercam", {"layers": LAYERS, "shallow": some}) for some in ([], LAYERS[:2])),
+    *(("zoomcam", {"layers": some}) for some in (LAYERS, LAYERS[:2])),
     ("smoothgradcam++", {"samples": 3, "sigma": 0.4}),
     ("smoothgradcam++", {"samples": 2, "sigma": 0.0}),
     ("smoothgradcam++", {"seed": 5}),

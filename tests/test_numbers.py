@@ -31,6 +31,7 @@ from embedcam.index.calibration import MatchCalibration, alike, kinship, match_e
 from embedcam.offline import indexed_images
 from embedcam.offline.cotangents import AnchorCotangents
 from embedcam.offline.match import calibrate_match
+from embedcam.offline.merge import plain
 from embedcam.offline.triplets import NearestOthers, TripletSampler, label_codes
 from embedcam.offline.trust import leave_out
 
@@ -142,16 +143,12 @@ def test_the_default_target_is_that_margin_whitened_with_the_images_own_part() -
 @pytest.mark.parametrize("kind", ["different", "some"])
 def test_draws_are_of_the_near_and_the_far(kind, sampling) -> None:
     values, rows = prices(kind), table()
-    sampler = TripletSampler(
-        rows, values, NearestOthers(rows), positives=0.2, negatives=0.5, sampling=sampling,
-        n_triplets=400,
-    )  # fmt: skip
-    found = sampler.draw(np.arange(N))
-    recipe = replace(NUMBERS, positives=0.2)
+    recipe = replace(NUMBERS, positives=0.2, sampling=sampling, triplets=400)
+    found = TripletSampler(rows, values, NearestOthers(rows), recipe).draw(np.arange(N))
     for a in range(N):
         near, far = (set(side) for side in zip(*pairs(values, a, recipe), strict=True))
-        assert set(found.positives[a]) == near
-        drawn = set(found.negatives[a])
+        assert set(found[a, :, 0]) == near
+        drawn = set(found[a, :, 1])
         assert drawn == far if sampling != "semihard" else drawn <= far
 
 
@@ -187,8 +184,9 @@ def made_match(seed: int = 0, n: int = 200) -> tuple[np.ndarray, list[str | None
     noise = rng.normal(0, 0.02 + 0.15 * (place > 1.5), (2, n))
     points = np.column_stack([np.cos(place), np.sin(place)]).astype(np.float32)
     labels = [f"{v:.4f}" for v in 100 * (place + noise[0])]
-    made = calibrate_match(points, labels, near=0.1)
-    return points, labels, json.loads(json.dumps(made))
+    made = calibrate_match(points, labels, NUMBERS)
+    assert made is not None
+    return points, labels, json.loads(json.dumps(plain(made)))
 
 
 def test_match_says_how_likely_the_first_result_is_near_in_value() -> None:
@@ -213,9 +211,10 @@ def test_match_says_how_likely_the_first_result_is_near_in_value() -> None:
     assert abs(told.mean() - right.mean()) < 0.05
     assert told[right].mean() > told[~right].mean() + 0.1
     # As classes no two of these labels are equal, and every result would be wrong.
-    classes = calibrate_match(points, labels)
-    assert "values" not in classes["several"]
-    assert MatchCalibration.from_dict(classes["several"]).match(apart[near], named) < 0.05
+    classes = calibrate_match(points, labels, Recipe())
+    assert classes is not None
+    assert "values" not in classes["several"].to_dict()
+    assert classes["several"].match(apart[near], named) < 0.05
 
 
 @pytest.mark.parametrize(
@@ -234,10 +233,10 @@ def test_few_numbers_leave_match_to_the_distance_and_spellings_do_not_count() ->
     assert "values" not in calibrate_match(points, [None] * 30, near=0.1)["one"]
     made = {}
     for name, labels in (("same", ["7"] * 30), ("mixed", ["7", "7.0", "07"] * 10)):
-        found = calibrate_match(points, labels, near=0.1)
-        assert (found["one"]["values"], found["one"]["reaches"]) == ([7.0], [0.0])
-        one = MatchCalibration.from_dict(found["one"])
-        made[name] = one.match(np.array([0.01]), ["7.0"])
+        found = calibrate_match(points, labels, NUMBERS)
+        assert found is not None
+        assert found["one"].reach == ((7.0,), (0.0,))
+        made[name] = found["one"].match(np.array([0.01]), ["7.0"])
     assert made["same"] == made["mixed"] > 0.5
 
 

@@ -71,6 +71,14 @@ def look(browser, service):
                 assert url.startswith((f"{page.address}/", f"blob:{page.address}/")), url
 
 
+@pytest.fixture
+def page(look):
+    """The page once it has answered."""
+    opened = look()
+    opened.ask(QUERY)
+    return opened
+
+
 TRANSFER = """(bytes) => {
   const data = new DataTransfer();
   const raw = Uint8Array.from(atob(bytes), (one) => one.charCodeAt(0));
@@ -81,6 +89,25 @@ TRANSFER = """(bytes) => {
 
 def transfer(page):
     return page.page.evaluate_handle(TRANSFER, base64.b64encode(QUERY).decode())
+
+
+def assert_shows(page, selector, cam, top=None, atol=0.006):
+    """The canvas shows a map: opacity is the value, or its magnitude, as a share of the top."""
+    drawn, least = page.pixels(selector), min(float(np.min(cam)), 0.0)
+    value = (stretch(cam - least, drawn.shape[:2]) + least) / (np.max(cam) if top is None else top)
+    value = np.maximum(value, 0) if top is None or least == 0 else value
+    np.testing.assert_allclose(drawn[..., 3] / 255, np.abs(value), atol=atol)
+    return drawn, value
+
+
+def assert_ring(page, place, values):
+    """The ring of a card is where most matches, in the middle of that cell."""
+    ring = page.page.locator(f".card:nth-child({place}) .ring").first
+    for name, side, cell in zip(
+        ("cy", "cx"), values.shape, np.unravel_index(values.argmax(), values.shape), strict=True
+    ):
+        shown = float(ring.get_attribute(name).rstrip("%"))
+        assert shown == pytest.approx(100 * (cell + 0.5) / side)
 
 
 def numbers(page, selector):
@@ -114,33 +141,23 @@ def test_a_picture_is_dropped(look, explainer):
 
 def test_a_picture_is_pasted(look):
     page = look()
-    page.page.evaluate(
-        """(data) => document.dispatchEvent(
-            new ClipboardEvent('paste', { clipboardData: data, cancelable: true }))""",
-        transfer(page),
-    )
+    paste = """(data) => document.dispatchEvent(
+        new ClipboardEvent('paste', { clipboardData: data, cancelable: true }))"""
+    page.page.evaluate(paste, transfer(page))
     page.settle()
 
 
-def test_maps_are_drawn_as_python_draws_them(look, explainer):
-    page = look()
-    page.ask(QUERY)
+def test_maps_are_drawn_as_python_draws_them(page, explainer):
     why = explainer.explain(QUERY)
-    drawn = page.pixels("#query-shot canvas")
-    whole = stretch(why.cam, drawn.shape[:2])
-    value = whole / whole.max()
-    np.testing.assert_allclose(drawn[..., 3] / 255, value, atol=0.02)
+    assert_shows(page, "#query-shot canvas", why.cam, atol=0.02)
     # Their own maps share one scale, each drawn with weights of one length.
     maps = [cam / norm for cam, norm in zip(why.neighbor_cams, why.neighbor_norms, strict=True)]
     top = max(cam.max() for cam in maps)
-    for place, cam in enumerate(maps):
-        drawn = page.pixels(f".card:nth-child({place + 1}) canvas")
-        value = stretch(cam, drawn.shape[:2]) / top
-        np.testing.assert_allclose(drawn[..., 3] / 255, value, atol=0.006)
+    for place, cam in enumerate(maps, 1):
+        drawn, value = assert_shows(page, f".card:nth-child({place}) canvas", cam, top)
         # A canvas holds colours multiplied by their opacity: faint ones have few digits.
         strong = value > 0.5
-        colours = colormap(value)[strong] * 255
-        np.testing.assert_allclose(drawn[..., :3][strong], colours, atol=4)
+        np.testing.assert_allclose(drawn[..., :3][strong], colormap(value)[strong] * 255, atol=4)
 
 
 def test_colours_are_python_s(look):
@@ -168,23 +185,19 @@ def test_colours_are_python_s(look):
 # --- what is asked of it ---
 
 
-def test_a_point_is_clicked(look, explainer, record_property):
-    page = look()
-    page.ask(QUERY)
+def test_a_point_is_clicked(page, explainer, record_property):
     before = page.pixels(".card:nth-child(2) canvas")
     page.page.locator(".cells [role=gridcell]").nth(2 * 6 + 3).click()
     assert page.text("#note") == "What in the results matches row 3, column 4."
     ids = page.texts(".card .id")
     maps = [one.point(2, 3) for one in PairExplainer(explainer).receipts(QUERY, ids)]
     top = max(one.max() for one in maps)
-    for place, values in enumerate(maps):
-        drawn = page.pixels(f".card:nth-child({place + 1}) canvas")
-        value = np.maximum(stretch(values - values.min(), drawn.shape[:2]) + values.min(), 0) / top
+    for place, values in enumerate(maps, 1):
+        drawn = page.pixels(f".card:nth-child({place}) canvas")
+        least = values.min()
+        value = np.maximum(stretch(values - least, drawn.shape[:2]) + least, 0) / top
         np.testing.assert_allclose(drawn[..., 3] / 255, value, atol=0.006)
-        row, column = np.unravel_index(values.argmax(), values.shape)
-        ring = page.page.locator(f".card:nth-child({place + 1}) .ring").first
-        assert float(ring.get_attribute("cx").rstrip("%")) == pytest.approx((column + 0.5) / 0.06)
-        assert float(ring.get_attribute("cy").rstrip("%")) == pytest.approx((row + 0.5) / 0.06)
+        assert_ring(page, place, values)
     took = "performance.getEntriesByName('embedcam: point').map((one) => one.duration)"
     record_property("point_milliseconds", page.page.evaluate(took))
     asked = len(page.asked)
@@ -208,18 +221,12 @@ def test_a_point_where_receipts_are_of_first_order(look, tmp_path_factory, monke
         page.page.locator(".cells [role=gridcell]").nth(6).click()
         page.page.wait_for_selector(".card:nth-child(5) .ring")
         ids = page.texts(".card .id")
-        values = PairExplainer(why).receipt(query, ids[4]).point(1, 2)
-        row, column = np.unravel_index(values.argmax(), values.shape)
-        ring = page.page.locator(".card:nth-child(5) .ring").first
-        assert float(ring.get_attribute("cx").rstrip("%")) == pytest.approx((column + 0.5) / 0.04)
-        assert float(ring.get_attribute("cy").rstrip("%")) == pytest.approx((row + 0.5) / 0.04)
+        assert_ring(page, 5, PairExplainer(why).receipt(query, ids[4]).point(1, 2))
         page.page.hover(".card:nth-child(1) button.frame")
         assert "first order" in page.text("#panel")
 
 
-def test_a_result_is_hovered(look, explainer):
-    page = look()
-    page.ask(QUERY)
+def test_a_result_is_hovered(page, explainer):
     assert page.text("#panel-title") == "Ask why"
     page.page.hover(".card:nth-child(2) button.frame")
     assert page.text("#panel-title") == "Why result 2 matches"
@@ -232,10 +239,8 @@ def test_a_result_is_hovered(look, explainer):
     largest = receipt.lines(1)[0]
     assert f"channel {largest.channel}" in page.texts(".sum tbody th")
     assert page.page.locator(".links .link").count() == len(receipt.links())
-    drawn = page.pixels("#query-shot canvas")
-    values = receipt.query.cells
-    value = np.abs(stretch(values - values.min(), drawn.shape[:2]) + values.min())
-    np.testing.assert_allclose(drawn[..., 3] / 255, value / np.abs(values).max(), atol=0.006)
+    cells = receipt.query.cells
+    assert_shows(page, "#query-shot canvas", cells, np.abs(cells).max())
     # It goes with the mouse; a click keeps it.
     page.page.mouse.move(5, 5)
     page.page.wait_for_selector(".card:nth-child(2):not(.lit)")
@@ -248,21 +253,17 @@ def test_a_result_is_hovered(look, explainer):
     assert page.text("#panel-title") == "Ask why"
 
 
-@pytest.mark.parametrize("what", [".name", ".far", ".pick", ".caption"])
-def test_anywhere_on_a_result_opens_its_receipt(look, what):
-    page = look()
-    page.ask(QUERY)
-    page.page.hover(f".card:nth-child(3) {what}")
-    assert page.text("#panel-title") == "Why result 3 matches"
-    page.page.mouse.move(5, 5)
-    page.page.wait_for_selector(".card:nth-child(3):not(.lit)")
+def test_anywhere_on_a_result_opens_its_receipt(page):
+    for what in (".name", ".far", ".pick", ".caption"):
+        page.page.hover(f".card:nth-child(3) {what}")
+        assert page.text("#panel-title") == "Why result 3 matches"
+        page.page.mouse.move(5, 5)
+        page.page.wait_for_selector(".card:nth-child(3):not(.lit)")
     page.page.focus(".card:nth-child(4) .pick")
     assert page.text("#panel-title") == "Why result 4 matches"
 
 
-def test_two_results_are_compared(look, explainer):
-    page = look()
-    page.ask(QUERY)
+def test_two_results_are_compared(page, explainer):
     page.page.click(".card:nth-child(4) .pick")
     assert "another result" in page.text("#panel")
     page.page.click(".card:nth-child(2) .pick")
@@ -274,23 +275,21 @@ def test_two_results_are_compared(look, explainer):
     assert total == round(made.score, 3)
     assert total == pytest.approx(sum(amounts), abs=0.0005 * len(amounts) + 0.0005)
     assert page.text("#note") == "Red speaks for result 2, blue for result 4."
-    drawn, values = page.pixels("#query-shot canvas"), made.query.cells
-    row, column = np.unravel_index(np.abs(values).argmax(), values.shape)
-    cell = 256 / 6
-    red, _, blue, _ = drawn[int((row + 0.5) * cell), int((column + 0.5) * cell)]
-    assert (red > blue) == (values[row, column] > 0)
+
+    def is_red(selector, row, column):
+        """Whether the middle of a cell is rather red than blue."""
+        drawn = page.pixels(selector).astype(int)
+        red, _, blue, _ = drawn[tuple(int((n + 0.5) * len(drawn) / 6) for n in (row, column))]
+        return red > blue
+
+    values = made.query.cells
+    strongest = np.unravel_index(np.abs(values).argmax(), values.shape)
+    assert is_red("#query-shot canvas", *strongest) == (values[strongest] > 0)
     # Either's own map in its own colour: where it matches the query best, that is.
-    for place, expected in ((2, "red"), (4, "blue")):
-        own = made.result if place == 2 else made.rival
-        row, column = np.unravel_index(own.result.cells.argmax(), values.shape)
-        for shown in (
-            f".card:nth-child({place}) canvas",
-            f".three figure:nth-child({place // 2 + 1}) canvas",
-        ):
-            drawn = page.pixels(shown)
-            side = len(drawn) / 6
-            red, _, blue, _ = drawn[int((row + 0.5) * side), int((column + 0.5) * side)].astype(int)
-            assert (red > blue) == (expected == "red"), shown
+    for place, own in ((2, made.result), (4, made.rival)):
+        strongest = np.unravel_index(own.result.cells.argmax(), values.shape)
+        for shown in (f".card:nth-child({place})", f".three figure:nth-child({place // 2 + 1})"):
+            assert is_red(f"{shown} canvas", *strongest) == (place == 2), shown
     for card, kind in ((2, "for"), (4, "against")):
         assert kind in page.page.get_attribute(f".card:nth-child({card})", "class")
         pressed = page.page.get_attribute(f".card:nth-child({card}) .pick", "aria-pressed")
@@ -300,9 +299,7 @@ def test_two_results_are_compared(look, explainer):
     assert page.page.locator(".pick[aria-pressed=true]").count() == 0
 
 
-def test_two_results_are_told_apart_by_the_stored_weights(look, explainer):
-    page = look()
-    page.ask(QUERY)
+def test_two_results_are_told_apart_by_the_stored_weights(page, explainer):
     for place in (2, 4):
         page.page.click(f".card:nth-child({place}) .pick")
     page.page.wait_for_selector("#panel .sum")
@@ -324,9 +321,7 @@ def test_two_results_are_told_apart_by_the_stored_weights(look, explainer):
     assert page.problems() == []
 
 
-def test_the_result_becomes_the_query(look):
-    page = look()
-    page.ask(QUERY)
+def test_the_result_becomes_the_query(page):
     wanted = page.texts(".card .id")[1]
     page.page.click(".card:nth-child(2) button.frame")
     page.page.click("#panel .buttons button")
@@ -386,18 +381,15 @@ def test_a_strange_address_is_an_id_that_no_image_has(look, name):
     page = look(refused=True)
     page.page.goto(f"{page.address}/#{urlencode({'id': name})}")
     page.page.wait_for_selector("#problem")
-    assert "no image of this id" in page.text("#problem-text") or (
-        "nothing at this address" in page.text("#problem-text")
-    )
+    told = page.text("#problem-text")
+    assert "no image of this id" in told or "nothing at this address" in told
     assert page.page.title().startswith("embedcam")
     assert page.page.locator("img[src=x]").count() == 0
     page.page.wait_for_selector("#query", state="hidden")
     page.ask(QUERY)  # and the page goes on
 
 
-def test_how_many_and_how_strong(look):
-    page = look()
-    page.ask(QUERY)
+def test_how_many_and_how_strong(page):
     assert float(page.style("#query-shot canvas", "opacity")) == pytest.approx(0.7)
     page.page.fill("#strength", "0")
     assert page.style(".card canvas", "opacity") == "0"
@@ -409,16 +401,12 @@ def test_how_many_and_how_strong(look):
     page.settle(3)
 
 
-def test_a_finer_map_is_asked_for(look, explainer):
-    page = look()
-    page.ask(QUERY)
+def test_a_finer_map_is_asked_for(page, explainer):
     before = page.pixels("#query-shot canvas")
     page.page.check("#finer")
     page.settle()
-    drawn = page.pixels("#query-shot canvas")
-    finer = explainer.explain(QUERY, detail=2).cam
-    value = stretch(finer, drawn.shape[:2]) / finer.max()
-    np.testing.assert_allclose(drawn[..., 3] / 255, value, atol=0.03)
+    cam = explainer.explain(QUERY, detail=2).cam
+    drawn, _ = assert_shows(page, "#query-shot canvas", cam, atol=0.03)
     assert np.abs(drawn[..., 3].astype(int) - before[..., 3]).max() > 20
 
 
@@ -482,12 +470,8 @@ def contrast(page, ink, paper):
     """WCAG's, of two colours of the style sheet."""
     found = page.page.evaluate(
         """(names) => names.map((name) => {
-            const one = document.createElement('i');
-            one.style.color = `var(--${name})`;
-            document.body.append(one);
-            const colour = getComputedStyle(one).color;
-            one.remove();
-            return colour;
+            document.body.style.caretColor = `var(--${name})`;
+            return getComputedStyle(document.body).caretColor;
         })""",
         [ink, paper],
     )

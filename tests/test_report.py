@@ -5,8 +5,11 @@ import fcntl
 import json
 import os
 import shutil
+import subprocess
+import sys
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,6 +74,10 @@ def records(folder):
     return [json.loads(line) for line in (folder / LINES).read_text().splitlines()]
 
 
+def words_of(table):
+    return [[str(cell) for cell in row] for row in table.rows]
+
+
 def told(explanation):
     return json.loads(json.dumps(explanation.to_dict((14, 14))))
 
@@ -82,30 +89,27 @@ def test_the_lines_are_what_explain_finds(explainer, queries, tmp_path, source):
     found = write_report(explainer, source, tmp_path / "out", batch_size=1)
     assert found.path == tmp_path / "out" / PAGE
     assert (found.n_queries, found.n_new, found.n_untrusted, found.n_empty) == (8, 8, 0, 0)
-    assert [name for name, _ in found.unreadable] == [BROKEN]
     ids = ["0/0.png", "0/2.png", "0/4.png", "0/6.png", "1/1.png", "1/3.png", "1/5.png", BROKEN]
     written = records(tmp_path / "out")
-    assert [one.pop("query") for one in written] == ids
-    assert [one.pop("label") for one in written] == [None] * len(ids)
-    assert [one.pop("path") for one in written] == [str(queries / name) for name in ids]
+    assert [(one.pop("query"), one.pop("label"), one.pop("path")) for one in written] == [
+        (name, None, str(queries / name)) for name in ids
+    ]
     assert written[:-1] == [told(explainer.explain(queries / name)) for name in ids[:-1]]
-    assert list(written[-1]) == ["error"]
-    assert written[-1]["error"] == found.unreadable[0][1]
-    assert written[-1]["error"].startswith(f"{queries / BROKEN}: is not an image of a known kind")
+    assert found.unreadable == [(BROKEN, written[-1].pop("error"))]
+    assert found.unreadable[0][1].startswith(f"{queries / BROKEN}: is not an image of a known kind")
+    assert written[-1] == {}
 
 
 def test_a_batch_changes_nothing_beyond_rounding(explainer, tmp_path, source):
     for size in (1, 3, 50):
         write_report(explainer, source, tmp_path / str(size), batch_size=size)
-    one, three, all_ = (records(tmp_path / str(size)) for size in (1, 3, 50))
-    for a, b, c in zip(one, three, all_, strict=True):
-        assert a["query"] == b["query"] == c["query"]
-        if "error" in a:
-            assert a == b == c
-            continue
-        for other in (b, c):
-            assert [n["id"] for n in other["neighbors"]] == [n["id"] for n in a["neighbors"]]
-            np.testing.assert_allclose(other["cam"], a["cam"], rtol=1e-5, atol=1e-7)
+    expected = records(tmp_path / "1")
+    for found in (records(tmp_path / "3"), records(tmp_path / "50")):
+        assert found[-1] == expected[-1]
+        for one, other in zip(found[:-1], expected[:-1], strict=True):
+            assert one["query"] == other["query"]
+            assert [n["id"] for n in one["neighbors"]] == [n["id"] for n in other["neighbors"]]
+            np.testing.assert_allclose(one["cam"], other["cam"], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("scale", ["joint", "each"])
@@ -138,41 +142,38 @@ def test_the_page_shows_what_explain_draws(explainer, queries, tmp_path, scale, 
     assert "<script" not in page
 
 
-def test_one_result_or_named_neighbours_explain_every_query(explainer, queries, tmp_path, source):
-    write_report(explainer, source, tmp_path / "a", batch_size=1, result="2/3.png", n_neighbors=2)
-    expected = told(explainer.explain(queries / "0/0.png", result="2/3.png", n_neighbors=2))
-    assert expected.items() <= records(tmp_path / "a")[0].items()
-    assert "Grad-CAM weights of the one image 2/3.png" in (tmp_path / "a" / PAGE).read_text()
-    asked = {"result": "2/3.png", "above": "0/1.png"}
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"result": "2/3.png", "n_neighbors": 2}, "Grad-CAM weights of the one image 2/3.png"),
+        (
+            {"result": "2/3.png", "above": "0/1.png"},
+            "weights of the one image 2/3.png less those of 0/1.png",
+        ),
+        ({"neighbors": ["2/3.png", "0/1.png"]}, "transferred from 2/3.png, 0/1.png"),
+    ],
+)
+def test_what_explains_every_query(explainer, queries, tmp_path, source, asked, words):
     for _ in range(2):
-        write_report(explainer, source, tmp_path / "c", batch_size=1, **asked)
-    expected = told(explainer.explain(queries / "0/0.png", **asked))
-    assert expected["rival"]["id"] == "0/1.png"
-    assert expected.items() <= records(tmp_path / "c")[0].items()
-    words = "weights of the one image 2/3.png less those of 0/1.png"
-    assert words in (tmp_path / "c" / PAGE).read_text()
-    with pytest.raises(InputError, match="is a rival, and no result was named"):
-        write_report(explainer, source, tmp_path / "d", above="0/1.png")
-    named = ["2/3.png", "0/1.png"]
-    write_report(explainer, source, tmp_path / "b", batch_size=3, neighbors=named)
-    shown = [one for one in records(tmp_path / "b") if "error" not in one]
-    assert len(shown) == 7
-    assert all([n["id"] for n in one["neighbors"]] == named for one in shown)
-    assert "transferred from 2/3.png, 0/1.png" in (tmp_path / "b" / PAGE).read_text()
+        write_report(explainer, source, tmp_path / "a", batch_size=1, **asked)
+    first, *others = records(tmp_path / "a")
+    assert told(explainer.explain(queries / "0/0.png", **asked)).items() <= first.items()
+    assert words in (tmp_path / "a" / PAGE).read_text()
+    if "neighbors" in asked:
+        named = [[n["id"] for n in one["neighbors"]] for one in others if "error" not in one]
+        assert named == [asked["neighbors"]] * 6
 
 
 def test_a_csv_and_a_data_set_are_sources_too(explainer, queries, tmp_path):
     (tmp_path / "q.csv").write_text(f"id,path\nx,{queries}/0/0.png\ny,{queries}/0/0.png\ngone,no\n")
     write_report(explainer, find_images(tmp_path / "q.csv", "none"), tmp_path / "a")
     x, y, gone = records(tmp_path / "a")
-    assert (x["query"], y["query"], gone["query"]) == ("x", "y", "gone")
-    assert x["cam"] == y["cam"]
-    assert gone["error"] == f"{tmp_path}/no: does not exist"
+    assert (x["query"], y["query"], x["cam"]) == ("x", "y", y["cam"])
+    assert (gone["query"], gone["error"]) == ("gone", f"{tmp_path}/no: does not exist")
     held = from_dataset([picture(0, 1), picture(1, 1)], ids=["p", "q"])
     write_report(explainer, held, tmp_path / "b", batch_size=1)
     p, q = records(tmp_path / "b")
-    assert (p.pop("query"), p.pop("path"), q["query"]) == ("p", None, "q")
-    assert p.pop("label") is None
+    assert (p.pop("query"), p.pop("path"), p.pop("label"), q["query"]) == ("p", None, None, "q")
     assert p == told(explainer.explain(picture(0, 1)))
 
 
@@ -185,34 +186,34 @@ def test_a_query_without_an_embedding_stops_nothing(tmp_path):
         for module in (network.module.conv, network.module.linear):
             module.bias.zero_()
     index = build(write_photos(tmp_path / "photos"), tmp_path / "index", network)
-    for number in range(3):
-        (picture(0, number) if number != 1 else picture(0, 1).point(lambda _: 0)).save(
-            tmp_path / f"{number}.png"
-        )
+    for number, factor in enumerate((1, 0, 1)):
+        image = picture(0, number).point(lambda value, factor=factor: factor * value)
+        image.save(tmp_path / f"{number}.png")
     source = ImageSource([Item(f"{n}.png", f"{n}.png") for n in range(3)], tmp_path)
     explainer = Explainer(index, network)
-    found = write_report(explainer, source, tmp_path / "out", batch_size=3)
-    ((name, reason),) = found.unreadable
-    assert name == "1.png"
+    ((name, reason),) = write_report(explainer, source, tmp_path / "out", batch_size=3).unreadable
+    assert (name, "zero" in reason) == ("1.png", True)
     assert reason.startswith(f"{tmp_path / '1.png'}: the embedding")
-    assert "zero" in reason
-    whole = [told(explainer.explain(tmp_path / f"{n}.png")) for n in (0, 2)]
     written = records(tmp_path / "out")
-    assert whole[0].items() <= written[0].items()
-    assert whole[1].items() <= written[2].items()
+    for n in (0, 2):
+        assert told(explainer.explain(tmp_path / f"{n}.png")).items() <= written[n].items()
 
 
 def test_notes_of_maps_that_are_empty_or_not_trusted(explainer, queries, source):
-    look = Look(side=48, long=True)
     opened = open_query(source, explainer.preprocess, 48, 0)
-    found = explainer.explain(queries / "0/0.png")
-    shown = finished(source, look, False, 0, opened, replace(found, trust=0.31, trust_low=0.2))
+    made = explainer.explain(queries / "0/0.png")
+
+    def kept(**changes):
+        return finished(
+            source, Look(side=48, long=True), False, 0, opened, replace(made, **changes)
+        )
+
+    shown = kept(trust=0.31, trust_low=0.2)
     assert "below 0.20 with a map computed on the query itself." in shown.row
-    assert "not to be trusted" in shown.row
     assert json.loads(shown.line)["trusted"] is False
-    shown = finished(source, look, False, 0, opened, replace(found, cam=np.zeros_like(found.cam)))
-    assert "Its map is empty: nothing in it speaks for these results." in shown.row
-    assert "not to be trusted" not in finished(source, look, False, 0, opened, found).row
+    empty = kept(cam=np.zeros_like(made.cam)).row
+    assert "Its map is empty: nothing in it speaks for these results." in empty
+    assert ["not to be trusted" in row for row in (shown.row, kept().row)] == [True, False]
 
 
 def test_the_overview_begins_with_results_of_another_label_then_the_least_match():
@@ -222,21 +223,18 @@ def test_the_overview_begins_with_results_of_another_label_then_the_least_match(
         return json.dumps({"query": query, "label": label, "neighbors": [near], **kept})
 
     lines = [
-        record("right", "owl", "owl", 0.4),
-        record("sure", "owl", "owl", 0.9),
-        record("wrong", "owl", "gull", 0.8),
-        record("unknown", None, "gull", 0.6),
-    ]
+        record("right", "owl", "owl", 0.4), record("sure", "owl", "owl", 0.9),
+        record("wrong", "owl", "gull", 0.8), record("unknown", None, "gull", 0.6),
+    ]  # fmt: skip
     doubts, overview = blocks(facts(lines))
     assert doubts.caption == "First result of another label: 1 of 4 queries"
     assert (doubts.folded, overview.folded) == (False, True)
     assert doubts.header[:5] == ["query", "its label", "nearest image", "label", "distance"]
-    assert [[str(cell) for cell in row] for row in doubts.rows] == [
-        ["wrong", "owl", "n", "gull", "0.500", "0.80", "0.50"]
-    ]
-    assert [str(row[0]) for row in overview.rows] == ["wrong", "right", "unknown", "sure"]
+    assert words_of(doubts) == [["wrong", "owl", "n", "gull", "0.500", "0.80", "0.50"]]
     assert overview.caption == "All queries, those first"
-    assert [row[5] for row in overview.rows] == ["0.80", "0.40", "0.60", "0.90"]
+    assert [(row[0], row[5]) for row in words_of(overview)] == [
+        ("wrong", "0.80"), ("right", "0.40"), ("unknown", "0.60"), ("sure", "0.90")
+    ]  # fmt: skip
     many = [record(str(n), "owl", "gull", n / 100) for n in range(60)]
     doubts, overview = blocks(facts(many))
     told = "First result of another label: 60 of 60 queries, the 50 least likely matches"
@@ -263,7 +261,7 @@ def test_the_overview_begins_with_what_is_least_trusted():
     ]
     assert [list(row) for row in failed.rows] == [["c", "c: is truncated"]]
     assert list(overview.header) == ["query", "nearest image", "label", "distance", "trust", "map"]
-    assert [[str(cell) for cell in row] for row in overview.rows] == [
+    assert words_of(overview) == [
         ["e", "n/1", "owl", "2.000", "-", "empty"],
         ["b", "n/2", "", "0.250", "0.20", "not trusted"],
         ["d", "n/3", "gull", "1.000", "0.30", "computed on the query"],
@@ -363,15 +361,15 @@ def test_another_report_is_never_mixed_in(built, network, queries, tmp_path):
 
     report(batch_size=2)
     assert report(batch_size=3).n_new == 0  # which changes nothing that could be mixed
-    refused("a report with n_neighbors = 3, and 2 is asked for", n_neighbors=2)
-    refused("a report with transfer = 'mean', and 'distance' is asked for", transfer="distance")
-    refused("a report with result = None, and '0/0.png' is asked for", result="0/0.png")
-    refused("a report with side = 200, and 64 is asked for", side=64)
-    refused("a report with scale = 'joint', and 'each' is asked for", scale="each")
-    refused(
-        f"a report with images = '{built.parent}/photos', and '{own} alone' is asked for",
-        images=own,
-    )
+    for name, (before, now) in {
+        "n_neighbors": (3, 2),
+        "transfer": ("mean", "distance"),
+        "result": (None, "0/0.png"),
+        "side": (200, 64),
+        "scale": ("joint", "each"),
+    }.items():
+        refused(f"a report with {name} = {before!r}, and {now!r} is asked for", **{name: now})
+    refused(f"a report with images = '{built.parent}/photos', and '{own} alone' is ", images=own)
     extra = own / "0/extra.png"
     picture(0, 90).save(extra)
     refused("a report with queries count = 8, and 9 is asked for")
@@ -407,14 +405,15 @@ def test_an_index_that_is_exchanged_meanwhile_is_not_mixed_in(
 
 def test_folders_that_hold_something_else(explainer, queries, tmp_path, source):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="file: is a file; a report is a folder, so give another"):
-        write_report(explainer, source, tmp_path / "file")
-    with pytest.raises(InputError, match=r"holds something else \(0\); a report takes a folder"):
-        write_report(explainer, source, queries)
     (tmp_path / "out").mkdir()
     (tmp_path / "out/report.json").write_text('{"format": "novel"}')
-    with pytest.raises(InputError, match=r"report\.json: is not a report's; give a new folder"):
-        write_report(explainer, source, tmp_path / "out")
+    for folder, message in (
+        (tmp_path / "file", "file: is a file; a report is a folder, so give another"),
+        (queries, r"holds something else \(0\); a report takes a folder"),
+        (tmp_path / "out", r"report\.json: is not a report's; give a new folder"),
+    ):
+        with pytest.raises(InputError, match=message):
+            write_report(explainer, source, folder)
     (tmp_path / "out/report.json").rename(tmp_path / "out/report.json.tmp")
     assert write_report(explainer, source, tmp_path / "out").n_new == 8  # left by a kill
     assert sorted(everything(tmp_path / "out")) == [LINES, PAGE, "report.json"]
@@ -423,12 +422,10 @@ def test_folders_that_hold_something_else(explainer, queries, tmp_path, source):
 def test_one_writer_at_a_time(explainer, tmp_path, source):
     (tmp_path / "out").mkdir()
     holder = os.open(tmp_path / "out", os.O_RDONLY)
-    try:
-        fcntl.flock(holder, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="out: another process is writing this report; wait"):
-            write_report(explainer, source, tmp_path / "out")
-    finally:
-        os.close(holder)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    with pytest.raises(InputError, match="out: another process is writing this report; wait"):
+        write_report(explainer, source, tmp_path / "out")
+    os.close(holder)
     assert write_report(explainer, source, tmp_path / "out").n_new == 8
 
 
@@ -438,36 +435,34 @@ def test_a_full_disk_is_one_sentence(explainer, tmp_path, monkeypatch, source):
             raise OSError(errno.ENOSPC, "No space left on device", str(target))
         rename(source, target)
 
-    rename = os.replace
+    rename, said = os.replace, r"cannot be written \(No space left on device\); see to the disk"
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
-        with pytest.raises(
-            InputError,
-            match=r"index\.html: cannot be written \(No space left on device\); see to the disk",
-        ):
+        with pytest.raises(InputError, match=rf"index\.html: {said}"):
             write_report(explainer, source, tmp_path / "out")
     assert write_report(explainer, source, tmp_path / "out").n_new == 0
     assert sorted(everything(tmp_path / "out")) == [LINES, PAGE, "report.json"]
 
 
-def test_arguments_that_cannot_be_used(built, explainer, tmp_path, source):
-    out = tmp_path / "out"
-    for message, given in {
-        "batch_size = 0; give a whole number of at least 1": {"batch_size": 0},
-        "side = 1.5; give a whole number of at least 1": {"side": 1.5},
-        "n_neighbors = 0; give a whole number": {"n_neighbors": 0},
-        "give n_neighbors to search, or neighbors": {"n_neighbors": 1, "neighbors": ["0/0.png"]},
-        "no image 'x'": {"result": "x"},
-        "scale is 'all'": {"scale": "all"},
-    }.items():
-        with pytest.raises(InputError) as caught:
-            write_report(explainer, source, out, **given)
-        assert message in str(caught.value)
-    with pytest.raises(InputError, match="there is no query; give at least one picture"):
-        write_report(explainer, ImageSource([]), out)
-    with Index.open(built) as index, pytest.raises(InputError, match="needs the index's network"):
-        write_report(Explainer(index), source, out)
-    assert not out.exists()
+@pytest.mark.parametrize(
+    ("message", "given"),
+    [
+        ("batch_size = 0; give a whole number of at least 1", {"batch_size": 0}),
+        ("side = 1.5; give a whole number of at least 1", {"side": 1.5}),
+        ("n_neighbors = 0; give a whole number", {"n_neighbors": 0}),
+        ("give n_neighbors to search, or neighb", {"n_neighbors": 1, "neighbors": ["0/0.png"]}),
+        ("no image 'x'", {"result": "x"}),
+        ("is a rival, and no result was named", {"above": "0/1.png"}),
+        ("scale is 'all'", {"scale": "all"}),
+        ("there is no query; give at least one picture", {"source": ImageSource([])}),
+        ("needs the index's network", {"network": None}),
+    ],
+)
+def test_arguments_that_cannot_be_used(built, network, tmp_path, source, message, given):
+    why = Explainer(built, given.pop("network", network))
+    with pytest.raises(InputError, match=message):
+        write_report(why, given.pop("source", source), tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()
 
 
 # --- many queries --------------------------------------------------------------------------------
@@ -519,3 +514,11 @@ def test_what_is_at_fault_for_every_query_stops_the_report(
     monkeypatch.setattr(Explainer, "explain_batch", broken)
     with pytest.raises(InputError, match="no image but the neighbours"):
         write_report(explainer, source, tmp_path / "out")
+
+
+def test_a_killed_report_run_again_ends_in_the_same_bytes(tmp_path):
+    """SIGKILL at any moment: a whole page or none."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, Path(__file__).with_name("report_killer.py"), tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr

@@ -65,19 +65,15 @@ def test_stopped_and_run_again_it_goes_on(say, tmp_path, monkeypatch):
     explain, seen = Explainer.explain_batch, []
 
     def stop(self, *given, **asked):
-        if len(seen) == 2:
-            raise KeyboardInterrupt
         seen.append(1)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
         return explain(self, *given, **asked)  # type: ignore[arg-type]
 
     command = ("queries", "--report", tmp_path / "out", "--batch-size", 2)
-    with monkeypatch.context() as patch:
-        patch.setattr(Explainer, "explain_batch", stop)
-        assert say(*command) == (
-            130,
-            "",
-            "embedcam: interrupted; run the same command again to go on\n",
-        )
+    monkeypatch.setattr(Explainer, "explain_batch", stop)
+    said = "embedcam: interrupted; run the same command again to go on\n"
+    assert say(*command) == (130, "", said)
     assert say(*command)[1] == f"{tmp_path}/out/index.html: 6 queries, 4 of them before\n"
     assert say("queries", "--report", tmp_path / "whole", "--batch-size", 2)[0] == 0
     assert everything(tmp_path / "out") == everything(tmp_path / "whole")

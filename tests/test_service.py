@@ -16,7 +16,7 @@ from service_client import FORM, ask, built, data_of, explainer, form, picture, 
 from starlette.requests import Request
 
 from embedcam import Explainer, Index, add_images, build_index, find_images
-from embedcam.errors import InputError
+from embedcam.errors import IndexFormatError, InputError
 from embedcam.images import ImageSource
 from embedcam.index import remove
 from embedcam.ops import area_average
@@ -260,18 +260,17 @@ def test_addresses_in_answers_lead_to_the_images(tmp_path, service):
 
 
 def test_pictures_lie_where_the_folder_says(index, tmp_path, service):
-    with Explainer(index, toy().network, images=tmp_path).index as opened:
-        made = service(Explainer(opened, toy().network, images=tmp_path))
-        gone = ask(made, "GET", "/items/c0/000.png/image")
-        assert gone.error == (404, "no_picture")
-        assert str(tmp_path) not in gone.message
-        body = ask(made, "GET", "/items/c0/000.png/cam").json()
-        assert (body["picture"], body["extent"]) == (None, None)
-        alone = ask(made, "GET", "/items/c0/000.png/cam?size=64", accept="image/png")
-        assert alone.image().size == (64, 64)
-        (tmp_path / "c0").mkdir()
-        picture(0, (50, 20)).save(tmp_path / "c0" / "000.png")
-        assert ask(made, "GET", "/items/c0/000.png/image").image().size == (50, 20)
+    made = service(explainer(index, images=tmp_path))
+    gone = ask(made, "GET", "/items/c0/000.png/image")
+    assert gone.error == (404, "no_picture")
+    assert str(tmp_path) not in gone.message
+    body = ask(made, "GET", "/items/c0/000.png/cam").json()
+    assert (body["picture"], body["extent"]) == (None, None)
+    alone = ask(made, "GET", "/items/c0/000.png/cam?size=64", accept="image/png")
+    assert alone.image().size == (64, 64)
+    (tmp_path / "c0").mkdir()
+    picture(0, (50, 20)).save(tmp_path / "c0" / "000.png")
+    assert ask(made, "GET", "/items/c0/000.png/image").image().size == (50, 20)
 
 
 def test_an_index_without_own_maps_says_so(tmp_path, service):
@@ -303,18 +302,21 @@ def test_it_is_ready_once_the_network_has_answered(index, service):
     assert within.json() == {"status": "ready", "images": 12, "generation": 1}
 
 
-def test_a_network_that_fails_is_never_ready(index, caplog, service):
+@pytest.mark.parametrize(
+    ("error", "code"), [(RuntimeError, "failed"), (IndexFormatError, "damaged_index")]
+)
+def test_a_network_that_fails_is_never_ready(index, caplog, service, error, code):
     why = explainer(index)
     made = service(why)
 
     def fail(*_, **__):
-        raise RuntimeError("secret /etc/network")
+        raise error("secret /etc/network")
 
     why.explain_batch = fail  # type: ignore[method-assign]
     asyncio.run(made.state.pipeline.probe())
     assert not made.state.pipeline.ready
     found = post(made, "/explain", QUERY)
-    assert found.error == (500, "failed")
+    assert found.error == (500, code)
     assert "secret" not in found.message
     assert "secret" in caplog.text
     assert ask(made, "GET", "/healthz").json() == {"status": "ok"}
@@ -323,21 +325,20 @@ def test_a_network_that_fails_is_never_ready(index, caplog, service):
 def test_requests_are_counted_by_route(index, service):
     made = service(explainer(index))
     post(made, "/explain", QUERY)
-    ask(made, "GET", "/items/c0/000.png/image")
     ask(made, "GET", "/items/nothing/image")
     ask(made, "BREW", "/made-up/" + "x" * 50)
     text = ask(made, "GET", "/metrics")
     assert text.headers["content-type"].startswith("text/plain")
-    lines = text.body.decode().splitlines()
-    for line in (
-        'embedcam_requests_total{method="POST",route="/explain",status="200"} 1.0',
-        'embedcam_requests_total{method="GET",route="/items/{id:path}/image",status="404"} 1.0',
-        'embedcam_requests_total{method="other",route="other",status="404"} 1.0',
-        "embedcam_batch_pictures_count 1.0",
-        "embedcam_in_progress 0.0",
-        "embedcam_ready 0.0",
-    ):
-        assert line in lines
+    requests = [
+        ("POST", "/explain", 200), ("GET", "/items/{id:path}/image", 404), ("other", "other", 404)
+    ]  # fmt: skip
+    assert {
+        *("embedcam_batch_pictures_count 1.0", "embedcam_in_progress 0.0", "embedcam_ready 0.0"),
+        *(
+            f'embedcam_requests_total{{method="{method}",route="{route}",status="{status}"}} 1.0'
+            for method, route, status in requests
+        ),
+    } <= set(text.body.decode().splitlines())
     assert "made-up" not in text.body.decode()
 
 
@@ -358,18 +359,15 @@ def test_a_version_that_cannot_be_served_is_not_ready(tmp_path, service):
     made = service(explainer(index))
     pipeline = made.state.pipeline
     pipeline.ready = True
-    with Index.open(index) as opened:
-        ids = list(opened.ids)
-    remove(index, ids)
+    remove(index, list(pipeline.index.ids))
     with pytest.raises(InputError, match="every image was removed; add images first"):
         pipeline.reload()
     assert ask(made, "GET", "/readyz").status == 503
-    shutil.rmtree(index)
-    shutil.rmtree(tmp_path / "photos")
+    for folder in (index, tmp_path / "photos"):
+        shutil.rmtree(folder)
     built(tmp_path)
-    assert pipeline.reload()
+    assert [pipeline.reload(), pipeline.reload()] == [True, False]
     assert ask(made, "GET", "/readyz").status == 200
-    assert not pipeline.reload()
 
 
 def test_a_changed_index_is_served_after_a_reload(tmp_path, service):
@@ -464,10 +462,7 @@ def test_an_explainer_that_cannot_is_refused(index, tmp_path, service):
     [
         ({"body_bytes": 0}, "body_bytes = 0; give a whole number of at least 1"),
         ({"concurrency": 1.5}, "concurrency = 1.5; give a whole number"),
-        ({"batch": True}, "batch = True"),
-        ({"seconds": 0}, "seconds = 0; give a number of at least 0.01"),
-        ({"seconds": float("nan")}, "seconds = nan"),
-        ({"seconds": float("inf")}, "seconds = inf"),
+        ({"seconds": float("nan")}, "seconds = nan; give a number of at least 0.01"),
     ],
 )
 def test_limits_that_nothing_could_pass(limits, said):
@@ -485,14 +480,10 @@ def test_ids_are_quoted():
 
 
 def test_examples_are_from_all_over_the_index(app):
-    found = ask(app, "GET", "/examples?count=4")
-    assert found.status == 200
-    items = found.json()["items"]
+    items = ask(app, "GET", "/examples?count=4").json()["items"]
     ids = app.state.pipeline.index.ids
     assert [one["id"] for one in items] == [ids[place] for place in (0, 3, 7, 11)]
-    assert items[0] == {
-        "id": "c0/000.png", "label": "c0", "image_url": "/items/c0/000.png/image",
-        "cam_url": "/items/c0/000.png/cam",
-    }  # fmt: skip
+    urls = {f"{what}_url": f"/items/c0/000.png/{what}" for what in ("image", "cam")}
+    assert items[0] == {"id": "c0/000.png", "label": "c0", **urls}
     assert len(ask(app, "GET", "/examples?count=24").json()["items"]) == 12
     assert ask(app, "GET", "/examples?count=25").error == (422, "unusable_parameter")

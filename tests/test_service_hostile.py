@@ -8,7 +8,6 @@ import pytest
 from PIL import Image, PngImagePlugin
 from service_client import BOUNDARY, FORM, ask, built, data_of, explainer, form, picture, post
 
-from embedcam.errors import IndexFormatError
 from embedcam.service import Limits, create_app
 from embedcam.service.pictures import MAX_SCANS
 from scripts.benchmarks import load as hostile
@@ -27,57 +26,59 @@ def app(index):
 
 # --- bodies ---
 
-REFUSED: dict[str, tuple[Callable[[], bytes], int, str]] = {
-    "claims 100,000 x 100,000": (hostile.claimed, 413, "too_many_pixels"),
-    "a bomb": (hostile.bomb, 413, "too_many_pixels"),
-    "one pixel high": (lambda: hostile.png(200_000, 1, b""), 422, "unreadable_image"),
-    "a long strip": (lambda: data_of(Image.new("L", (1, 101))), 422, "unreadable_image"),
-    "no pixels": (lambda: hostile.png(0, 10, b""), 422, "unreadable_image"),
-    "a truncated JPEG": (lambda: JPEG[: len(JPEG) // 2], 422, "unreadable_image"),
-    "a JPEG's beginning": (lambda: JPEG[:3], 422, "unreadable_image"),
-    "a truncated PNG": (lambda: QUERY[: len(QUERY) // 2], 422, "unreadable_image"),
-    "a JPEG of many scans": (lambda: hostile.scans(MAX_SCANS + 1), 422, "unreadable_image"),
-    "a script that looks like a GIF": (
-        lambda: b"GIF89a/*" + bytes(20) + b"*/=1;alert(document.domain);//",
-        422,
-        "unreadable_image",
-    ),
-    "a JPEG that is a ZIP too": (hostile.archive, 422, "several_kinds"),
-    "a JPEG that is HTML too": (lambda: JPEG + b"<HTML><p>", 422, "several_kinds"),
-    "a JPEG with a script in a comment": (
-        lambda: JPEG[:2] + b"\xff\xfe\x00\x1b<script>alert(1)</script>" + JPEG[2:],
-        422, "several_kinds",
-    ),
-    "a PNG that is PHP too": (lambda: QUERY + b"<?php system($_GET[0]);", 422, "several_kinds"),
-    "a PDF before a JPEG": (lambda: b"%PDF-1.4\n" + JPEG, 422, "unreadable_image"),
-    "a JPEG that is a PDF too": (
-        lambda: JPEG[:2] + b"\xff\xfe\x00\x0b%PDF-1.4\n" + JPEG[2:], 422, "several_kinds",
-    ),
-    "a GIF that is a script too": (
-        lambda: data_of(Image.new("P", (0x2A2F, 2), 1), "GIF") + b"*/=1;alert(1)",
-        422, "several_kinds",
-    ),
-    "SVG": (lambda: hostile.SVG, 422, "unreadable_image"),
-    "HTML": (lambda: b"<html><script>alert(1)</script>", 422, "unreadable_image"),
-    "PostScript": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", 422,
-                   "unreadable_image"),
-    "a ZIP": (lambda: b"PK\x03\x04" + bytes(100), 422, "unreadable_image"),
-    "a pickle": (lambda: b"\x80\x04cos\nsystem\n(S'true'\ntR.", 422, "unreadable_image"),
-    "zeros": (lambda: bytes(1000), 422, "unreadable_image"),
-    "nothing": (lambda: b"", 422, "empty_body"),
-    "too much": (lambda: bytes(LIMITS.body_bytes + 1), 413, "body_too_long"),
-}  # fmt: skip
+
+def besides(comment):
+    """A JPEG with a comment."""
+    return JPEG[:2] + b"\xff\xfe" + (len(comment) + 2).to_bytes(2, "big") + comment + JPEG[2:]
 
 
-@pytest.mark.parametrize("name", REFUSED)
+REFUSED: dict[tuple[int, str], dict[str, Callable[[], bytes]]] = {
+    (413, "too_many_pixels"): {
+        "claims 100,000 x 100,000": hostile.claimed,
+        "a bomb": hostile.bomb,
+    },
+    (422, "unreadable_image"): {
+        "one pixel high": lambda: hostile.png(200_000, 1, b""),
+        "a long strip": lambda: data_of(Image.new("L", (1, 101))),
+        "no pixels": lambda: hostile.png(0, 10, b""),
+        "a truncated JPEG": lambda: JPEG[: len(JPEG) // 2],
+        "a JPEG's beginning": lambda: JPEG[:3],
+        "a truncated PNG": lambda: QUERY[: len(QUERY) // 2],
+        "a JPEG of many scans": lambda: hostile.scans(MAX_SCANS + 1),
+        "a script that looks like a GIF": lambda: b"GIF89a/*" + bytes(20) + b"*/=1;alert(1);//",
+        "a PDF before a JPEG": lambda: b"%PDF-1.4\n" + JPEG,
+        "SVG": lambda: hostile.SVG,
+        "HTML": lambda: b"<html><script>alert(1)</script>",
+        "PostScript": lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        "a ZIP": lambda: b"PK\x03\x04" + bytes(100),
+        "a pickle": lambda: b"\x80\x04cos\nsystem\n(S'true'\ntR.",
+        "zeros": lambda: bytes(1000),
+    },
+    (422, "several_kinds"): {
+        "a JPEG that is a ZIP too": hostile.archive,
+        "a JPEG that is HTML too": lambda: JPEG + b"<HTML><p>",
+        "a JPEG with a script in a comment": lambda: besides(b"<script>alert(1)</script>"),
+        "a PNG that is PHP too": lambda: QUERY + b"<?php system($_GET[0]);",
+        "a JPEG that is a PDF too": lambda: besides(b"%PDF-1.4\n"),
+        "a GIF that is a script too": lambda: (
+            data_of(Image.new("P", (0x2A2F, 2), 1), "GIF") + b"*/=1;alert(1)"
+        ),
+    },
+    (422, "empty_body"): {"nothing": lambda: b""},
+    (413, "body_too_long"): {"too much": lambda: bytes(LIMITS.body_bytes + 1)},
+}
+BODIES = {name: (make, error) for error, made in REFUSED.items() for name, make in made.items()}
+
+
+@pytest.mark.parametrize("name", BODIES)
 @pytest.mark.parametrize("in_form", [False, True], ids=["body", "form"])
 def test_hostile_pictures(app, name, in_form):
-    make, status, code = REFUSED[name]
+    make, error = BODIES[name]
     data = make()
     body, kind = (form(data), FORM) if in_form else (data, "image/png")
     for target in ("/explain", "/search"):
         found = ask(app, "POST", target, body, content_type=kind)
-        assert found.error == (status, code)
+        assert found.error == error
         assert "alert" not in found.message
         assert "0x" not in found.message
 
@@ -95,7 +96,7 @@ ANSWERED: dict[str, Callable[[], bytes]] = {
     "a TIFF of 300 pages": lambda: hostile.pages(300),
     "a JPEG of as many scans as are allowed": lambda: hostile.scans(MAX_SCANS - 20),
     "a JPEG before a film": lambda: JPEG + b"\xff\xda\x00\x08" * 5000,
-    "a JPEG with a comment": lambda: JPEG[:2] + b"\xff\xfe\x00\x0aa secret" + JPEG[2:],
+    "a JPEG with a comment": lambda: besides(b"a secret"),
     "a JPEG with a second one": lambda: JPEG + JPEG,
     "a PNG with a comment": lambda: noted(QUERY, b"a secret"),
     # Never inflated: only its pixels are read.
@@ -112,18 +113,14 @@ def test_strange_pictures_are_their_first_pixels(app, name):
     drawn = post(app, "/explain", data, accept="image/png")
     assert drawn.image().mode == "RGB"
     assert b"secret" not in found.body + drawn.body
-
-
-def test_a_film_behind_a_jpeg_counts_for_nothing(app):
-    assert post(app, "/search", ANSWERED["a JPEG before a film"]()).json() == (
-        post(app, "/search", JPEG).json()
-    )
+    if "film" in name:
+        assert found.json() == post(app, "/explain", JPEG).json()
 
 
 def test_none_of_it_is_kept(app):
     """What Python and NumPy hold after each hostile picture has come twice more."""
     post(app, "/explain", QUERY)
-    bodies = [make() for make, *_ in REFUSED.values()]
+    bodies = [make() for make, _ in BODIES.values()]
     for body in bodies:
         post(app, "/explain", body)
     tracemalloc.start()
@@ -140,58 +137,37 @@ def test_none_of_it_is_kept(app):
 
 # --- forms and types ---
 
+LAST = f"--{BOUNDARY}--\r\n".encode()
+NAMELESS = f"--{BOUNDARY}\r\nContent-Type: image/png\r\n\r\nx\r\n--{BOUNDARY}--".encode()
+ENDLESS = f"--{BOUNDARY}\r\nContent-Disposition: form-data; name={'x' * 100_000}".encode()
 FORMS: dict[str, tuple[bytes, str, tuple[int, str]]] = {
     "another name": (form(QUERY, "file"), FORM, (422, "unknown_part")),
-    "twice": (
-        form(QUERY)[: -len(f"--{BOUNDARY}--\r\n")] + form(QUERY),
-        FORM,
-        (422, "too_many_parts"),
-    ),
+    "twice": (form(QUERY)[: -len(LAST)] + form(QUERY), FORM, (422, "too_many_parts")),
     "cut off": (form(QUERY)[:-20], FORM, (422, "broken_form")),
-    "no parts": (f"--{BOUNDARY}--\r\n".encode(), FORM, (422, "empty_body")),
+    "no parts": (LAST, FORM, (422, "empty_body")),
     "an empty part": (form(b""), FORM, (422, "empty_body")),
     "no boundary": (form(QUERY), "multipart/form-data", (422, "broken_form")),
     "another boundary": (form(QUERY), "multipart/form-data; boundary=x", (422, "broken_form")),
     "an endless boundary": (
-        form(QUERY),
-        f"multipart/form-data; boundary={'x' * 5000}",
-        (422, "broken_form"),
+        form(QUERY), f"multipart/form-data; boundary={'x' * 5000}", (422, "broken_form")
     ),
-    "long headers": (
-        form(QUERY, filename=f'filename="{"x" * 8192}"'),
-        FORM,
-        (422, "broken_form"),
-    ),
-    "endless headers": (
-        f"--{BOUNDARY}\r\nContent-Disposition: form-data; name={'x' * 100_000}".encode(),
-        FORM,
-        (422, "broken_form"),
-    ),
-    "no name": (
-        f"--{BOUNDARY}\r\nContent-Type: image/png\r\n\r\nx\r\n--{BOUNDARY}--".encode(),
-        FORM,
-        (422, "unknown_part"),
-    ),
+    "long headers": (form(QUERY, filename=f'filename="{"x" * 8192}"'), FORM, (422, "broken_form")),
+    "endless headers": (ENDLESS, FORM, (422, "broken_form")),
+    "no name": (NAMELESS, FORM, (422, "unknown_part")),
+    "near boundaries by the million": (form(b"\r\n--" * 500_000), FORM, (422, "unreadable_image")),
     "JSON": (b'{"image": "aGk="}', "application/json", (415, "unusable_type")),
     "deep JSON": (b"[" * 1_000_000, "application/json", (415, "unusable_type")),
     "a form of text": (b"image=x", "application/x-www-form-urlencoded", (415, "unusable_type")),
     "SVG by name": (hostile.SVG, "image/svg+xml", (415, "unusable_type")),
     "text": (QUERY, "text/html", (415, "unusable_type")),
     "no type at all": (QUERY, "nonsense", (415, "unusable_type")),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_hostile_forms(app, name):
     body, kind, expected = FORMS[name]
     assert ask(app, "POST", "/explain", body, content_type=kind).error == expected
-
-
-def test_near_boundaries_by_the_million_are_read_in_time(app):
-    """The parser calls back at each; it may be slow, but not in the way of others, nor for long."""
-    body = form(b"\r\n--" * 500_000)
-    found = ask(app, "POST", "/explain", body, content_type=FORM)
-    assert found.error == (422, "unreadable_image")
 
 
 FILENAMES = [
@@ -201,27 +177,22 @@ FILENAMES = [
     'filename="\xff\xfe"',
     'filename="' + "x" * 3000 + '"',
     "filename=",
+    'filename="a\r\nSet-Cookie: a=b"',
 ]
 
 
 @pytest.mark.parametrize("filename", FILENAMES)
 def test_file_names_mean_nothing(app, filename):
     found = ask(app, "POST", "/search", form(QUERY, filename=filename), content_type=FORM)
-    assert found.json() == post(app, "/search", QUERY).json()
+    if "\n" in filename:  # a field with a broken head
+        assert found.status in (200, 422)
+    else:
+        assert found.json() == post(app, "/search", QUERY).json()
     assert "set-cookie" not in found.headers
 
 
-def test_a_line_break_in_a_file_name_adds_no_header(app):
-    body = form(QUERY, filename='filename="a\r\nSet-Cookie: a=b"')
-    found = ask(app, "POST", "/search", body, content_type=FORM)
-    assert "set-cookie" not in found.headers
-    assert found.status in (200, 422)
-
-
-@pytest.mark.parametrize("length", ["-1", "1e3", "nan", "٣", "9" * 30, "0x10", "1, 2"])
+@pytest.mark.parametrize("length", ["-1", "1e3", "nan", "\xb3", "9" * 30, "0x10", "1, 2"])
 def test_lengths_that_are_no_numbers(app, length):
-    if not length.isascii():
-        length = "\xb3"
     found = ask(app, "POST", "/explain", [QUERY], content_type="image/png", content_length=length)
     assert found.error == (400, "unusable_header")
 
@@ -237,20 +208,15 @@ NUMBERS = [
 
 @pytest.mark.parametrize("value", NUMBERS, ids=lambda value: value[:20])
 def test_hostile_numbers(app, value):
-    for target in (
-        "explain?n_neighbors",
-        "search?n_neighbors",
-        "explain?map_size",
-        "explain?detail",
-    ):
-        if target.endswith("map_size") and value == "101":
-            continue
-        found = post(app, f"/{target}={value}", QUERY)
+    fits = value == "101"  # of a size, and no number of neighbours
+    for asked in ("explain?n_neighbors", "search?n_neighbors", "explain?detail"):
+        found = post(app, f"/{asked}={value}", QUERY)
         assert found.error == (422, "unusable_parameter")
         assert "9999" not in found.message
+    assert post(app, f"/explain?map_size={value}", QUERY).status == (200 if fits else 422)
     for what in ("image", "cam"):
         found = ask(app, "GET", f"/items/c0/000.png/{what}?size={value}")
-        assert (found.status, value == "101") in ((422, False), (200, True))
+        assert found.status == (200 if fits else 422)
 
 
 @pytest.mark.parametrize(
@@ -306,6 +272,8 @@ def test_an_index_cannot_send_the_service_elsewhere(tmp_path, monkeypatch, servi
             found = ask(app, "GET", "/items/c0/000.png/image")
             assert found.error == (404, "no_picture"), crafted
             assert ask(app, "GET", "/items/c0/000.png/cam").json()["picture"] is None
+            found = post(app, "/compare?result=c0%2F000.png", QUERY)
+            assert found.error == (404, "no_picture"), crafted
     assert ask(app, "GET", "/items/c0/000.png/image").status == 200
 
 
@@ -316,20 +284,6 @@ def test_a_file_that_is_no_picture_is_not_sent(tmp_path, content, service):
     found = ask(app, "GET", "/items/c0/000.png/image")
     assert found.error == (404, "no_picture")
     assert str(tmp_path) not in found.message
-
-
-def test_a_damaged_index_is_not_described_to_clients(tmp_path, caplog, service):
-    why = explainer(built(tmp_path))
-    app = service(why)
-
-    def damaged(*_, **__):
-        raise IndexFormatError(f"{tmp_path}/weights.bin: is broken")
-
-    why.explain_batch = damaged  # type: ignore[method-assign]
-    found = post(app, "/explain", QUERY)
-    assert found.error == (500, "damaged_index")
-    assert str(tmp_path) not in found.message
-    assert str(tmp_path) in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -351,17 +305,11 @@ def test_unknown_addresses_and_methods(app, method, target, status):
     assert ("allow" in found.headers) == (status == 405)
 
 
-def test_a_head_is_of_so_many_bytes_at_most(app):
-    """However it arrives: what comes in one piece is not counted while it is read."""
+def test_heads_that_are_too_long_or_of_two_lengths_close_the_connection(app):
+    """However it arrives, and whichever server is before the application."""
     assert ask(app, "GET", "/healthz", x="a" * 60_000).status == 200
-    found = ask(app, "GET", "/healthz", x="a" * 33_000, y="a" * 33_000)
-    assert found.error == (431, "head_too_long")
-    assert found.headers["connection"] == "close"
-
-
-@pytest.mark.parametrize("name", ["Transfer-Encoding", "transfer-encoding"])
-def test_a_body_of_two_lengths_closes_the_connection(app, name):
-    """Whichever server is before the application."""
-    found = ask(app, "POST", "/search", QUERY, **{name: "chunked", "content_length": "4"})
-    assert found.error == (400, "broken_request")
-    assert found.headers["connection"] == "close"
+    long = ask(app, "GET", "/healthz", x="a" * 33_000, y="a" * 33_000)
+    assert (long.error, long.headers["connection"]) == ((431, "head_too_long"), "close")
+    for name in ("Transfer-Encoding", "transfer-encoding"):
+        two = ask(app, "POST", "/search", QUERY, **{name: "chunked", "content_length": "4"})
+        assert (two.error, two.headers["connection"]) == ((400, "broken_request"), "close")

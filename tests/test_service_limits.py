@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from concurrent.futures import CancelledError
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -33,14 +34,11 @@ def gathered(app, *bodies, target="/explain"):
 def test_pictures_together_are_answered_as_each_alone(index, service):
     queries = [data_of(picture(seed)) for seed in range(6)]
     alone = service(explainer(index), limits=Limits(batch=1))
-    each = [post(alone, "/explain", query).json() for query in queries]
     together = service(explainer(index), limits=Limits(batch=6, batch_seconds=30))
-    for found, expected in zip(gathered(together, *queries), each, strict=True):
-        body = found.json()
-        assert [one["id"] for one in body["neighbors"]] == [
-            one["id"] for one in expected["neighbors"]
-        ]
-        np.testing.assert_allclose(body["cam"], expected["cam"], atol=1e-5)
+    for found, query in zip(gathered(together, *queries), queries, strict=True):
+        body, other = found.json(), post(alone, "/explain", query).json()
+        assert [one["id"] for one in body["neighbors"]] == [one["id"] for one in other["neighbors"]]
+        np.testing.assert_allclose(body["cam"], other["cam"], atol=1e-5)
     text = ask(together, "GET", "/metrics").body.decode()
     assert "embedcam_batch_pictures_count 1.0" in text
     assert "embedcam_batch_pictures_sum 6.0" in text
@@ -55,8 +53,8 @@ def test_a_bad_picture_fails_alone(index, service):
 
 def test_a_picture_the_network_cannot_embed_fails_alone(index, service):
     """Only the batch as a whole tells: each of it is tried again by itself."""
-    why = explainer(index)
-    embed, sizes = why.network.embed, list[int]()
+    why, sizes = explainer(index), list[int]()
+    embed = why.network.embed
 
     def picky(images, layers=None):
         sizes.append(len(images))
@@ -75,17 +73,6 @@ def test_a_picture_the_network_cannot_embed_fails_alone(index, service):
         if sizes[0] == 3:
             break
     assert sizes == [3, 1, 1, 1]
-
-
-def test_different_settings_go_apart(index, service):
-    app = service(explainer(index), limits=Limits(batch=8, batch_seconds=0.2))
-
-    async def mixed():
-        targets = ["/explain?n_neighbors=1", "/explain?n_neighbors=2", "/explain?n_neighbors=1"]
-        return await asyncio.gather(*(send(app, "POST", one, QUERY, PNG) for one in targets))
-
-    found = [reply.json()["neighbors"] for reply in asyncio.run(mixed())]
-    assert [len(one) for one in found] == [1, 2, 1]
 
 
 class Recorder:
@@ -111,117 +98,115 @@ def submitted(batcher, answer, settings, number):
         return batcher.submit(answer, settings, np.array(number))
 
 
-def test_one_alone_does_not_wait():
-    batcher = Batcher(8, seconds=60)
+@pytest.fixture
+def batcher():
+    """Make batchers, which are closed in the end."""
+    with ExitStack() as stack:
+
+        def make(*given, **settings):
+            made = Batcher(*given, **settings)
+            stack.callback(made.close)
+            return made
+
+        yield make
+
+
+def test_one_alone_does_not_wait(batcher):
     start = time.monotonic()
-    assert submitted(batcher, Recorder(), "a", 4).result(20) == 8
+    assert submitted(batcher(8, seconds=60), Recorder(), "a", 4).result(20) == 8
     assert time.monotonic() - start < 30
-    batcher.close()
 
 
-def test_one_waits_for_what_was_announced_and_no_longer():
-    recorder = Recorder()
-    batcher = Batcher(8, seconds=60)
-    with batcher.announced():
-        first = submitted(batcher, recorder, "a", 1)
+def test_one_waits_for_what_was_announced_and_no_longer(batcher):
+    recorder, made = Recorder(), batcher(8, seconds=60)
+    with made.announced():
+        first = submitted(made, recorder, "a", 1)
         with pytest.raises(TimeoutError):
             first.result(0.05)
-        second = batcher.submit(recorder, "a", np.array(2))
+        second = made.submit(recorder, "a", np.array(2))
     assert second.result(20) == 4
     assert recorder.batches == [("a", [1, 2])]
-    with batcher.announced():  # one that never comes: its picture could not be read
-        second = submitted(batcher, recorder, "a", 3)
-    assert second.result(20) == 6
-    batcher.close()
+    with made.announced():  # one that never comes: its picture could not be read
+        third = submitted(made, recorder, "a", 3)
+    assert third.result(20) == 6
+    made = batcher(8, seconds=0.01)
+    with made.announced():  # so long at most
+        assert submitted(made, recorder, "a", 1).result(20) == 2
 
 
-def test_one_waits_so_long_at_most():
-    batcher = Batcher(8, seconds=0.01)
-    with batcher.announced():
-        assert submitted(batcher, Recorder(), "a", 1).result(20) == 2
-    batcher.close()
-
-
-def test_a_batch_has_a_size():
+def test_a_batch_has_a_size(batcher):
     hold, sizes = threading.Event(), list[int]()
-    recorder = Recorder(hold)
-    batcher = Batcher(3, seconds=0, batched=sizes.append)
-    first = submitted(batcher, recorder, "a", 0)
+    recorder, made = Recorder(hold), batcher(3, seconds=0, batched=sizes.append)
+    first = submitted(made, recorder, "a", 0)
     assert recorder.begun.wait(20)
-    rest = [submitted(batcher, recorder, "ab"[number % 2], number) for number in range(1, 8)]
+    rest = [submitted(made, recorder, "ab"[number % 2], number) for number in range(1, 8)]
     hold.set()
     assert [one.result(20) for one in [first, *rest]] == [0, 2, 4, 6, 8, 10, 12, 14]
-    batcher.close()
+    made.close()
     assert recorder.batches == [("a", [0]), ("b", [1, 3, 5]), ("a", [2, 4, 6]), ("b", [7])]
     assert sizes == [1, 3, 3, 1]
 
 
-def test_what_was_given_up_is_not_worked_on():
+def test_what_was_given_up_is_not_worked_on(batcher):
     hold = threading.Event()
-    recorder = Recorder(hold)
-    batcher = Batcher(1, seconds=0)
-    first = submitted(batcher, recorder, "a", 1)
+    recorder, made = Recorder(hold), batcher(1, seconds=0)
+    first = submitted(made, recorder, "a", 1)
     assert recorder.begun.wait(20)
-    second, third = submitted(batcher, recorder, "a", 2), submitted(batcher, recorder, "a", 3)
+    second, third = submitted(made, recorder, "a", 2), submitted(made, recorder, "a", 3)
     assert second.cancel()
     hold.set()
     assert (first.result(20), third.result(20)) == (2, 6)
     with pytest.raises(CancelledError):
         second.result(0)
     assert [numbers for _, numbers in recorder.batches] == [[1], [3]]
-    batcher.close()
 
 
-def test_closing_answers_what_waits():
+def test_closing_answers_what_waits(batcher):
     hold = threading.Event()
-    recorder = Recorder(hold)
-    batcher = Batcher(1, seconds=60)
-    waiting = [submitted(batcher, recorder, "a", number) for number in range(3)]
+    recorder, made = Recorder(hold), batcher(1, seconds=60)
+    waiting = [submitted(made, recorder, "a", number) for number in range(3)]
     assert recorder.begun.wait(20)
-    closing = threading.Thread(target=batcher.close)
+    closing = threading.Thread(target=made.close)
     closing.start()
     hold.set()
     closing.join(20)
     assert [one.result(0) for one in waiting] == [0, 2, 4]
     with pytest.raises(RuntimeError, match="shutdown"):
-        submitted(batcher, recorder, "a", 1)
-    batcher.close()
+        submitted(made, recorder, "a", 1)
 
 
-def test_a_fault_reaches_everyone_it_met():
+def test_a_fault_reaches_everyone_it_met(batcher):
     def broken(settings, inputs):
         raise MemoryError("out of it")
 
-    batcher = Batcher(2, seconds=0)
-    with pytest.raises(MemoryError):
-        submitted(batcher, broken, "a", 1).result(20)
-    with pytest.raises(MemoryError):
-        submitted(batcher, broken, "a", 1).result(20)  # the thread goes on
-    batcher.close()
+    made = batcher(2, seconds=0)
+    for _ in range(2):  # the thread goes on
+        with pytest.raises(MemoryError):
+            submitted(made, broken, "a", 1).result(20)
 
 
 @given(
     st.lists(st.tuples(st.sampled_from("abc"), st.integers(-3, 9)), max_size=12), st.integers(1, 4)
 )
 def test_everyone_gets_the_answer_of_their_own(jobs, most):
-    batcher = Batcher(most, seconds=0)
-    recorder = Recorder()
-    futures = [submitted(batcher, recorder, settings, number) for settings, number in jobs]
+    made, recorder = Batcher(most, seconds=0), Recorder()
+    futures = [submitted(made, recorder, settings, number) for settings, number in jobs]
     for (_, number), future in zip(jobs, futures, strict=True):
         if number < 0:
             with pytest.raises(InputError, match=rf"^\[{number}\]"):
                 future.result(20)
         else:
             assert future.result(20) == 2 * number
-    batcher.close()
+    made.close()
 
 
 # --- too many, too slow, too long ---
 
 
-def test_too_many_at_once(index, service):
-    why = explainer(index)
-    hold, begun, explain = threading.Event(), threading.Event(), why.explain_batch
+def slowed(index):
+    """An explainer that waits until it is let go on; and what tells that it was asked."""
+    why, hold, begun = explainer(index), threading.Event(), threading.Event()
+    explain = why.explain_batch
 
     def slow(*given, **options):
         begun.set()
@@ -229,6 +214,11 @@ def test_too_many_at_once(index, service):
         return explain(*given, **options)
 
     why.explain_batch = slow  # type: ignore[method-assign]
+    return why, hold, begun
+
+
+def test_too_many_at_once(index, service):
+    why, hold, begun = slowed(index)
     app = service(why, limits=Limits(concurrency=2, batch=1))
 
     async def crowd():
@@ -247,18 +237,10 @@ def test_too_many_at_once(index, service):
         assert (await send(app, "POST", "/explain", QUERY, PNG)).status == 200
 
     asyncio.run(crowd())
-    app.state.pipeline.close()
 
 
 def test_an_answer_that_takes_too_long(index, service):
-    why = explainer(index)
-    hold, explain = threading.Event(), why.explain_batch
-
-    def slow(*given, **options):
-        assert hold.wait(60)
-        return explain(*given, **options)
-
-    why.explain_batch = slow  # type: ignore[method-assign]
+    why, hold, _ = slowed(index)
     app = service(why, limits=Limits(seconds=0.05, concurrency=1))
     for _ in range(3):  # the place is given back
         found = post(app, "/explain", QUERY)
@@ -272,25 +254,22 @@ def test_an_answer_that_takes_too_long(index, service):
 def test_an_upload_that_takes_too_long(index, tail, service):
     app = service(explainer(index), limits=Limits(seconds=0.05, concurrency=1))
     for _ in range(2):
-        found = ask(app, "POST", "/explain", tail, content_type="image/png", content_length="99999")
-        assert found.error == (408, "slow_upload")
-        assert found.headers["connection"] == "close"
+        found = ask(app, "POST", "/explain", tail, content_length="99999")
+        assert (found.error, found.headers["connection"]) == ((408, "slow_upload"), "close")
     assert post(app, "/healthz", b"").error == (405, "unknown_method")
 
 
-@pytest.mark.parametrize("declared", [True, False])
-def test_a_body_over_the_limit(index, declared, service):
+@pytest.mark.parametrize(
+    "length", [{"content_length": str(len(QUERY) + 1000)}, {"transfer_encoding": "chunked"}]
+)
+def test_a_body_over_the_limit(index, length, service):
     app = service(explainer(index), limits=Limits(body_bytes=len(QUERY)))
-    headers = {"content_type": "image/png"}
     pieces = [QUERY[:100], QUERY[100:], b"x" * 1000]
-    length = (
-        {"content_length": str(len(QUERY) + 1000)} if declared else {"transfer_encoding": "chunked"}
-    )
-    found = ask(app, "POST", "/explain", pieces, **headers, **length)
+    found = ask(app, "POST", "/explain", pieces, **length)
     assert found.error == (413, "body_too_long")
     assert f"longer than {len(QUERY)} bytes" in found.message
     assert "connection" not in found.headers  # all of it was taken, so the next request may come
-    assert ask(app, "POST", "/explain", pieces[:2], **headers).status == 200
+    assert ask(app, "POST", "/explain", pieces[:2]).status == 200
 
 
 def test_an_endless_body_is_not_kept(index, service):
@@ -309,19 +288,12 @@ def test_an_endless_body_is_not_kept(index, service):
     assert taken < 100
 
 
-def test_nothing_is_taken_from_a_client_that_asks_first(index, service):
+def test_clients_that_ask_first_and_that_go_away(index, service):
     """`Expect: 100-continue`: the refusal comes before the body."""
     app = service(explainer(index), limits=Limits(body_bytes=10))
-    found = ask(app, "POST", "/explain", [60.0], content_length="99", expect="100-continue",
-                content_type="image/png")  # fmt: skip
-    assert found.error == (413, "body_too_long")
-    assert found.headers["connection"] == "close"
-
-
-def test_a_client_that_goes_away(index, service):
-    app = service(explainer(index))
-    found = ask(app, "POST", "/explain", [], content_length="5", content_type="image/png")
-    assert found.error == (400, "cut_off")
+    found = ask(app, "POST", "/explain", [60.0], content_length="99", expect="100-continue")
+    assert (found.error, found.headers["connection"]) == ((413, "body_too_long"), "close")
+    assert ask(app, "POST", "/explain", [], content_length="5").error == (400, "cut_off")
 
 
 def test_more_pixels_than_the_limit(index, service):

@@ -48,20 +48,19 @@ def test_every_hostile_request_is_to_be_refused():
 
 def test_a_closed_loop_sends_each_request_once():
     seen: list[str] = []
-    at_once, most, lock = 0, 0, threading.Lock()
+    at_once, lock = [0, 0], threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_POST(self):
-            nonlocal at_once, most
             with lock:
-                at_once += 1
-                most = max(most, at_once)
+                at_once[0] += 1
+                at_once[1] = max(at_once)
             body = self.rfile.read(int(self.headers["Content-Length"]))
             with lock:
                 seen.append(f"{self.path} {body.decode()}")
-                at_once -= 1
+                at_once[0] -= 1
             self.send_response(404 if "bad" in self.path else 200)
             self.send_header("Content-Length", "2")
             self.end_headers()
@@ -70,19 +69,17 @@ def test_a_closed_loop_sends_each_request_once():
         def log_message(self, *_):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    running = threading.Thread(target=server.serve_forever)
-    running.start()
-    port = server.server_port
-    try:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        running = threading.Thread(target=server.serve_forever)
+        running.start()
+        port = server.server_port
         calls = (load.Call("POST", f"/{place}", b"x" * place) for place in range(20))
-        assert len(service.answered(port, 3, calls)) == 20
-        assert sorted(seen) == sorted(f"/{place} {'x' * place}" for place in range(20))
-        assert most <= 3
-        with pytest.raises(RuntimeError, match="POST /bad: 404 b'ok'"):
-            service.answered(port, 1, iter([load.Call("POST", "/bad")]))
-    finally:
-        server.shutdown()
-        server.server_close()
-        running.join()
+        try:
+            assert (len(service.answered(port, 3, calls)), at_once[1] <= 3) == (20, True)
+            assert sorted(seen) == sorted(f"/{place} {'x' * place}" for place in range(20))
+            with pytest.raises(RuntimeError, match="POST /bad: 404 b'ok'"):
+                service.answered(port, 1, iter([load.Call("POST", "/bad")]))
+        finally:
+            server.shutdown()
+            running.join()

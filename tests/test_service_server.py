@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +23,7 @@ from service_client import awake, data_of, picture
 import embedcam
 from embedcam.cli import main
 from embedcam.errors import InputError
-from embedcam.service import server
+from embedcam.service import Limits, server
 from embedcam.service.frame import HEADERS
 
 NETWORK = """
@@ -85,7 +85,6 @@ class Served:
         assert self.process.stdout is not None
         self.told = json.loads(self.process.stdout.readline())
         self.port = int(self.told["address"].rpartition(":")[2])
-        self._until_ready()
 
     def ask(self, method, path, body=None, **headers):
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
@@ -104,29 +103,21 @@ class Served:
         _, said = self.process.communicate(timeout=60)
         return self.process.returncode, said
 
-    def _until_ready(self):
-        until = time.monotonic() + 60
-        while time.monotonic() < until:
-            try:
-                if self.ask("GET", "/readyz")[0] == 200:
-                    return
-            except OSError:
-                pass
-            if self.process.poll() is not None:
-                break
-            time.sleep(0.05)
-        self.process.kill()
-        raise AssertionError(self.process.communicate()[1])
+    def is_ready(self):
+        if self.process.poll() is not None:
+            raise AssertionError(self.process.communicate()[1])
+        with suppress(OSError):
+            return self.ask("GET", "/readyz")[0] == 200
 
 
 @contextmanager
 def served(folder, *options):
     running = Served(folder, *options)
     try:
+        until(running.is_ready, 60)
         yield running
     finally:
-        if running.process.poll() is None:
-            running.process.kill()
+        running.process.kill()
         running.process.communicate()
 
 
@@ -159,9 +150,7 @@ def test_a_server_answers_and_finishes_what_was_begun(here):
         asking = threading.Thread(target=lambda: answers.append(running.explain()))
         (here / "slow").touch()
         asking.start()
-        until = time.monotonic() + 30
-        while not (here / "begun").exists() and time.monotonic() < until:
-            time.sleep(0.01)
+        until((here / "begun").exists)
         assert not answers
         code, said = running.end(signal.SIGTERM)
         asking.join(30)
@@ -222,10 +211,6 @@ BROKEN = {
     "a chunk that is longer": CHUNKED + b"1\r\nxx0\r\n\r\n" + AFTER,
 }
 """Requests that are none, or that could be read in two ways; nothing behind them is answered."""
-REFUSED: dict[bytes, tuple[int, str]] = {
-    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n": (505, "unknown_version"),
-    b"GET /healthz HTTP/1.2\r\n" + HOST + b"\r\n": (505, "unknown_version"),
-}
 
 
 def _everything(client):
@@ -241,53 +226,47 @@ def _check_refusal(answer, status, code):
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith(f"HTTP/1.1 {status} ".encode()), answer[:200]
     headers = dict(line.lower().split(": ", 1) for line in head.decode().split("\r\n")[1:])
-    assert headers["content-type"] == "application/json"
-    assert headers["connection"] == "close"
-    assert {name.lower(): value.lower() for name, value in HEADERS.items()}.items() <= (
+    expected = {"content-type": "application/json", "connection": "close", **HEADERS}
+    expected["content-length"] = str(len(body))  # nothing behind it
+    assert {name.lower(): value.lower() for name, value in expected.items()}.items() <= (
         headers.items()
     )
-    assert len(body) == int(headers["content-length"])  # nothing behind it
     told = json.loads(body)["error"]
     assert told["code"] == code
     assert told["message"]
 
 
-def _raw_requests(running):
-    """What a client library would not send."""
-    for what, request in BROKEN.items():
-        with socket.create_connection(("127.0.0.1", running.port), timeout=30) as client:
-            client.sendall(request)
-            try:
-                _check_refusal(_everything(client), 400, "broken_request")
-            except AssertionError as error:
-                raise AssertionError(what) from error
-    for request, (status, code) in REFUSED.items():
-        with socket.create_connection(("127.0.0.1", running.port), timeout=30) as client:
-            client.sendall(request)
-            _check_refusal(_everything(client), status, code)
+def raw(running, request, *, ends=False, whole=True):
+    """What comes back for bytes that a client library would not send."""
     with socket.create_connection(("127.0.0.1", running.port), timeout=30) as client:
-        client.sendall(AFTER + b"GARBAGE\r\n\r\n")  # after a good one, both are answered
-        first, second = _everything(client).split(b'{"status":"ok"}')
-        assert first.startswith(b"HTTP/1.1 200 ")
-        _check_refusal(second, 400, "broken_request")
-    for request in (AFTER, POST + b"Content-Length: %d\r\n\r\n" % len(QUERY) + QUERY):
-        with socket.create_connection(("127.0.0.1", running.port), timeout=30) as client:
-            client.sendall(request)
+        client.sendall(request)
+        if ends:
             client.shutdown(socket.SHUT_WR)  # it has said all, and listens
-            assert _everything(client).startswith(b"HTTP/1.1 200 "), request[:60]
+        return _everything(client) if whole else client.recv(65536)
+
+
+def _raw_requests(running):
+    for what, request in BROKEN.items():
+        try:
+            _check_refusal(raw(running, request), 400, "broken_request")
+        except AssertionError as error:
+            raise AssertionError(what) from error
+    for request in (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", AFTER.replace(b"1.1", b"1.2")):
+        _check_refusal(raw(running, request), 505, "unknown_version")
+    # After a good one, both are answered.
+    first, second = raw(running, AFTER + b"GARBAGE\r\n\r\n").split(b'{"status":"ok"}')
+    assert first.startswith(b"HTTP/1.1 200 ")
+    _check_refusal(second, 400, "broken_request")
+    for request in (AFTER, POST + b"Content-Length: %d\r\n\r\n" % len(QUERY) + QUERY):
+        assert raw(running, request, ends=True).startswith(b"HTTP/1.1 200 "), request[:60]
     for request in (AFTER[:9], POST + b"Content-Length: 9\r\n\r\nabc"):
-        with socket.create_connection(("127.0.0.1", running.port), timeout=30) as client:
-            client.sendall(request)
-            client.shutdown(socket.SHUT_WR)
-            assert b"200 OK" not in _everything(client)
+        assert b"200 OK" not in raw(running, request, ends=True)
     for request, status in (
         (b"GET /items/../../etc/passwd/image HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
         (b"GET /healthz HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n" + HOST + b"\r\n", 200),
         (POST + b"Content-Length: 99999999\r\nExpect: 100-continue\r\n\r\n", 413),
     ):  # fmt: skip
-        with socket.create_connection(("127.0.0.1", running.port), timeout=30) as client:
-            client.sendall(request)
-            answer = client.recv(65536)
+        answer = raw(running, request, whole=False)
         assert answer.startswith(f"HTTP/1.1 {status} ".encode()), (request[:60], answer[:60])
         assert b"Traceback" not in answer
 
@@ -305,11 +284,15 @@ def begun(monkeypatch):
     return kept
 
 
-def until_started(begun):
-    until = time.monotonic() + 20
-    while not (begun and begun[0].started):
-        assert time.monotonic() < until
+def until(true, seconds=20):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def until_started(begun):
+    until(lambda: begun and begun[0].started)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -318,8 +301,7 @@ def test_signals_end_it_quietly(begun, number):
         until_started(begun)
         os.kill(os.getpid(), number)
 
-    before = signal.getsignal(number)
-    interrupting = threading.Thread(target=interrupt)
+    before, interrupting = signal.getsignal(number), threading.Thread(target=interrupt)
     interrupting.start()
     server.serve(awake(empty), server.bind("127.0.0.1", 0), seconds=1)
     interrupting.join(20)
@@ -381,15 +363,11 @@ def test_a_client_that_never_reads_is_let_go(begun, monkeypatch, caplog, times):
     monkeypatch.setattr(server, "READ_SECONDS", 0.3)
     with running(large, begun) as address, asking(address, times):
         held = begun[0].server_state.connections
-        until = time.monotonic() + 10
-        while not held and time.monotonic() < until:
-            time.sleep(0.01)
+        until(lambda: held)
         # One answer, however many were asked for, and what the system keeps besides.
         sizes = [one.transport.get_write_buffer_size() for one in held]
         assert all(size <= 1.01 * len(LARGE) for size in sizes)
-        while held and time.monotonic() < until:
-            time.sleep(0.01)
-        assert not held
+        until(lambda: not held)
     assert "a client did not read its answer for 0.3 s: closed" in caplog.text
 
 
@@ -432,38 +410,37 @@ def say(here, capsys):
     return run
 
 
+def test_an_index_that_is_not_there(say):
+    code, told = say("nowhere", "--port", "0")
+    assert (code, "nowhere" in told) == (5, True)
+
+
 def test_a_port_that_is_taken(say):
     with closing(server.bind("127.0.0.1", 0)) as other:
         other.listen()
         port = str(other.getsockname()[1])
-        code, said = say("my.index", "--port", port, *NAMED)
-    assert code == 6
-    assert said == (
-        f"embedcam: 127.0.0.1 port {port} cannot be used (Address already in use); choose with "
-        "--host and --port\n"
-    )
+        said = f"embedcam: 127.0.0.1 port {port} cannot be used (Address already in use); choose "
+        assert say("my.index", "--port", port, *NAMED) == (6, f"{said}with --host and --port\n")
+
+
+NO_FOLDER = "--images nowhere: there is no such folder; give the one the indexed images lie in"
 
 
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (["nowhere", "--port", "0"], 5, "nowhere"),
-        (
-            ["my.index", "--port", "0", "--images", "nowhere"],
-            2,
-            "--images nowhere: there is no such folder; give the one the indexed images lie in",
-        ),
-        (["my.index", "--port", "70000"], 2, "port = 70000; give a whole number from 0 to 65,535"),
-        (["my.index", "--port", "-1"], 2, "'-1' is not a whole number of at least 0"),
-        (["my.index", "--host", "no.such.host.invalid"], 6, "no.such.host.invalid port 8000"),
-        (["my.index", "--port", "0"], 2, "if you trust it, say so with --network"),
-        (["my.index", "--port", "0", "--timeout", "0"], 2, "'0' is not a number of at least 0.01"),
-        (["my.index", "--port", "0", "--max-body", "0"], 2, "'0' is not a whole number"),
-        (["my.index", "--port", "0", "--fallback", *NAMED], 2, "holds no calibration of trust"),
+        (["--images", "nowhere"], 2, NO_FOLDER),
+        (["--port", "70000"], 2, "port = 70000; give a whole number from 0 to 65,535"),
+        (["--port", "-1"], 2, "'-1' is not a whole number of at least 0"),
+        (["--host", "no.such.host.invalid"], 6, "no.such.host.invalid port 0"),
+        ([], 2, "if you trust it, say so with --network"),
+        (["--timeout", "0"], 2, "'0' is not a number of at least 0.01"),
+        (["--max-body", "0"], 2, "'0' is not a whole number"),
+        (["--fallback", *NAMED], 2, "holds no calibration of trust"),
     ],
 )
 def test_what_the_command_refuses(say, words, code, said):
-    found, told = say(*words)
+    found, told = say("my.index", "--port", "0", *words)
     assert found == code
     assert said in told
     assert told.count("\n") == 1
@@ -484,34 +461,31 @@ def test_a_missing_extra_is_one_sentence(say, monkeypatch, missing):
 def test_limits_of_the_command(here, monkeypatch, capsys):
     seen: list[Any] = []
     monkeypatch.setattr(server, "serve", lambda *given, **named: seen.append((given, named)))
-    words = [
-        "my.index", "--host", "0.0.0.0", "--port", "0", "--max-body", "1000", "--max-pixels", "99",
-        "--max-neighbors", "7", "--timeout", "2.5", "--concurrency", "3", "--batch", "2", "-n",
-        "4", *NAMED,
-    ]  # fmt: skip
-    assert main(["serve", *words]) == 0
-    ((app, bound), named) = seen[0]
-    limits = app.state.pipeline.limits
-    assert (limits.body_bytes, limits.pixels, limits.n_neighbors) == (1000, 99, 7)
-    assert (limits.seconds, limits.concurrency, limits.batch) == (2.5, 3, 2)
-    assert app.state.pipeline.n_neighbors == 4
-    assert named["seconds"] == 2.5
+    words = (
+        "my.index --host 0.0.0.0 --port 0 --max-body 1000 --max-pixels 99 --max-neighbors 7 "
+        "--timeout 2.5 --concurrency 3 --batch 2 -n 4"
+    )
+    assert main(["serve", *words.split(), *NAMED]) == 0
+    (((app, bound), named),) = seen
+    pipeline = app.state.pipeline
+    assert pipeline.limits == Limits(1000, 99, 7, 2.5, 3, 2)
+    assert (pipeline.n_neighbors, named["seconds"]) == (4, 2.5)
     told = capsys.readouterr()
     assert "my.index, 12 images; Ctrl-C ends it" in told.out
     assert "note: other machines reach 0.0.0.0, and nobody is asked for a password" in told.err
     assert bound.fileno() == -1  # closed
 
 
+LOCAL = ["localhost", "127.0.0.1", "[::1]"]
+
+
 @pytest.mark.parametrize(
     ("options", "hosts"),
     [
-        (["--host", "127.0.0.1"], ["127.0.0.1", "localhost", "127.0.0.1", "[::1]"]),
+        (["--host", "127.0.0.1"], ["127.0.0.1", *LOCAL]),
         (["--host", "0.0.0.0"], None),
-        (["--allow-host", "why.example"], ["why.example", "localhost", "127.0.0.1", "[::1]"]),
-        (
-            ["--host", "0.0.0.0", "--allow-host", "why.example"],
-            ["why.example", "localhost", "127.0.0.1", "[::1]"],
-        ),
+        (["--allow-host", "why.example"], ["why.example", *LOCAL]),
+        (["--host", "0.0.0.0", "--allow-host", "why.example"], ["why.example", *LOCAL]),
     ],
 )
 def test_names_the_service_goes_by(options, hosts):

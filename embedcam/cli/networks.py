@@ -96,17 +96,6 @@ class ImageSettings:
     )
 
 
-def check_onnx(options: argparse.Namespace) -> None:
-    """Refuse beside an ONNX file what takes the network as torch has it."""
-    others = [name for name in ("method", "fallback") if getattr(options, name, None)]
-    flags = [f"--{name.replace('_', '-')}" for name in [*chosen(options, NetworkSettings), *others]]
-    if flags and options.onnx is not None:
-        raise InputError(
-            f"--onnx takes the whole network from {options.onnx}, without torch; leave out "
-            f"{', '.join(flags).replace('--normalize', '--no-normalize')}"
-        )
-
-
 def torch_network(options: argparse.Namespace, manifest: "Manifest") -> "EmbeddingNetwork":
     """Return the network of an index as the build loaded it, but for what the options say."""
     return load_named(network_of_index(manifest, chosen(options, NetworkSettings)))
@@ -118,6 +107,13 @@ def query_network(
     """Return the network a query is embedded with: from an ONNX file, or as for the build."""
     if options.onnx is None:
         return torch_network(options, manifest)
+    others = [name for name in ("method", "fallback") if getattr(options, name, None)]
+    flags = [f"--{name.replace('_', '-')}" for name in [*chosen(options, NetworkSettings), *others]]
+    if flags:
+        raise InputError(
+            f"--onnx takes the whole network from {options.onnx}, without torch; leave out "
+            f"{', '.join(flags).replace('--normalize', '--no-normalize')}"
+        )
     from ..onnx import OnnxNetwork
 
     return OnnxNetwork(options.onnx)

@@ -20,7 +20,7 @@ from ..index.search import check_rival
 from ..ops import attended
 from ..recipe import Recipe
 from ..recipe.registry import LayersMethod, Method, find_method
-from .networks import check_onnx, query_network
+from .networks import query_network
 from .output import columns, counted, images_of, note, some_of
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ def explain(options: Namespace) -> None:
         check_file(options.html, *options.queries)
     check_folder("--images", options.images)
     method = _method(options)
-    check_onnx(options)
     with Index.open(options.index) as index:
         asked = _asked(options, index)
         _note_shared(options, index)
@@ -270,7 +269,7 @@ def _by_method(
     direct = cam_for(
         network, query, target, method.name, progress=progress, max_pixels=limit, **more
     )
-    _, inputs = explainer.prepared(query)
+    _, inputs = explainer.prepared(explanation.image or query)
     activations = network.embed(inputs[None]).activations[0][0]
     return replace(
         explanation,
@@ -338,10 +337,9 @@ def _plan_pictures(output: str | None, queries: Sequence[str]) -> Sequence[Path 
         return [where]
     # Not made before there are pictures: what fails leaves nothing behind.
     there = next(one for one in (where, *where.absolute().parents) if one.exists())
+    number = errno.EACCES if there.is_dir() else errno.EEXIST
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        error = OSError(
-            number := errno.EACCES if there.is_dir() else errno.EEXIST, os.strerror(number)
-        )
+        error = OSError(number, os.strerror(number))
         raise InputError(f"-o {output}: not a folder ({error.strerror})") from error
     planned = [where / name for name in picture_names(queries)]
     for picture in planned if where.is_dir() else ():
@@ -463,7 +461,6 @@ def compare(options: Namespace) -> None:
     from ..pairs import Comparison, PairExplainer, Receipt
 
     # Whatever can be refused is refused before the network is loaded.
-    check_onnx(options)
     (picture,) = _plan_pictures(options.output, [options.query])
     check_folder("--images", options.images)
     _check_query(options.query)

@@ -10,7 +10,7 @@ from .._options import chosen
 from ..errors import printable, sentence, show, show_json
 from ..images import MAX_PIXELS
 from ..service import check_installed
-from .networks import check_onnx, query_network
+from .networks import query_network
 from .online import check_folder, explainer_of
 from .output import attached, counted, note
 
@@ -24,7 +24,6 @@ def serve(options: Namespace) -> None:
     from ..service.limits import Limits
 
     # Whatever can be refused is refused before the network is loaded.
-    check_onnx(options)
     check_folder("--images", options.images)
     limits = Limits(**chosen(options, Limits))
     log = logging.StreamHandler(sys.stderr)

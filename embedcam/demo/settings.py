@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 
+from .._checks import whole
 from ..errors import InputError
 
 STAGES_VERSION = 2
@@ -40,12 +41,10 @@ class DemoSettings:
             raise InputError(
                 f"batch_size is {self.batch_size}; ten classes share a batch: give 20, 30, 40 ..."
             )
-        if min(self.n_train, self.n_gallery, self.n_query, self.n_pairs) < 10:
-            raise InputError("every set of scenes needs at least 10 of them, one of each class")
-        if self.n_train < self.batch_size:
-            raise InputError(
-                f"n_train is {self.n_train}, less than one batch of {self.batch_size} scenes"
-            )
+        # One of each class at least, and a batch of those trained on.
+        whole("n_train", self.n_train, self.batch_size)
+        for name in ("n_gallery", "n_query", "n_pairs"):
+            whole(name, getattr(self, name), 10)
 
     def digest(self, *names: str) -> str:
         """Return the digest of some settings, of all without names, and of the stages' version."""

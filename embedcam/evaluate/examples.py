@@ -14,7 +14,7 @@ from ..render import Row as PageRow
 from ..render import Tile, shrunk
 from ..render.overlay import scale_box
 from .gallery import sample
-from .maps import Questions
+from .maps import Question, Questions
 from .measures import MEAN, TRANSFERRED
 from .settings import Record
 from .work import Rows, Work
@@ -60,7 +60,7 @@ class Examples:
         sampled = [row for row in rows.values() if any(f"{name}: empty" in row for name in rivals)]
         pool = boxed or list(each.values()) or sampled
         places = sample(len(pool), 2 * settings.examples, settings.seed)
-        return list(self._drawn(self._compared, [pool[place] for place in places]))
+        return [row for place in places for row in self._attempt(self._compared, pool[place])]
 
     def _ends(self, kind: str, rows: Sequence[Record]) -> Iterator[PageRow]:
         count = self.work.settings.examples
@@ -71,19 +71,16 @@ class Examples:
             for number, pair in enumerate(zip_longest(*ends), 1):
                 for end, row in zip(("best", "worst"), pair, strict=True):
                     title = f"{kind}, {end if count == 1 else f'{end} {number}'} by {by}"
-                    for drawn in self._drawn(self._example, [] if row is None else [row]):
-                        yield replace(drawn, title=title, compact=True)
+                    shown = [] if row is None else self._attempt(self._example, row)
+                    yield from (replace(one, title=title, compact=True) for one in shown)
             if order:
                 return
 
-    def _drawn(
-        self, draw: Callable[[Record], PageRow], rows: Sequence[Record]
-    ) -> Iterator[PageRow]:
-        for row in rows:
-            try:
-                yield draw(row)
-            except EmbedcamError:  # a file that has gone meanwhile is no reason to lose the numbers
-                continue
+    def _attempt(self, draw: Callable[[Record], PageRow], row: Record) -> list[PageRow]:
+        try:
+            return [draw(row)]
+        except EmbedcamError:  # a file that has gone meanwhile is no reason to lose the numbers
+            return []
 
     def _compared(self, row: Record) -> PageRow:
         about = "first" in row
@@ -132,7 +129,7 @@ class Examples:
         boxes = work.regions.pixels(position, picture.size, row["label"] if about else None)
         tile = _shrunk(Tile(picture, extent=work.preprocess.extent(*picture.size)))
         tile.caption = f"{item.id} {row['label']}" if about else item.id
-        asked = Questions(seen, near, [own.tolist()], [row["label"]], [tile.caption])
+        asked = Questions(seen, [Question(near[0], own.tolist(), row["label"], tile.caption)])
         tile.caption = item.id.rpartition("/")[2]
         tile.image = small = (tile.image or picture).copy()
         for box in boxes:
@@ -152,7 +149,7 @@ class Examples:
             half = one.transform(size, Image.Transform.EXTENT, extent, Image.Resampling.BILINEAR)
             scene.paste(half, (left, 0))
         (name, left_out), label = work.of_pictures(row), row["label"]
-        asked = Questions(seen, near, [left_out], [label], [f"{name} {label}"])
+        asked = Questions(seen, [Question(near[0], left_out, label, f"{name} {label}")])
         other = work.source.items[places[1 - row["side"]]].label or ""
         where = f", on the {('left', 'right')[row['side']]};\nbeside it {other}"
         return Tile(scene, caption=name), asked, where, ""

@@ -25,6 +25,7 @@ from ..metrics import (
     score_drops,
 )
 from ..ops import normalize
+from .maps import Question, Seen
 from .measures import Number
 from .work import Work
 
@@ -41,15 +42,11 @@ class Faithfulness:
         self._layout = torch.channels_last if on_cpu else torch.contiguous_format
 
     def __call__(
-        self,
-        inputs: np.ndarray,
-        embedding: np.ndarray,
-        result: int,
-        own_row: int,
-        maps: Mapping[str, np.ndarray],
+        self, seen: Seen, place: int, asked: Question, maps: Mapping[str, np.ndarray]
     ) -> dict[str, dict[str, Number]]:
-        """Return the measures of each method's map `[H W]` of one query `[3 H W]`."""
-        image = torch.from_numpy(np.ascontiguousarray(inputs))
+        """Return the measures of each method's map `[H W]` of one of the queries."""
+        image = torch.from_numpy(np.ascontiguousarray(seen.inputs[place]))
+        embedding, result, own_row = seen.embeddings[place], int(asked.near[0]), asked.left_out[0]
         fill = fill_like(image, self.settings.fill, self.network.preprocess)
         pictures = self._masked(image, fill, maps)
         chunks = iter(lambda: list(islice(pictures, self.batch)), [])

@@ -15,7 +15,7 @@ from ..metrics.maps import pixel_count
 from ..recipe.recipe import Recipe
 from .faithfulness import Faithfulness
 from .gallery import generator, sample
-from .maps import Questions, Seen, maps_of
+from .maps import Question, Questions, Seen, maps_of
 from .measures import KS, MEAN, TRANSFERRED, Maps, columns, retrieved, shares, told_apart
 from .regions import Region
 from .rivals import SHUFFLED, WRONG, ShuffledNetwork, mean_activation
@@ -123,7 +123,8 @@ def _asked(
     if not len(rows):
         return []
     near = work.gallery.nearest_of(seen.embeddings[0], rows, 1)
-    maps = work.draw(Questions(seen, [near], [left_out], [label], [f"{name} {label}"]))
+    question = Question(near, left_out, label, f"{name} {label}")
+    maps = work.draw(Questions(seen, [question]))
     asked = where | {"label": label, "result": work.gallery.index.ids[int(near[0])]}
     questions = []
     with work.mapper.clock("metrics"):
@@ -236,10 +237,8 @@ def compared(work: Work, rows: Rows) -> tuple[Rows, Compared]:
                     f"{name}: empty": not one.drawn[place].any() for name, one in others.items()
                 }
                 if faithful:
-                    one = {method: some.drawn[place] for method, some in maps.items()}
-                    result, own = int(asked.near[place][0]), asked.left_out[place][0]
-                    inputs, embedding = batch.images[place], seen.embeddings[place]
-                    for method, values in remove(inputs, embedding, result, own, one).items():
+                    drawn = {method: some.drawn[place] for method, some in maps.items()}
+                    for method, values in remove(seen, place, asked.each[place], drawn).items():
                         row |= columns(method, values)
                 rows[position] = row
                 advance(1)
@@ -282,7 +281,7 @@ def _cascade(
 ) -> Maps | None:
     """Shuffle module after module; return the maps of the network with all of them shuffled."""
     here = work.mapper.maps(asked.seen.small(), asked.near).drawn
-    own, stages = np.array(asked.left_out)[:, 0], shuffled.stages
+    own, stages = np.array([one.left_out[0] for one in asked.each]), shuffled.stages
     for stage in stages if work.wants("sanity") else stages[-1:]:
         shuffled.shuffle(stage)
         if (other := shuffled.see(work.mapper, batch.images)) is None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,18 +34,28 @@ class Seen:
         return replace(self, size=(height, width))
 
 
-@dataclass(frozen=True)
-class Questions:
-    """What b maps are to show: for each query the rows of the index it is explained by.
+class Question(NamedTuple):
+    """What one map is to show: the rows of the index that the query is explained by.
 
-    left_out: rows that show the query itself; names: what is random hangs on them.
+    left_out: rows that show the query itself; name: what is random hangs on it.
     """
 
+    near: np.ndarray
+    left_out: Sequence[int]
+    label: str | None
+    name: str
+
+
+class Questions(NamedTuple):
+    """What b maps are to show, a question a query."""
+
     seen: Seen
-    near: Sequence[np.ndarray]
-    left_out: Sequence[Sequence[int]]
-    labels: Sequence[str | None]
-    names: Sequence[str]
+    each: Sequence[Question]
+
+    @property
+    def near(self) -> list[np.ndarray]:
+        """Return the rows of each question."""
+        return [one.near for one in self.each]
 
 
 Draw = Callable[[Questions], Maps]

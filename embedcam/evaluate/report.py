@@ -148,10 +148,11 @@ def tables(summary: Record) -> list[Table]:
 
 
 def _retrieval(means: Record) -> Iterator[Table]:
-    for first in list(means.values())[:1]:
+    if means:
+        count = next(iter(means.values()))["n"]
         yield Table(
             ["", *(MEASURES[name].title for name in means)],
-            [[f"{first['n']:,} queries", *map(_interval, means.values())]],
+            [[f"{count:,} queries", *map(_interval, means.values())]],
             "Does the network retrieve at all?",
             "Queries against the index, never their own image. Maps of a network that does not "
             "bring back the right images explain nothing worth knowing.",
@@ -159,14 +160,15 @@ def _retrieval(means: Record) -> Iterator[Table]:
 
 
 def _localization(means: Record) -> Iterator[Table]:
-    for first in list(means.values())[:1]:
+    if means:
+        count = next(iter(means.values()))["n"]
         yield _table(
             {
                 **_judged(means),
                 **_salient(means),
                 "": {name: MEASURES[name].says for name in means},
             },
-            f"Localisation, {_images(first['n'])} with a box or mask",
+            f"Localisation, {_images(count)} with a box or mask",
             "Chance is what a map that is the same everywhere scores: the region's share of the "
             f"area. A pointing game says little where objects stand in the middle. {_free(means)}",
         )

@@ -39,7 +39,7 @@ from ..recipe.recipe import Recipe, read_toml, shipped_recipe
 from ..recipe.registry import LayersMethod, Method, PositionMethod, WeightMethod, find_method
 from ..targets import ClassProxy, Similarity
 from .gallery import Gallery, generator
-from .maps import Draw, Mapper, Questions, Seen, maps_of
+from .maps import Draw, Mapper, Question, Questions, Seen, maps_of
 from .measures import MEAN, TRANSFERRED, Maps
 
 if TYPE_CHECKING:
@@ -55,14 +55,13 @@ STAGES = 5
 
 def baseline_maps(mapper: Mapper, gallery: Gallery, seed: int, asked: Questions) -> dict[str, Maps]:
     """Draw each question by every baseline of this network; wrong images only where others are."""
-    weights = [random_weights(mapper.channels, seed, name) for name in asked.names]
+    weights = [random_weights(mapper.channels, seed, one.name) for one in asked.each]
     noise = [np.concatenate(layer) for layer in zip(*weights, strict=True)]
     maps = {MEAN: mean_activation(mapper, asked.seen), RANDOM: mapper.draw(asked.seen, noise)}
-    each = list(zip(asked.labels, asked.near, asked.left_out, asked.names, strict=True))
-    wrong = [wrong_rows(gallery, *query[:3], seed, query[3]) for query in each]
+    wrong = [wrong_rows(gallery, one, seed) for one in asked.each]
     if all(len(rows) for rows in wrong):
         maps[WRONG] = mapper.maps(asked.seen, wrong)
-    moved = [permuted_rows(gallery, near, left_out) for _, near, left_out, _ in each]
+    moved = [permuted_rows(gallery, one.near, one.left_out) for one in asked.each]
     return maps | {SHUFFLED_INDEX: mapper.maps(asked.seen, moved)}
 
 
@@ -78,15 +77,9 @@ def random_weights(channels: Sequence[int], seed: int, name: str) -> list[np.nda
     return [numbers.standard_normal((1, k)).astype(np.float32) for k in channels]
 
 
-def wrong_rows(
-    gallery: Gallery,
-    label: str | None,
-    near: np.ndarray,
-    left_out: Sequence[int],
-    seed: int,
-    name: str,
-) -> np.ndarray:
+def wrong_rows(gallery: Gallery, asked: Question, seed: int) -> np.ndarray:
     """Return random rows of other labels than the query's, else no neighbors; `[0]` without any."""
+    near, left_out, label, name = asked
     free = ~np.isin(gallery.positions, [*near.tolist(), *left_out])
     other = free & (gallery.codes != gallery.code(label)) if label is not None else free
     rows = gallery.positions[other if other.any() else free]

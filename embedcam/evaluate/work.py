@@ -11,7 +11,7 @@ from ..images import Batch, ImageSource, embed, load_batches
 from ..images.progress import Advance, progress_of
 from ..methods.subject import inputs_a_pass
 from .gallery import Gallery, OwnRows
-from .maps import Draw, Mapper, Questions, Seen
+from .maps import Draw, Mapper, Question, Questions, Seen
 from .measures import MEAN, TRANSFERRED, Maps, Number, columns, localized
 from .regions import Region, Regions
 from .rivals import baseline_maps, mean_activation
@@ -81,9 +81,10 @@ class Work:
         own = self.own_rows.known(batch.positions.tolist())
         with self.mapper.clock("explaining"):
             near = self.gallery.nearest(seen.embeddings, own, self.settings.n_neighbors)
-        items = [self.source.items[position] for position in batch.positions]
-        labels, ids = [item.label for item in items], [item.id for item in items]
-        return Questions(seen, near, own[:, None].tolist(), labels, ids)
+        items = (self.source.items[position] for position in batch.positions)
+        each = zip(near, own.tolist(), items, strict=True)
+        asked = [Question(rows, [row], item.label, item.id) for rows, row, item in each]
+        return Questions(seen, asked)
 
     def of_pictures(self, row: Record) -> tuple[str, list[int]]:
         """Return the name of the pictures a question is about, and the rows that show them."""

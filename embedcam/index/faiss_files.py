@@ -157,7 +157,7 @@ class FaissFile:
     descriptor: int | None = None
 
     def __init__(self, root: Path, manifest: Manifest, entry: FaissEntry) -> None:
-        self._root, self._manifest, self._entry = root, manifest, entry
+        self._root, self._manifest, self.entry = root, manifest, entry
         self._lock = ProcessLock()
         self._loaded: faiss.Index | None = None
         self.descriptor = open_checked(root, entry.file, entry.bytes, REBUILD)
@@ -196,41 +196,42 @@ class FaissFile:
             raise InputError(f"{self._root}: the index is closed; open it again")
         kind = os.pread(descriptor, 4, 0)
         # Sizes inside a file other than Flat cannot be checked from outside, so its bytes are.
-        if (kind not in _FLAT or not mapped) and sha256_of(descriptor) != self._entry.sha256:
-            raise self._broken("does not match its checksum")
+        if (kind not in _FLAT or not mapped) and sha256_of(descriptor) != self.entry.sha256:
+            raise self.broken("does not match its checksum")
         flags = getattr(faiss, "IO_FLAG_MMAP_IFC", 0) if mapped and kind in _MAPPED else 0
         try:
             # By descriptor: `compact` may have taken the name away since the index was opened.
             index = faiss.read_index(f"/dev/fd/{descriptor}", flags)
         except RuntimeError as error:
-            raise self._broken(f"FAISS refuses it ({_brief(error)})") from error
+            raise self.broken(f"FAISS refuses it ({_brief(error)})") from error
         self._check(index.d, index.ntotal, index.metric_type)
         return index
 
     def _check_header(self, head: bytes) -> None:
-        size = self._entry.bytes
+        size = self.entry.bytes
         if len(head) < _HEADER.size:
-            raise self._broken(f"is no FAISS file with its {size} bytes")
+            raise self.broken(f"is no FAISS file with its {size} bytes")
         kind, width, rows, _, _, trained, metric = _HEADER.unpack_from(head)
         if not re.fullmatch(rb"I[A-Za-z0-9]{3}", kind):
-            raise self._broken(f"begins with {kind!r}, so it is no FAISS index")
+            raise self.broken(f"begins with {kind!r}, so it is no FAISS index")
         self._check(width, rows, metric if trained == 1 else -1)
         if kind in _FLAT:
             numbers = struct.unpack_from("<Q", head, _HEADER.size)[0] if len(head) > 44 else -1
             fits = numbers == width * rows and size == _HEADER.size + 8 + 4 * numbers
             if _FLAT[kind] != metric or not fits:
-                raise self._broken("its header does not go with its size")
+                raise self.broken("its header does not go with its size")
 
     def _check(self, width: int, rows: int, metric: int) -> None:
         of = self._manifest
         if (width, rows) != (of.embedding.width, of.counts.rows):
             known = f"the index has {of.counts.rows} of {of.embedding.width}"
-            raise self._broken(f"holds {rows} vectors of width {width}; {known}")
+            raise self.broken(f"holds {rows} vectors of width {width}; {known}")
         if metric != metric_code(of.metric):
-            raise self._broken(f"was not made for the metric {of.metric}")
+            raise self.broken(f"was not made for the metric {of.metric}")
 
-    def _broken(self, what: str) -> IndexFormatError:
-        return broken(self._root, self._entry.file, what, REBUILD)
+    def broken(self, what: str) -> IndexFormatError:
+        """Return the error about the file, and how it is made again."""
+        return broken(self._root, self.entry.file, what, REBUILD)
 
 
 def metric_code(metric: str) -> int:

@@ -27,7 +27,7 @@ from .arrays import (
     wrong_values,
 )
 from .encoding import Encoding, TopM, from_spec
-from .manifest import FileEntry, LayerEntry, Manifest, PartEntry
+from .manifest import LayerEntry, Manifest, PartEntry
 
 if TYPE_CHECKING:
     from .reader import Index
@@ -133,23 +133,22 @@ class StringTable:
 
     def __init__(self, blob: np.ndarray, offsets: np.ndarray, where: Path) -> None:
         self.blob, self.offsets, self.where = blob, offsets, where
+        self._view = blob.data  # sliced sooner than an array
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def raw(self, row: int) -> bytes:
         """Return the string's bytes."""
-        start, stop = int(self.offsets[row]), int(self.offsets[row + 1])
-        if not start <= stop <= len(self.blob):
-            raise self._outside()
-        return self.blob[start:stop].tobytes()
+        return self._between(int(self.offsets[row]), int(self.offsets[row + 1]))
 
     def take(self, rows: np.ndarray) -> list[str]:
         """Return some rows `[n]`."""
         first, last = int(rows[0]), int(rows[-1])
         if len(rows) > 1 and last - first == len(rows) - 1 and bool((np.diff(rows) == 1).all()):
             return self.tolist(first, last + 1)  # a run is decoded from one piece of the blob
-        return [self.raw(row).decode("utf-8", "replace") for row in rows.tolist()]
+        bounds = zip(self.offsets[rows].tolist(), self.offsets[rows + 1].tolist(), strict=True)
+        return [self._between(*ends).decode("utf-8", "replace") for ends in bounds]
 
     def tolist(self, start: int = 0, stop: int | None = None) -> list[str]:
         """Return rows start .. stop at once, faster than one by one."""
@@ -160,6 +159,11 @@ class StringTable:
         blob = self.blob[first : int(offsets[-1])].tobytes()
         bounds = (offsets.astype(np.int64) - first).tolist()
         return [blob[a:b].decode("utf-8", "replace") for a, b in pairwise(bounds)]
+
+    def _between(self, start: int, stop: int) -> bytes:
+        if not start <= stop <= len(self.blob):
+            raise self._outside()
+        return bytes(self._view[start:stop])
 
     def _outside(self) -> IndexFormatError:
         return IndexFormatError(
@@ -282,20 +286,15 @@ def map_fitted(root: Path, manifest: Manifest) -> dict[str, np.ndarray]:
         known = match and (match[1] is None or int(match[1]) < len(manifest.layers))
         if not match or not known or match[3] != SUFFIXES[entry.dtype]:
             raise broken(root, place, "is no file of the fitted folder")
-        if match[1] is None and not _fits(match[2], entry, width):
+        # What belongs to the whole index and is compared with its embeddings; others are free.
+        rows = {"embedding_mean": (width,), "probe_embedding": (width,)}
+        rows["probe_pooled"] = (max(1, entry.shape[0]),)
+        fits = entry.dtype.startswith("float") and entry.shape == rows.get(match[2])
+        if match[1] is None and match[2] in rows and not fits:
             what = f"holds {entry.dtype} {list(entry.shape)}, which is no {match[2]}"
             raise broken(root, place, what)
         arrays[name] = map_array(root, place, entry)
     return arrays
-
-
-def _fits(name: str, entry: FileEntry, width: int) -> bool:
-    # What belongs to the whole index and is compared with its embeddings; other arrays are free.
-    if name not in ("embedding_mean", "probe_embedding", "probe_pooled"):
-        return True
-    one_row = len(entry.shape) == 1 and entry.shape[0] > 0
-    fits = one_row if name == "probe_pooled" else entry.shape == (width,)
-    return fits and entry.dtype.startswith("float")
 
 
 def fitted_of(files: Mapping[str, np.ndarray], stem: str = "") -> dict[str, np.ndarray]:

@@ -8,8 +8,8 @@ import numpy as np
 
 from .._checks import LARGEST, as_numbers, check_vectors, whole
 from ..errors import InputError
-from .arrays import ArrayLike, blocks, broken
-from .faiss_files import REBUILD, metric_code, parameters, threads
+from .arrays import ArrayLike, blocks
+from .faiss_files import metric_code, parameters, threads
 from .rows import IndexRows
 
 if TYPE_CHECKING:
@@ -178,7 +178,12 @@ def _proposed(
         _, rows = loaded.search(queries[todo], fetch, params=options)
         wider = max(fetch - found.shape[1], 0)
         found = np.pad(found, ((0, 0), (0, wider)), constant_values=-1)
-        found[todo] = _only_live(index, rows)
+        if rows.size and rows.max() >= index.n_rows and index.faiss_file is not None:
+            raise index.faiss_file.broken("returns rows out of range")
+        if len(index.tombstones):
+            alive = index.live(np.maximum(rows, 0).reshape(-1)).reshape(rows.shape)
+            rows = np.where(alive & (rows >= 0), rows, -1)
+        found[todo] = rows
         todo = np.flatnonzero((found >= 0).sum(axis=1) < k)
         if fetch == index.n_rows:
             break
@@ -232,16 +237,6 @@ def _knn(embeddings: ArrayLike, queries: np.ndarray, fetch: int, kind: int) -> n
             scores = np.take_along_axis(scores, best, axis=1)
             positions = np.take_along_axis(positions, best, axis=1)
     return positions
-
-
-def _only_live(index: "Index", rows: np.ndarray) -> np.ndarray:
-    if rows.size and rows.max() >= index.n_rows and index.manifest.faiss:
-        file = index.manifest.faiss.file
-        raise broken(index.path, file, "returns rows out of range", REBUILD)
-    if not len(index.tombstones):
-        return rows
-    alive = index.live(np.maximum(rows, 0).reshape(-1)).reshape(rows.shape)
-    return np.where(alive & (rows >= 0), rows, -1)
 
 
 # A query's neighbors: searched, or those that another search engine named

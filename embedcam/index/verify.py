@@ -73,7 +73,11 @@ def verify_open(
         "the checksum of every file": _checksums(index, progress),
         "embeddings: finite, and of unit length where promised": embeddings,
         "weights: finite, channels distinct and in range": _weights(index),
-        "ids, paths and labels: offsets, UTF-8, order": _strings(index),
+        "ids, paths and labels: offsets, UTF-8, order": (
+            broken(index.path, f"{part.directory}/{name}", what)
+            for part in index.parts
+            for name, what in _wrong_strings(part)
+        ),
         "tombstones: rising and in range": (),  # seen when the index was opened
         "ids: not empty, unique among live images": _unique(index),
         "FAISS: size, width, metric, and distances of a sample": _faiss(index),
@@ -132,8 +136,8 @@ def _differing(
 def _checksums(index: Index, progress: Progress | None) -> Iterator[IndexFormatError]:
     contents: dict[str, np.ndarray | int] = {**_mapped(index)}
     faiss = index.faiss_file
-    if index.manifest.faiss is not None and faiss is not None and faiss.descriptor is not None:
-        contents[index.manifest.faiss.file] = faiss.descriptor
+    if faiss is not None and faiss.descriptor is not None:
+        contents[faiss.entry.file] = faiss.descriptor
     total, done = sum(index.manifest.files[name].bytes for name in contents), 0
 
     def tell(count: int) -> None:
@@ -160,12 +164,6 @@ def _values(index: Index, *columns: Column) -> Iterator[IndexFormatError]:
                 where = f"in rows from {start} on, " if start else ""
                 yield broken(index.path, f"{part.directory}/{column.file}", where + what)
                 break
-
-
-def _strings(index: Index) -> Iterator[IndexFormatError]:
-    for part in index.parts:
-        for name, what in _wrong_strings(part):
-            yield broken(index.path, f"{part.directory}/{name}", what)
 
 
 def _wrong_strings(part: Part) -> Iterator[tuple[str, str]]:
@@ -236,8 +234,7 @@ def _unique(index: Index) -> Iterator[IndexFormatError]:
 
 
 def _faiss(index: Index) -> Iterator[IndexFormatError]:
-    entry = index.manifest.faiss
-    if entry is None or index.faiss_file is None:
+    if index.faiss_file is None:
         return
     loaded = index.faiss_file.read()
     if not index.n_rows:
@@ -247,7 +244,7 @@ def _faiss(index: Index) -> Iterator[IndexFormatError]:
     scores, positions = loaded.search(queries, 1)
     nearest = positions[:, 0]
     if nearest.max() >= index.n_rows:
-        yield broken(index.path, entry.file, "returns rows out of range", REBUILD)
+        yield index.faiss_file.broken("returns rows out of range")
         return
     if type(loaded).__name__ not in _EXACT:
         return
@@ -259,4 +256,4 @@ def _faiss(index: Index) -> Iterator[IndexFormatError]:
     # FAISS expands |a - b|^2 in float32: its error scales with the vectors, not with the distance.
     scale = (asked**2).sum(axis=1) + (near**2).sum(axis=1)
     if (np.abs(scores[hit, 0] - true) > 1e-4 * scale + 1e-30).any():
-        yield broken(index.path, entry.file, "was made from other embeddings", REBUILD)
+        yield index.faiss_file.broken("was made from other embeddings")

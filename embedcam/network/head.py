@@ -6,9 +6,7 @@ replaced by random activations and the embedding and its derivatives are compare
 dropout or second linear layer behind the pooling needs no special case: all are folded into W.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import torch
@@ -152,30 +150,21 @@ def pooled_vjp(runner: Runner, kind: HeadKind, pooled: Images, cotangents: Image
             return c.clone()
         if kind.affine:
             return c @ kind.weight(c.device).to(c.dtype)
-        with runner.precision():
-            every = c.clone() if c.ndim == 3 else c.clone()[:, None]
-            gradient = _replay_vjp(partial(_replayed, runner, layout), p.clone(), every)
-        return gradient if c.ndim == 3 else gradient[:, 0]
-
-
-def _replay_vjp(replay: Callable[[Tensor], Tensor], pooled: Tensor, cotangents: Tensor) -> Tensor:
-    """Return dy/dp `[B S K]` of a head behind the pooling, p `[B K]`, dy/dz `[B S D]`."""
-    images, triplets, width = cotangents.shape
-    rows = pooled.repeat_interleave(triplets, dim=0)
-    flat = cotangents.reshape(-1, width)
-    step = max(1, _CHUNK_NUMBERS // max(pooled.shape[1], width))
-    gradients = torch.zeros_like(rows)
-    with torch.enable_grad():
-        for start in range(0, len(rows), step):
-            part = rows[start : start + step].detach().clone().requires_grad_()
-            # A clone is handed on: the head may begin with an in-place unit.
-            z = replay(part.clone())
-            c = flat[start : start + step]
-            back = derivatives(z, [part], c, "the pooling", keep=False)[0]
-            if back is None:
-                raise unreachable("the pooling")
-            gradients[start : start + step] = back
-    return gradients.reshape(images, triplets, -1)
+        triplets = c.shape[1] if c.ndim == 3 else 1
+        rows = p.clone().repeat_interleave(triplets, dim=0)
+        flat = c.clone().reshape(-1, c.shape[-1])
+        step = max(1, _CHUNK_NUMBERS // max(rows.shape[1], flat.shape[1]))
+        gradients = []
+        with runner.precision(), torch.enable_grad():
+            for part, back in zip(torch.split(rows, step), torch.split(flat, step), strict=True):
+                leaf = part.clone().requires_grad_()
+                # A clone is handed on: the head may begin with an in-place unit.
+                z = _replayed(runner, layout, leaf.clone())
+                (gradient,) = derivatives(z, [leaf], back, "the pooling", keep=False)
+                if gradient is None:
+                    raise unreachable("the pooling")
+                gradients.append(gradient)
+        return torch.cat(gradients).reshape(*c.shape[:-1], -1)
 
 
 # What a head is

@@ -413,15 +413,10 @@ def _from_timm(name: str, weights: PathLike, head: PathLike, sides: Sides, seed:
 
 def _timm_preprocess(config: dict[str, Any]) -> Preprocess:
     _, height, width = config["input_size"]
-    crop = config.get("crop_mode", "center") == "center"
-    return Preprocess(
-        size=(height, width),
-        resize="crop" if crop else "squash",
-        resize_to=int(min(height, width) / config["crop_pct"]) if crop else None,
-        interpolation=config["interpolation"],
-        mean=config["mean"],
-        std=config["std"],
-    )
+    look = (config["interpolation"], config["mean"], config["std"])
+    if config.get("crop_mode", "center") != "center":
+        return Preprocess((height, width), "squash", None, *look)
+    return Preprocess((height, width), "crop", int(min(height, width) / config["crop_pct"]), *look)
 
 
 # A function of the user's

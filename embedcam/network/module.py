@@ -110,7 +110,7 @@ def refuse_training(modules: Sequence[nn.Module]) -> None:
             if part.training:
                 raise NetworkError(
                     f"{name} ({type(part).__name__}) is in training mode, where batch norm and "
-                    "dropout make each embedding depend on the others; call .eval() on the network"
+                    "dropout make each embedding depend on the others; call .eval() on it"
                 )
 
 

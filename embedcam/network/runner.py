@@ -5,7 +5,6 @@ The only file that registers hooks, and the one that calls the user's code.
 
 import math
 import threading
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -410,11 +409,12 @@ class Runner:
         """Run once, hooked: z `[batch D]`, what `keep` kept of each layer, their order."""
         layers = layers or [(self.layer, self.part)]
         kept: dict[str, Tensor] = {}
-        calls, thread = Counter[str](), threading.get_ident()
+        calls: list[str] = []
+        handles, thread = [], threading.get_ident()
 
         def take(name: str, output: Output) -> Output:
-            calls[name] += 1
-            if calls[name] > 1:
+            calls.append(name)
+            if name in kept:
                 return output
             raw = first_tensor(output, name)
             kept[name], onward = keep(raw)
@@ -431,20 +431,23 @@ class Runner:
                 self.plain_dtype = raw.dtype if isinstance(raw, Tensor) else None
             output = run_part(head, "head", take(self.layer, raw))
         else:
-            with ExitStack() as stack:
-                stack.enter_context(self.lock)
-                for name, part in layers:
-                    stack.enter_context(part.register_forward_hook(hook(name)))
-                output = run_part(self.module, "network", images.clone())
+            with self.lock:
+                try:
+                    for name, part in layers:
+                        handles.append(part.register_forward_hook(hook(name)))
+                    output = run_part(self.module, "network", images.clone())
+                finally:
+                    for handle in handles:
+                        handle.remove()
         for name, _ in layers:
-            if not calls[name]:
+            if name not in kept:
                 raise NetworkError(
                     f"layer {name!r} is never called in a forward; choose one that is, or give "
                     "the network as two functions with EmbeddingNetwork.from_parts"
                 )
-            if calls[name] > 1:
+            if (times := calls.count(name)) > 1:
                 raise NetworkError(
-                    f"layer {name!r} is called {calls[name]} times in one forward, so its output "
+                    f"layer {name!r} is called {times} times in one forward, so its output "
                     "is not one thing; choose a layer called once, such as the block around it"
                 )
         z, order = at_least_single(choose_embedding(output, self.output, batch)), list(kept)

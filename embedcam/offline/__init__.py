@@ -5,8 +5,9 @@ the index's folder), and a merge (reductions, encoding, calibrations, one commit
 any moment goes on where it stopped.
 """
 
-from .build import SCRATCH_GB, add_images, build_index, calibrate_index, indexed_images
+from .build import add_images, build_index, calibrate_index, indexed_images
 from .features import build_from_features
+from .plan import SCRATCH_GB
 from .report import BuildReport, Changes
 
 __all__ = [

@@ -2,31 +2,29 @@
 
 import json
 import os
-import shutil
 import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
-from .._files import (
-    UNFINISHED,
-    NotPlain,
-    is_folder,
-    make_folder,
-    read_regular,
-    remove_tree,
-    sync_folder,
-    written,
-)
+from .. import _files
 from ..errors import InputError
 
 _KEY = "key.json"
 _COMMIT = "promise.json"
 _LISTING = "arrays.json"
 _MOST = 16 << 20
+
+
+class _Entry(TypedDict):
+    """What the listing of a chunk says of an array."""
+
+    dtype: str
+    shape: list[int]
+    crc32: int
 
 
 class Checkpoint:
@@ -39,37 +37,34 @@ class Checkpoint:
     def __init__(self, path: Path, key: str) -> None:
         self.path, self.key = path, key
         try:
-            if is_folder(path) and self._stored_key() != key:
-                remove_tree(path)
-        except NotPlain as error:
+            if _files.is_folder(path) and _value_of(path, _KEY, "key") != key:
+                _files.remove_tree(path)
+        except _files.NotPlain as error:
             raise InputError(
                 f"{path}: {error}, and unfinished work is kept there; delete it and run the same "
                 "command again"
             ) from error
-        make_folder(path)
-        if self._stored_key() != key:
+        _files.make_folder(path)
+        if _value_of(path, _KEY, "key") != key:
             _write_text(path / _KEY, json.dumps({"key": key}))
-        for leftover in path.glob(f"*{UNFINISHED}"):
+        for leftover in path.glob(f"*{_files.UNFINISHED}"):
             if leftover.is_dir() and not leftover.is_symlink():
-                remove_tree(leftover)
+                _files.remove_tree(leftover)
             else:
                 leftover.unlink()
 
     def write(self, stage: str, chunk: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Keep the arrays of a chunk; they become visible all at once."""
         folder = self._folder(stage, chunk)
-        remove_tree(folder)
-        unfinished = folder.with_suffix(UNFINISHED)
+        _files.remove_tree(folder)
+        unfinished = folder.with_suffix(_files.UNFINISHED)
         unfinished.mkdir()
-        listing = {}
+        listing: dict[str, _Entry] = {}
         for name, array in arrays.items():
             array = np.ascontiguousarray(array)
             (unfinished / f"{name}.bin").write_bytes(_bytes_of(array))
-            listing[name] = {
-                "dtype": array.dtype.str,
-                "shape": list(array.shape),
-                "crc32": zlib.crc32(_bytes_of(array)),
-            }
+            crc32 = zlib.crc32(_bytes_of(array))
+            listing[name] = {"dtype": array.dtype.str, "shape": [*array.shape], "crc32": crc32}
         _write_text(unfinished / _LISTING, json.dumps([listing, _crc_of(listing)]))
         os.replace(unfinished, folder)
 
@@ -90,11 +85,9 @@ class Checkpoint:
             return False
         with suppress(OSError, ValueError):
             listing, arrays = _read_listing(folder), self.read(stage, chunk)
-            if all(
-                zlib.crc32(_bytes_of(arrays[name])) == listing[name]["crc32"] for name in arrays
-            ):
+            if all(zlib.crc32(_bytes_of(arrays[n])) == one["crc32"] for n, one in listing.items()):
                 return True
-        remove_tree(folder)
+        _files.remove_tree(folder)
         return False
 
     def array(self, name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -115,61 +108,54 @@ class Checkpoint:
 
     def mark_commit(self, job: str, generation: int) -> None:
         """Note durably, just before it happens, that this job becomes that generation."""
-        with written(self.path / _COMMIT) as file:
+        with _files.written(self.path / _COMMIT) as file:
             file.write(json.dumps({"job": job, "generation": generation}).encode())
-        sync_folder(self.path.parent)
-
-    def free_bytes(self) -> int:
-        """Return the free space where the folder lies."""
-        return shutil.disk_usage(self.path).free
+        _files.sync_folder(self.path.parent)
 
     def _folder(self, stage: str, chunk: int) -> Path:
         return self.path / f"{stage}-{chunk:07d}"
 
-    def _stored_key(self) -> str | None:
-        try:
-            return str(_read_json(self.path, _KEY)["key"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
 
 def finished_job(path: Path, generation: int) -> str | None:
     """Return the job of a checkpoint that became that generation and then was killed, or None."""
-    try:
-        marker = _read_json(path, _COMMIT)
-        return str(marker["job"]) if marker["generation"] == generation else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    same = _value_of(path, _COMMIT, "generation") == generation
+    return str(_value_of(path, _COMMIT, "job")) if same else None
 
 
 def remove_checkpoint(path: Path) -> None:
     """Delete a checkpoint, the commit marker last, so that a kill loses no trace."""
     with suppress(OSError):
-        remove_tree(path, last=_COMMIT)
+        _files.remove_tree(path, last=_COMMIT)
 
 
-def _read_json(folder: Path, name: str) -> Any:
-    """Return what a file says, which may be hostile; raise OSError or ValueError."""
+def _read(folder: Path, name: str) -> bytes:
+    """Return the bytes of a file, which may be hostile; raise OSError or ValueError."""
     try:
-        is_folder(folder)
-        return json.loads(read_regular(folder, name, _MOST))
-    except NotPlain as error:
+        _files.is_folder(folder)
+        return _files.read_regular(folder, name, _MOST)
+    except _files.NotPlain as error:
         raise ValueError(str(error)) from error
 
 
-def _open(path: Path, entry: Mapping[str, Any]) -> np.ndarray:
+def _value_of(folder: Path, name: str, key: str) -> str | int | None:
+    """Return what a JSON file says under a key; None where it cannot be read."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        value: str | int = json.loads(_read(folder, name))[key]
+        return value
+    return None
+
+
+def _open(path: Path, entry: _Entry) -> np.ndarray:
     dtype, shape = np.dtype(entry["dtype"]), tuple(int(side) for side in entry["shape"])
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if path.stat().st_size != size:
         raise InputError(f"{path.name}: {path.stat().st_size} bytes where {size} were written")
-    if size == 0:
-        return np.empty(shape, dtype)
-    return np.memmap(path, dtype, "r", shape=shape)
+    return np.memmap(path, dtype, "r", shape=shape) if size else np.empty(shape, dtype)
 
 
-def _read_listing(folder: Path) -> dict[str, Any]:
+def _read_listing(folder: Path) -> dict[str, _Entry]:
     with suppress(ValueError, TypeError):
-        listing, crc = _read_json(folder, _LISTING)
+        listing, crc = json.loads(_read(folder, _LISTING))
         if _crc_of(listing) == crc:
             return dict(listing)
     raise InputError(f"{folder / _LISTING}: was altered; run the same command again")

@@ -1,6 +1,6 @@
 """The cotangent of each anchor under a recipe: from cached embeddings alone, no forward pass."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,15 +18,7 @@ from ..targets import (
     whitening,
     with_own,
 )
-from .triplets import (
-    Classes,
-    NearestOthers,
-    Triplets,
-    TripletSampler,
-    active,
-    check_given,
-    label_codes,
-)
+from .triplets import Classes, NearestOthers, TripletSampler, active, check_given, label_codes
 
 _BLOCK = 1 << 14
 
@@ -82,93 +74,67 @@ class AnchorCotangents:
         given: np.ndarray | None = None,
     ) -> None:
         self.recipe, self.embeddings, self.mean = recipe, embeddings, mean
-        self._of: Callable[[np.ndarray], Cotangents]
+        self._given, target = given, recipe.resolved_target
         # Sums of the whitened cotangents over the images of each shared label, `[L D]`.
         self._label_sums: np.ndarray | None = None
-        target = recipe.resolved_target
         if (given is not None) != (recipe.sampling == "given" and target == "margin"):
             raise InputError(
                 "an array of triplets goes with target 'margin' and sampling 'given', and with "
                 "nothing else; give both or neither"
             )
-        if target == "centred":
-            self._of = self._centred
-        elif given is not None:
+        if given is not None:
             # All of them, once: a look at every triplet for every batch would take hours.
             check_given(given, len(embeddings))
-            self._pairs, self._of = given, self._of_given
-        else:
-            self.sampler = TripletSampler(
-                embeddings,
-                labels,
-                NearestOthers(embeddings),
-                sampling=recipe.resolved_sampling,
-                n_triplets=recipe.n_triplets,
-                margin=recipe.margin,
-                seed=recipe.seed,
-                positives=recipe.positives,
-                negatives=recipe.negatives,
-            )
-            if target in WHITENED:
-                self._of = self._whitened
-            elif recipe.resolved_sampling == "all":
-                self._of = self._of_all
-            else:
-                self._of = lambda anchors: self._of_triplets(self.sampler.draw(anchors))
+        elif target != "centred":
+            self.sampler = TripletSampler(embeddings, labels, NearestOthers(embeddings), recipe)
 
     def of(self, anchors: np.ndarray) -> Cotangents:
         """Return the cotangents of the anchors at positions `[a]`."""
-        return self._of(np.asarray(anchors, np.int64))
+        anchors, target = np.asarray(anchors, np.int64), self.recipe.resolved_target
+        if target == "centred":
+            values = centred_cotangent(np.asarray(self.embeddings[anchors]), self.mean)
+            return Cotangents(values, None, np.ones(len(anchors), np.int64))
+        if self._given is not None:
+            return self._of_pairs(anchors, np.asarray(self._given[anchors], np.int64))
+        if target in WHITENED:
+            return self._whitened(anchors)
+        if self.recipe.resolved_sampling == "all":
+            difference, counts = self.sampler.mean_difference(anchors)
+            return Cotangents(2 * difference, None, counts)
+        return self._of_pairs(anchors, self.sampler.draw(anchors))
 
-    def _centred(self, anchors: np.ndarray) -> Cotangents:
-        values = centred_cotangent(np.asarray(self.embeddings[anchors]), self.mean)
-        return Cotangents(values, None, np.ones(len(anchors), np.int64))
-
-    def _of_all(self, anchors: np.ndarray) -> Cotangents:
-        difference, counts = self.sampler.mean_difference(anchors)
-        return Cotangents(2 * difference, None, counts)
-
-    def _of_given(self, anchors: np.ndarray) -> Cotangents:
-        pairs = np.asarray(self._pairs[anchors], np.int64)
-        return self._of_triplets(Triplets(anchors, pairs[..., 0], pairs[..., 1]))
-
-    def _of_triplets(self, triplets: Triplets) -> Cotangents:
-        used = np.ones(triplets.positives.shape, bool)
+    def _of_pairs(self, anchors: np.ndarray, pairs: np.ndarray) -> Cotangents:
+        used = np.ones(pairs.shape[:2], bool)
         if self.recipe.hinge:
-            used = active(triplets, self.embeddings, self.recipe.margin)
+            used = active(anchors, pairs, self.embeddings, self.recipe.margin)
         counts = used.sum(1)
-        positives = np.asarray(self.embeddings[triplets.positives])
-        negatives = np.asarray(self.embeddings[triplets.negatives])
+        positives, negatives = (np.asarray(self.embeddings[pairs[..., side]]) for side in (0, 1))
         if self.recipe.per_triplet:
             return Cotangents(margin_cotangent(positives, negatives), used, counts)
         share = (used / np.maximum(counts, 1)[:, None]).astype(positives.dtype)[:, None]
-        return Cotangents(
-            margin_cotangent((share @ positives)[:, 0], (share @ negatives)[:, 0]), None, counts
-        )
+        means = (share @ positives)[:, 0], (share @ negatives)[:, 0]
+        return Cotangents(margin_cotangent(*means), None, counts)
 
     def _whitened(self, anchors: np.ndarray) -> Cotangents:
         counts = np.empty(len(anchors), np.int64)
         values = np.empty((len(anchors), self.embeddings.shape[1]))
         labelled = self.sampler.labelled(anchors)
-        if labelled.any():
-            values[labelled], counts[labelled] = self._of_labels(anchors[labelled])
-        alone = self._amounts(labelled=False)
-        values[~labelled], counts[~labelled] = self._margins(anchors[~labelled], alone)
-        if self.recipe.resolved_target == "distinctive":
-            centred = centred_cotangent(np.asarray(self.embeddings[anchors]), self.mean)
-            for of_label in (True, False):
-                rows = labelled == of_label
-                share = self._amounts(labelled=of_label).own
-                values[rows] = with_own(values[rows], centred[rows], share)
+        for shared in np.unique(labelled):
+            rows, amounts = labelled == shared, self._amounts(labelled=bool(shared))
+            places, of = anchors[rows], self._of_labels if shared else self._margins
+            values[rows], counts[rows] = of(places, amounts)
+            if self.recipe.resolved_target == "distinctive":
+                centred = centred_cotangent(np.asarray(self.embeddings[places]), self.mean)
+                values[rows] = with_own(values[rows], centred, amounts.own)
         return Cotangents(values.astype(np.float32), None, counts)
 
-    def _of_labels(self, anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _of_labels(self, anchors: np.ndarray, amounts: Whitened) -> tuple[np.ndarray, np.ndarray]:
         """Return what images of each anchor's label share, `[a D]`, and of how many triplets."""
         classes = self.sampler.groups
         if not isinstance(classes, Classes):
-            return self._margins(anchors, self._amounts(labelled=True))
+            return self._margins(anchors, amounts)
         if self._label_sums is None:
-            amounts, width = self._amounts(labelled=True), self.embeddings.shape[1]
+            width = self.embeddings.shape[1]
             self._label_sums = classes.sums(lambda some: self._margins(some, amounts)[0], width)
         codes = classes.codes[anchors]
         means = self._label_sums[classes.shared[codes]] / classes.sizes[codes][:, None]

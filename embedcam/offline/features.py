@@ -1,6 +1,6 @@
 """An index from embeddings and pooled activations that already exist; no image is read."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +17,11 @@ from ..network.checkpoints import read_affine
 from ..recipe.recipe import Recipe
 from .cotangents import AnchorCotangents, coded_labels
 from .match import calibrate_match
-from .merge import header, layer_entry, make_encoding, sample_places
+from .merge import MOST_COUNTED, SAMPLE, encode_rows, header, layer_entry, make_encoding, plain
 from .plan import check_amounts, disk_errors, warn_of_norm
 from .report import BuildReport, Stages, report_of
 from .strategies import POOLED_METHODS, HeadCodes, PooledClosedForm, is_exact
+from .triplets import sample_of
 
 BLOCK = 1024
 AGREEMENT = 1e-3
@@ -38,8 +39,7 @@ class AffineHead:
 
     def output(self, pooled: np.ndarray) -> np.ndarray:
         """Return z `[n D]` of pooled activations `[n K]`."""
-        z: np.ndarray = pooled @ self.matrix.T
-        return z if self.bias is None else z + self.bias
+        return np.asarray(pooled @ self.matrix.T + (0 if self.bias is None else self.bias))
 
     def pooled_vjp(self, pooled: Tensor, cotangents: Tensor) -> Tensor:
         """Return dy/dp, which is W^T dy/dz wherever it is asked for."""
@@ -117,8 +117,7 @@ def build_from_features(
             "head that leads from one to the other"
         )
     head = head or AffineHead(np.eye(n_channels, dtype=np.float32))
-    z = _checked_output(head, embeddings, pooled)
-    embeddings, lengths = _agreeing(embeddings, z, normalize)
+    embeddings, lengths = _agreeing(head, embeddings, pooled, normalize)
     positive = _positive(recipe, pooled, positive_pooled)
     names = [str(one) for one in (range(n) if ids is None else ids)]
     kept_labels: list[str | None] = [None] * n if labels is None else list(labels)
@@ -133,16 +132,10 @@ def build_from_features(
         shared |= identity.arrays()
     codes = coded_labels(recipe, kept_labels, names)
     anchors = AnchorCotangents(recipe, embeddings, codes, mean, triplets)
-    exact, processor = is_exact(recipe, head.matrix, normalize), torch.device("cpu")
-    strategy = PooledClosedForm(recipe, normalize, processor, head)
-    if exact:
-        strategy = HeadCodes(recipe, normalize, processor, head, head.matrix, mixed=True)
-    arrays = {
-        "embedding": embeddings,
-        "length": lengths,
-        "pooled": pooled,
-        "positive_pooled": positive,
-    }
+    exact, of = is_exact(recipe, head.matrix, normalize), (recipe, normalize, torch.device("cpu"))
+    strategy = HeadCodes(*of, head, head.matrix) if exact else PooledClosedForm(*of, head)
+    arrays = {"embedding": embeddings, "length": lengths}
+    arrays |= {"pooled": pooled, "positive_pooled": positive}
 
     def weights(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         cotangents, rows = anchors.of(places), slice(0, len(places))
@@ -151,30 +144,25 @@ def build_from_features(
         return weighed["weights"], cotangents.counts
 
     def sample() -> np.ndarray:
-        places = sample_places(n, recipe.seed)
-        blocks = range(0, len(places), BLOCK)
-        return np.concatenate([weights(places[start : start + BLOCK])[0] for start in blocks])
+        places = sample_of(n, recipe.seed, SAMPLE)
+        return np.concatenate([weights(some)[0] for some in _blocks(places)])
 
     matrix = head.matrix if exact else None
     encoding = make_encoding(recipe, matrix, grid, mean, normalize, sample, n_channels)
     fields = {name: np.empty((n, *f.shape), f.dtype) for name, f in encoding.fields.items()}
     counts, stages = np.empty(n, np.uint32), Stages(progress)
     with stages("weights", n) as progressed:
-        for start in range(0, n, BLOCK):
-            places = np.arange(start, min(start + BLOCK, n))
+        for places in _blocks(np.arange(n)):
             values, used = weights(places)
-            n_positions = grid[0] * grid[1]
-            rows, _ = strategy.encode(encoding, values, embeddings[places], mean, n_positions)
+            rows, _ = encode_rows(encoding, values, embeddings[places], mean, grid)
             for name, stored in rows.items():
                 fields[name][places] = stored
-            counts[places] = np.minimum(used, np.iinfo(np.uint32).max)
+            counts[places] = np.minimum(used, MOST_COUNTED)
             progressed(len(places))
     part = PartData(names, kept_labels, [""] * n, embeddings, counts, [fields], [None])
     entry = layer_entry(layer, grid, encoding, None)
     about = header(recipe, described, None, width, normalize, [entry], given=triplets)
-    about["match_calibration"] = calibrate_match(
-        embeddings, kept_labels, recipe.metric, recipe.seed, recipe.near
-    )
+    about["match_calibration"] = plain(calibrate_match(embeddings, kept_labels, recipe))
     with stages("write"), disk_errors(path):
         create(path, about, [encoding.fitted], shared, part, replace=replace)
     return report_of(path, recipe, kept_labels, codes, counts, stages)
@@ -183,14 +171,11 @@ def build_from_features(
 def read_array(path: str | Path) -> np.ndarray:
     """Read an array from a `.npy` file, memory-mapped; never unpickled."""
     try:
-        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-        return array
+        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
     except FileNotFoundError as error:
         raise InputError(f"{path}: there is no such file; give a .npy array") from error
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(
-            f"{path}: not a .npy array of numbers; save one with numpy.save"
-        ) from error
+        raise InputError(f"{path}: not a .npy array of numbers; use numpy.save") from error
 
 
 def read_head(path: str | Path) -> AffineHead:
@@ -198,6 +183,10 @@ def read_head(path: str | Path) -> AffineHead:
     affine = read_affine(path, None)
     bias = None if affine.bias is None else affine.bias.detach().numpy()
     return AffineHead(affine.weight.detach().numpy(), bias)
+
+
+def _blocks(places: np.ndarray) -> Iterator[np.ndarray]:
+    return (places[start : start + BLOCK] for start in range(0, len(places), BLOCK))
 
 
 def _matrix(name: str, values: np.ndarray) -> np.ndarray:
@@ -215,9 +204,22 @@ def _check_numbers(name: str, values: np.ndarray) -> None:
 
 
 def _agreeing(
-    embeddings: np.ndarray, z: np.ndarray, normalize: bool
+    head: AffineHead, embeddings: np.ndarray, pooled: np.ndarray, normalize: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return f `[N D]` and |z| `[N]` of embeddings that are what the head makes, z `[N D]`."""
+    """Return f `[N D]` and |z| `[N]` of embeddings that are what the head makes."""
+    expected = (embeddings.shape[1], pooled.shape[1])
+    bias = expected[:1] if head.bias is None else head.bias.shape
+    if head.matrix.shape != expected or bias != expected[:1] or len(embeddings) != len(pooled):
+        raise InputError(
+            f"{len(embeddings)} embeddings of {expected[0]} numbers, {len(pooled)} pooled vectors "
+            f"of {expected[1]} and a head {list(head.matrix.shape)} do not fit together"
+        )
+    _check_numbers("the head's matrix", head.matrix)
+    if head.bias is not None:
+        _check_numbers("the head's bias", head.bias[None])
+    with np.errstate(over="ignore", invalid="ignore"):
+        z = head.output(pooled).astype(np.float32)
+    _check_numbers("what the head makes of the pooled vectors", z)
     lengths, norms = np.linalg.norm(z, axis=1), np.linalg.norm(embeddings, axis=1)
     if normalize:
         if not (np.minimum(lengths, norms) > 0).all():
@@ -226,10 +228,10 @@ def _agreeing(
         z = z / lengths[:, None]
         if (np.abs(norms - 1) > UNIT).any():
             embeddings = embeddings / norms[:, None]
-    expected = np.linalg.norm(z, axis=1)
+    sizes = np.linalg.norm(z, axis=1)
     # Relative to each, but near 0 an embedding is all rounding.
-    least = 1e-3 * expected.max() + 1e-30
-    off = np.linalg.norm(z - embeddings, axis=1) / np.maximum(expected, least)
+    least = 1e-3 * sizes.max() + 1e-30
+    off = np.linalg.norm(z - embeddings, axis=1) / np.maximum(sizes, least)
     if off.max() > AGREEMENT:
         worst = int(off.argmax())
         raise InputError(
@@ -268,39 +270,19 @@ def _identity(
     return identity
 
 
-def _checked_output(head: AffineHead, embeddings: np.ndarray, pooled: np.ndarray) -> np.ndarray:
-    """Return z `[N D]` as the head makes it."""
-    expected = (embeddings.shape[1], pooled.shape[1])
-    bias = expected[:1] if head.bias is None else head.bias.shape
-    if head.matrix.shape != expected or bias != expected[:1] or len(embeddings) != len(pooled):
-        raise InputError(
-            f"{len(embeddings)} embeddings of {expected[0]} numbers, {len(pooled)} pooled vectors "
-            f"of {expected[1]} and a head {list(head.matrix.shape)} do not fit together"
-        )
-    _check_numbers("the head's matrix", head.matrix)
-    if head.bias is not None:
-        _check_numbers("the head's bias", head.bias[None])
-    with np.errstate(over="ignore", invalid="ignore"):
-        z = head.output(pooled).astype(np.float32)
-    _check_numbers("what the head makes of the pooled vectors", z)
-    return z
-
-
 def _positive(recipe: Recipe, pooled: np.ndarray, given: np.ndarray | None) -> np.ndarray:
     """Return the mean of max(A, 0), `[N K]`, where the method needs it."""
     if recipe.method != "gradcam++":
         return pooled
-    if given is not None:
-        positive = _matrix("positive_pooled", given)
-        if positive.shape != pooled.shape or positive.min() < 0:
-            raise InputError(
-                f"positive_pooled is {list(positive.shape)}, its least value {positive.min():.3g}; "
-                f"expected means of max(A, 0), {list(pooled.shape)} and not negative"
-            )
-        return positive
-    if pooled.min() < 0:
+    if given is None and pooled.min() < 0:
         raise RecipeError(
             "some pooled activations are negative, so the mean of the positive ones is not known; "
             "give positive_pooled, or use method 'gradcam'"
         )
-    return pooled
+    positive = pooled if given is None else _matrix("positive_pooled", given)
+    if positive.shape != pooled.shape or positive.min() < 0:
+        raise InputError(
+            f"positive_pooled is {list(positive.shape)}, its least value {positive.min():.3g}; "
+            f"expected means of max(A, 0), {list(pooled.shape)} and not negative"
+        )
+    return positive

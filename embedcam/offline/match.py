@@ -4,7 +4,6 @@ Needs embeddings and labels alone, no pictures and no network; see `embedcam.mat
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -12,6 +11,8 @@ from ..images.number_labels import Reach, Values, number_of
 from ..index.arrays import ArrayLike
 from ..index.calibration import TEN, MatchCalibration, alike, match_evidence
 from ..index.search import nearest, without_itself
+from ..recipe.recipe import Recipe
+from .triplets import sample_of
 
 LEAST_MATCH = 20
 """Images from which match is fitted; fewer say nothing that holds elsewhere."""
@@ -22,23 +23,17 @@ _FAR = 0.95
 
 
 def calibrate_match(
-    embeddings: ArrayLike,
-    labels: Sequence[str | None],
-    metric: str = "l2",
-    seed: int = 0,
-    near: float | None = None,
-) -> dict[str, Any] | None:
-    """Fit match for "one" result and for "several", as a manifest keeps them; None of too few.
-
-    With `near` labels are numbers, alike where as near in value as this share of the images.
-    """
+    embeddings: ArrayLike, labels: Sequence[str | None], recipe: Recipe
+) -> dict[str, MatchCalibration] | None:
+    """Fit match for "one" result and for "several"; None of too few."""
     total = embeddings.shape[0]
     if total < LEAST_MATCH:
         return None
-    rows = np.sort(np.random.default_rng(seed).permutation(total)[:SAMPLE])
-    neighbors = without_itself(nearest(embeddings, embeddings[rows], TEN + 1, metric), rows)
+    rows = sample_of(total, recipe.seed, SAMPLE)
+    found = nearest(embeddings, embeddings[rows], TEN + 1, recipe.metric)
+    neighbors = without_itself(found, rows)
     others = list(zip(neighbors.positions, neighbors.distances, strict=True))
-    reach = _reach(labels, near)
+    reach = _reach(labels, recipe.near)
     nearest_apart = np.array([apart[0] for _, apart in others])
     # Knots: squared distances, and the share of the images whose nearest is as far or farther.
     knots = np.unique(np.quantile(nearest_apart, np.linspace(0, 1, _KNOTS)))
@@ -56,7 +51,7 @@ def calibrate_match(
         fitted = fit_logistic(np.array(evidence), np.array(right)) if enough else ((), (), (), 0.0)
         calibrations[name] = MatchCalibration(
             *fitted, tuple(knots.tolist()), shares, far, count, len(rows), *reach
-        ).to_dict()
+        )
     return calibrations
 
 

@@ -1,6 +1,6 @@
 """From the finished chunks of a plan to an index: embeddings, encoding, stored maps, header."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,32 +10,40 @@ import numpy as np
 import torch
 
 from ..errors import InputError
-from ..images.progress import Advance
+from ..images import Item
 from ..images.sources import relative_path
 from ..index import Index, PartData
+from ..index.calibration import Calibration, MatchCalibration
 from ..index.encoding import Dense, Encoding, LowRank, TopM, fit_pca
 from ..recipe.recipe import Recipe
+from .cotangents import AnchorCotangents, coded_labels
 from .plan import Plan
 from .shard import map_chunk
 from .strategies import HeadCodes, is_derived, weights_of_layer
-from .triplets import pairs_digest
+from .triplets import pairs_digest, sample_of
 from .trust import View, calibrate_trust, forwarded, in_closed_form, trust_rows
 
 SAMPLE, NUMBERS = 2048, 1 << 25
 """Weights that a basis is fitted on, at most: images, and numbers in all (but `rank` images)."""
+MOST_COUNTED = np.iinfo(np.uint32).max
 _BLOCK, _VIEWED = 1 << 14, 64
+_NO_ROWS = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
 class EmbeddedImages:
     """What the embedding pass gave.
 
-    `positions` `[n]` are places in the source of the images that could be used, `embeddings`
-    `[N D]` of the images in the index already, then theirs; `skipped` (id, reason) of the others.
+    `positions` `[n]` are places in the source of the images that could be used, which are `items`,
+    `embeddings` `[N D]` and `codes` of labels `[N]` of the images in the index already, then
+    theirs, `mean` `[D]` of those of the first build; `skipped` (id, reason) of the others.
     """
 
     positions: np.ndarray
+    items: list[Item]
     embeddings: np.ndarray
+    mean: np.ndarray
+    codes: np.ndarray | None
     skipped: list[tuple[str, str]]
     n_cropped: int
 
@@ -50,9 +58,9 @@ class EmbeddedImages:
         return self.embeddings[self.n_before :]
 
 
-def gather(plan: Plan, index: Index | None, live: np.ndarray) -> EmbeddedImages:
+def gather(plan: Plan, index: Index | None = None, live: np.ndarray = _NO_ROWS) -> EmbeddedImages:
     """Collect the chunks of the embedding pass behind the index's `live` rows."""
-    chunks, skipped = range(plan.n_chunks), plan.skipped()
+    chunks, skipped = plan.chunks, plan.skipped()
     positions = np.concatenate([plan.embedded(chunk) for chunk in chunks])
     if not len(positions):
         first = skipped[0][1]
@@ -60,25 +68,46 @@ def gather(plan: Plan, index: Index | None, live: np.ndarray) -> EmbeddedImages:
     new = plan.columns("embed", "embedding")
     shape = (len(live) + len(positions), new[0].shape[1])
     embeddings = plan.checkpoint.array("embeddings", "float32", shape)
-    if index is not None:
+    np.concatenate(new, out=embeddings[len(live) :])
+    items = [plan.source.items[position] for position in positions]
+    labels, names = [item.label for item in items], [item.id for item in items]
+    if index is None:
+        mean = embeddings.mean(axis=0, dtype=np.float64).astype(np.float32)
+    else:
+        mean, before = index.fitted("embedding_mean"), index.select(live)
+        labels, names = [*before.labels, *labels], [*before.ids, *names]
         for start in range(0, len(live), _BLOCK):
             rows = live[start : start + _BLOCK]
             embeddings[start : start + len(rows)] = index.embeddings(rows)
-    np.concatenate(new, out=embeddings[len(live) :])
+    codes = coded_labels(plan.recipe, labels, names)
     n_cropped = sum(int(plan.checkpoint.column("embed", c, "cropped")[0]) for c in chunks)
-    return EmbeddedImages(positions, embeddings, skipped, n_cropped)
+    return EmbeddedImages(positions, items, embeddings, mean, codes, skipped, n_cropped)
+
+
+def anchors_of(plan: Plan, embedded: EmbeddedImages, given: np.ndarray | None) -> AnchorCotangents:
+    """Return the cotangents of all images; triplets that are given are places in the source."""
+    if given is not None and embedded.skipped:
+        places = np.full(len(plan.source), -1)
+        places[embedded.positions] = np.arange(len(embedded.positions))
+        given = places[np.asarray(given)[embedded.positions]]
+        if (lost := (given < 0).any((1, 2))).any():
+            raise InputError(
+                f"the triplets of image {embedded.items[lost.argmax()].id!r} name an image that "
+                "could not be read (skipped: "
+                f"{', '.join(repr(name) for name, _ in embedded.skipped[:3])}); give it others"
+            )
+    return AnchorCotangents(plan.recipe, embedded.embeddings, embedded.codes, embedded.mean, given)
 
 
 def fit_encodings(plan: Plan, mean: np.ndarray) -> list[Encoding]:
     """Return the encoding of each layer of a new index, fitted where it has something to fit."""
-    strategy, normalize = plan.strategy, plan.network.normalize
+    strategy, grid = plan.strategy, grid_of(plan)
     matrix = strategy.matrix if isinstance(strategy, HeadCodes) else None
     encodings = []
     for name in map(weights_of_layer, range(max(1, len(strategy.layers)))):
-        width = plan.columns("weights", name)[0].shape[1]
-        sample = partial(_sample, plan, name)
-        grid = grid_of(plan)
-        encodings.append(make_encoding(plan.recipe, matrix, grid, mean, normalize, sample, width))
+        width, sample = plan.columns("weights", name)[0].shape[1], partial(_sample, plan, name)
+        of = (plan.recipe, matrix, grid, mean, plan.network.normalize, sample, width)
+        encodings.append(make_encoding(*of))
     return encodings
 
 
@@ -108,33 +137,45 @@ def make_encoding(
     return TopM(n_channels, recipe.m, recipe.by, recipe.dtype)
 
 
-def sample_places(n: int, seed: int, most: int = SAMPLE) -> np.ndarray:
-    """Draw which of n weight vectors a basis is fitted on: all, or a seeded sample, in order."""
-    return np.sort(np.random.default_rng(seed).permutation(n)[:most])
-
-
 def _sample(plan: Plan, name: str) -> np.ndarray:
     """Return weights of a seeded sample of the images, `[n ...]`, of the layer of that name."""
     arrays = plan.columns("weights", name)
     starts = np.cumsum([0, *map(len, arrays)])
     most = max(plan.recipe.rank, min(SAMPLE, NUMBERS // arrays[0][0].size))
-    places = sample_places(int(starts[-1]), plan.recipe.seed, most)
+    places = sample_of(int(starts[-1]), plan.recipe.seed, most)
     owner = np.searchsorted(starts, places, side="right") - 1
     return np.concatenate([array[places[owner == c] - starts[c]] for c, array in enumerate(arrays)])
+
+
+def encode_rows(
+    encoding: Encoding,
+    weights: np.ndarray,
+    embeddings: np.ndarray,
+    mean: np.ndarray,
+    grid: tuple[int, int],
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Return rows of the encoding's fields, and what they say multiplies cached activations.
+
+    In the head's own matrix W `weights` are dy/dz, which multiply W A.
+    """
+    if not isinstance(encoding, LowRank) or encoding.origin != "head":
+        rows = encoding.encode(weights)
+        return rows, encoding.decode(rows)
+    rows = encoding.encode_codes(weights)
+    codes = embeddings - mean if encoding.uses_embedding else encoding.stored_codes(rows)
+    return rows, codes / (grid[0] * grid[1])
 
 
 def encode(
     plan: Plan,
     encodings: Sequence[Encoding],
     embedded: EmbeddedImages,
-    mean: np.ndarray,
     with_maps: bool,
     root: Path | None,
 ) -> PartData:
     """Return the images of the chunks as one part of an index; paths are relative to `root`."""
-    n, strategy = len(embedded.positions), plan.strategy
+    n, grid, items = len(embedded.positions), grid_of(plan), embedded.items
     marks = np.concatenate(plan.columns("embed", "marks"))
-    items = [plan.source.items[position] for position in embedded.positions]
     fields = [
         {
             name: plan.checkpoint.array(f"{name}{number or ''}", field.dtype, (n, *field.shape))
@@ -143,8 +184,7 @@ def encode(
         for number, encoding in enumerate(encodings)
     ]
     counts, scales = np.zeros(n, np.uint32), np.zeros(n, np.float32)
-    grid = grid_of(plan)
-    map_shape = (n, *strategy.map_grid(grid))
+    map_shape = (n, *plan.strategy.map_grid(grid))
     maps = plan.checkpoint.array("maps", "uint8", map_shape) if with_maps else None
     done = 0
     for chunk in plan.filled():
@@ -153,13 +193,11 @@ def encode(
         factors = []
         for number, encoding in enumerate(encodings):
             weights = np.asarray(arrays[weights_of_layer(number)])
-            encoded, multiplier = strategy.encode(
-                encoding, weights, embedded.new[rows], mean, grid[0] * grid[1]
-            )
-            factors.append(multiplier)
-            for name, values in encoded.items():
+            own = encode_rows(encoding, weights, embedded.new[rows], embedded.mean, grid)
+            factors.append(own[1])
+            for name, values in own[0].items():
                 fields[number][name][rows] = values
-        counts[rows] = np.minimum(arrays["counts"], np.iinfo(np.uint32).max)
+        counts[rows] = np.minimum(arrays["counts"], MOST_COUNTED)
         if maps is not None:
             maps[rows], scales[rows] = map_chunk(plan, chunk, factors[0])
         done = rows.stop
@@ -192,17 +230,13 @@ def grid_of(plan: Plan) -> tuple[int, int]:
             f"the layer's grid differs between images ({listed}); use a preprocessing that gives "
             "every image the same size"
         )
-    height, width = grids.pop()
+    ((height, width),) = grids
     return height, width
 
 
 def calibrate_build(
-    plan: Plan,
-    encodings: Sequence[Encoding],
-    embedded: EmbeddedImages,
-    part: PartData,
-    progressed: Advance,
-) -> dict[str, Any] | None:
+    plan: Plan, encodings: Sequence[Encoding], embedded: EmbeddedImages, part: PartData
+) -> dict[str, Calibration] | None:
     """Calibrate trust for a new index, with the activations that its build cached."""
     rows = trust_rows(len(part), plan.recipe, plan.network)
 
@@ -210,23 +244,15 @@ def calibrate_build(
         stored = {name: np.asarray(array)[chosen] for name, array in part.fields[layer].items()}
         return {**stored, "embedding": embedded.new[chosen]}
 
-    return calibrate_trust(
-        plan.recipe,
-        plan.network,
-        encodings,
-        fields,
-        embedded.new,
-        part.labels,
-        rows,
-        _views(plan, embedded, rows),
-        progressed,
-    )
+    with plan.stages("trust", len(rows)) as progressed:
+        of = (plan.recipe, plan.network, encodings, fields, embedded.new, part.labels, rows)
+        return calibrate_trust(*of, _views(plan, embedded, rows), progressed)
 
 
 def _views(plan: Plan, embedded: EmbeddedImages, rows: np.ndarray) -> Iterator[View]:
     """Yield views of the rows from cached activations, or where these are missing by a forward."""
     closed, strategy, first = in_closed_form(plan.recipe, plan.network), plan.strategy, 0
-    for chunk in range(plan.n_chunks):
+    for chunk in plan.chunks:
         n = len(plan.embedded(chunk))
         chosen = rows[(rows >= first) & (rows < first + n)] - first
         if len(chosen):
@@ -257,6 +283,8 @@ def header(
 ) -> dict[str, Any]:
     """Return what the manifest of a new index says (index/README.md); `files` is a digest."""
     images = {"root": None if root is None else str(root.resolve()), "files_sha256": files}
+    centred, sampling = recipe.resolved_target == "centred", recipe.resolved_sampling
+    n_drawn = recipe.n_triplets if given is None else given.shape[1]
     return {
         "recipe": recipe.resolved.to_dict(),
         "network": network,
@@ -267,9 +295,26 @@ def header(
         "method": recipe.method,
         "target": recipe.resolved_target,
         "norm": recipe.norm,
-        "triplets": _evidence(recipe, given),
+        "triplets": {
+            "sampling": "none" if centred else sampling,
+            # 0 says that none were drawn.
+            "count": 0 if centred or sampling == "all" else n_drawn,
+            "hinge": recipe.hinge,
+            "margin": recipe.margin,
+            "seed": recipe.seed,
+            **({} if given is None else {"sha256": pairs_digest(given)}),
+        },
         "layers": layers,
     }
+
+
+def plain(
+    calibrations: Mapping[str, Calibration | MatchCalibration] | None,
+) -> dict[str, dict[str, Any]] | None:
+    """Return calibrations by name as a manifest keeps them."""
+    if calibrations is None:
+        return None
+    return {name: one.to_dict() for name, one in calibrations.items()}
 
 
 def layer_entry(
@@ -284,17 +329,3 @@ def layer_entry(
         "encoding": encoding.spec(),
         "coarse_grid": None if coarse is None else list(coarse),
     }
-
-
-def _evidence(recipe: Recipe, given: np.ndarray | None) -> dict[str, Any]:
-    """Return the triplets behind the weights; a count of 0 says that none were drawn."""
-    centred, sampling = recipe.resolved_target == "centred", recipe.resolved_sampling
-    n_drawn = recipe.n_triplets if given is None else given.shape[1]
-    about = {
-        "sampling": "none" if centred else sampling,
-        "count": 0 if centred or sampling == "all" else n_drawn,
-        "hinge": recipe.hinge,
-        "margin": recipe.margin,
-        "seed": recipe.seed,
-    }
-    return about if given is None else {**about, "sha256": pairs_digest(given)}

@@ -3,12 +3,14 @@
 import errno
 import hashlib
 import json
+import logging
+import shutil
 import warnings
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,9 +29,14 @@ from ..recipe.registry import PositionMethod
 from ..targets import Direction
 from .checkpoint import Checkpoint
 from .cotangents import AnchorCotangents, coded_labels
-from .strategies import POOLED_METHODS, Layers, Strategy
+from .report import Stages
+from .strategies import POOLED_METHODS, Strategy
 from .trust import LEAST
 
+log = logging.getLogger(__name__)
+
+SCRATCH_GB = 50.0
+"""Activations cached between the passes, at most; beyond it stored maps cost one more forward."""
 CHUNK = 256
 """Images a chunk, at least; a kill loses at most one chunk of work."""
 _CHUNKS = 3
@@ -47,7 +54,7 @@ _DISK_ERRORS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """One build's inputs, and the checkpoint that keeps its unfinished work.
+    """One build's inputs, the checkpoint that keeps its unfinished work, and what shows progress.
 
     `on_unreadable` is "fail" or "skip"; `workers` threads decode images.
     """
@@ -57,14 +64,15 @@ class Plan:
     recipe: Recipe
     strategy: Strategy
     checkpoint: Checkpoint
+    stages: Stages
     batch_size: int
     workers: int | None
     on_unreadable: str
 
     @property
-    def n_chunks(self) -> int:
+    def chunks(self) -> range:
         """Chunks of the whole source."""
-        return -(-len(self.source) // chunk_size(self.batch_size, self.recipe.method))
+        return range(-(-len(self.source) // chunk_size(self.batch_size, self.recipe.method)))
 
     def positions(self, chunk: int) -> np.ndarray:
         """Return places in the source of a chunk's images."""
@@ -75,15 +83,9 @@ class Plan:
         self, positions: np.ndarray, *, marked: bool = False
     ) -> Generator[Batch, None, None]:
         """Load batches of images at these places in the source, `marked` with their files'."""
-        return load_batches(
-            self.source,
-            positions,
-            self.network.require_preprocess(),
-            self.batch_size,
-            workers=self.workers,
-            on_error="fail" if self.on_unreadable == "fail" else "skip",
-            marked=marked,
-        )
+        of = (self.source, positions, self.network.require_preprocess(), self.batch_size)
+        on_error: Literal["fail", "skip"] = "fail" if self.on_unreadable == "fail" else "skip"
+        return load_batches(*of, workers=self.workers, on_error=on_error, marked=marked)
 
     def embedded(self, chunk: int) -> np.ndarray:
         """Return places in the source of a finished chunk's images that could be embedded."""
@@ -96,7 +98,7 @@ class Plan:
 
     def skipped(self) -> list[tuple[str, str]]:
         """Return (id, reason) of all images that cannot be read or embedded."""
-        return [one for chunk in range(self.n_chunks) for one in self.unusable(chunk)]
+        return [one for chunk in self.chunks for one in self.unusable(chunk)]
 
     def columns(self, stage: str, name: str) -> list[np.ndarray]:
         """Return one array of every chunk in which at least one image could be embedded."""
@@ -104,12 +106,30 @@ class Plan:
 
     def filled(self) -> list[int]:
         """Return the chunks in which at least one image could be embedded."""
-        return [chunk for chunk in range(self.n_chunks) if len(self.embedded(chunk))]
+        return [chunk for chunk in self.chunks if len(self.embedded(chunk))]
 
 
 def chunk_size(batch_size: int, method: str) -> int:
     """Return images a chunk: whole batches, so that resuming repeats them; one of slow methods."""
     return batch_size if method not in POOLED_METHODS else -(-CHUNK // batch_size) * batch_size
+
+
+def cache_within(plan: Plan, gigabytes: float) -> None:
+    """Have activations for stored maps cached, where they take at most so much."""
+    strategy = plan.strategy
+    if not gigabytes or strategy.layers:  # several layers make stored maps along with their weights
+        return
+    probe = strategy.cached(plan.network.forward(plan.network.probe_images()).activations)
+    needed = 2 * probe["activations"].size * len(plan.source)
+    strategy.caches = needed <= min(
+        gigabytes * 1e9, 0.8 * shutil.disk_usage(plan.checkpoint.path).free
+    )
+    if not strategy.caches:
+        log.warning(
+            "keeping the activations of all images would take %.1f GB, more than allowed; the "
+            "images' own maps take one more forward pass instead",
+            needed / 1e9,
+        )
 
 
 def job_digest(
@@ -118,7 +138,7 @@ def job_digest(
     source: ImageSource,
     files: list[str],
     batch_size: int,
-    *choices: Any,
+    *choices: int | str | np.ndarray | None,
 ) -> str:
     """Return a digest of everything the chunks of a job depend on."""
     digest = hashlib.sha256(recipe.resolved.digest().encode())
@@ -152,15 +172,6 @@ def check_options(
         reasons = (source.refused(position) for position in range(len(source)))
         if reason := next((reason for reason in reasons if reason is not None), None):
             raise ImageError(reason)
-
-
-def check_norm(recipe: Recipe, network: EmbeddingNetwork) -> None:
-    """Refuse norm "around" for a module that normalises by itself."""
-    if recipe.norm == "around" and network.already_normalized:
-        raise RecipeError(
-            "norm 'around' needs the embedding before its L2 norm, and this module normalises its "
-            "output itself; use norm 'through', or a module that returns the vector before the norm"
-        )
 
 
 def warn_of_norm(recipe: Recipe, normalize: bool, stacklevel: int) -> None:
@@ -212,8 +223,13 @@ def head_note(recipe: Recipe, network: EmbeddingNetwork) -> str | None:
     )
 
 
-def check_method(recipe: Recipe, network: EmbeddingNetwork) -> None:
+def check_method(recipe: Recipe, network: EmbeddingNetwork, width: int) -> None:
     """Refuse a method, or options, that this network cannot do, before any image is embedded."""
+    if recipe.norm == "around" and network.already_normalized:
+        raise RecipeError(
+            "norm 'around' needs the embedding before its L2 norm, and this module normalises its "
+            "output itself; use norm 'through', or a module that returns the vector before the norm"
+        )
     if isinstance(recipe.entry, PositionMethod) and network.head_kind.pooled:
         raise RecipeError(
             f"behind average pooling {recipe.entry.title} is Grad-CAM, whose weights belong to "
@@ -225,43 +241,21 @@ def check_method(recipe: Recipe, network: EmbeddingNetwork) -> None:
         options["layers"] = list(recipe.layers)
     if recipe.fill != "mean":
         fill_like(inputs[0], recipe.fill, network.preprocess)
-    runs = recipe.method == "cam" or recipe.entry.trained
-    width = network.forward(inputs).embedding.shape[1] if runs else 1
-    kind = Subject if runs else _Rehearsal
-    with kind(network, inputs, Direction(np.zeros(width))) as subject, suppress(_FirstPass):
+
+    def ran(_: int) -> None:
+        # After its first pass a method has checked its options: a thousand are not for that.
+        if recipe.method != "cam" and not recipe.entry.trained:
+            raise _FirstPass
+
+    with (
+        suppress(_FirstPass),
+        Subject(network, inputs, Direction(np.zeros(width)), progress=ran) as subject,
+    ):
         run_method(subject, recipe.entry, **options)
 
 
 class _FirstPass(Exception):  # noqa: N818 - an event, caught above
-    """A method asks for its first pass: by then it has checked its options."""
-
-
-class _Rehearsal(Subject):
-    """A subject that runs nothing: a thousand passes are not for checking options."""
-
-    def _refuse(self, *_: Any, **__: Any) -> Any:
-        raise _FirstPass
-
-    features = property(_refuse)
-    head = property(_refuse)
-    differentiate = several = scores = _refuse
-
-
-def layers_of(network: EmbeddingNetwork, recipe: Recipe) -> Layers:
-    """Return names and grids of a recipe's layers, the deepest, the network's own, first."""
-    if not recipe.layers:
-        return ()
-    run = network.run_several(network.probe_images(), recipe.layers, differentiable=False)
-    order = sorted(range(len(run.names)), key=lambda place: -run.depth[place])
-    layers = tuple((run.names[place], run.layouts[place].grid) for place in order)
-    deepest = layers[0][0]
-    if deepest != network.layer:
-        raise RecipeError(
-            f"the deepest of layers = {list(recipe.layers)!r} is {deepest!r}, and the network "
-            f"explains {network.layer!r}; name that one as the deepest, or load the network with "
-            f"layer {deepest!r}"
-        )
-    return layers
+    """A method has made its first pass."""
 
 
 def files_digest(fingerprints: Sequence[str]) -> str:
@@ -272,7 +266,6 @@ def files_digest(fingerprints: Sequence[str]) -> str:
 def same_index(
     index: Index,
     recipe: Recipe,
-    identity: Identity,
     source: ImageSource,
     files: Sequence[str],
     own_maps: bool,
@@ -284,19 +277,36 @@ def same_index(
 
     `files` are fingerprints of the source's images, `given` the digest of the user's own triplets.
     """
-    manifest = index.manifest
-    unusable = _unusable(source, set(index.ids[index.live_positions()]), network)
-    enough, calibrated = manifest.fit.images >= LEAST, manifest.trust_calibration is not None
+    manifest, live = index.manifest, index.live_positions()
+    unusable = _unusable(source, set(index.ids[live]), network)
+    identity, enough = network.identity().to_dict(), manifest.fit.images >= LEAST
+    calibrated = manifest.trust_calibration is not None
     checks = {
         "recipe": manifest.recipe_sha256 == recipe.resolved.digest(),
-        "network": index.identity is not None and index.identity.to_dict() == identity.to_dict(),
+        "network": index.identity is not None and index.identity.to_dict() == identity,
         "choice of own maps": (manifest.layers[0].coarse_grid is not None) == own_maps,
         "choice of trust": calibrated == (trust and enough),
         "array of given triplets": manifest.triplets.sha256 == given,
     }
     differs = [what for what, same in checks.items() if not same]
     words = [f"another {' and '.join(differs)}"] if differs else []
-    words += _other_images(index, source, files, unusable)
+    counts = manifest.counts
+    added = counts.added_after_fit
+    removed = manifest.fit.images - (counts.live - added)
+    changes = [f"{n:,} {how} since" for n, how in ((added, "added"), (removed, "removed")) if n]
+    places = [place for place in range(len(source)) if place not in (unusable or {})]
+    items = [source.items[place] for place in places]
+    listed = list(zip(index.ids[live], index.paths[live], strict=True))
+    if changes:
+        words.append(f"another list of images ({', '.join(changes)})")
+    elif unusable is None or [(item.id, item.path) for item in items] != listed:
+        words.append("another list of images")
+    else:
+        if [item.label for item in items] != list(index.labels[live]):
+            words.append("other labels")
+        stored = manifest.images.files_sha256 if manifest.images else None
+        if stored not in (None, files_digest([files[place] for place in places])):
+            words.append("image files changed since")
     if words:
         raise InputError(
             f"{index.path} holds a finished index with {', and with '.join(words)}; choose "
@@ -305,40 +315,14 @@ def same_index(
     return list((unusable or {}).values())
 
 
-def _other_images(
-    index: Index,
-    source: ImageSource,
-    files: Sequence[str],
-    unusable: Mapping[int, tuple[str, str]] | None,
-) -> list[str]:
-    """Return how the images of an index differ from those of a source that can be used."""
-    counts, live = index.manifest.counts, index.live_positions()
-    added = counts.added_after_fit
-    removed = index.manifest.fit.images - (counts.live - added)
-    changes = [f"{n:,} {how} since" for n, how in ((added, "added"), (removed, "removed")) if n]
-    if changes:
-        return [f"another list of images ({', '.join(changes)})"]
-    places = [place for place in range(len(source)) if place not in (unusable or {})]
-    items = [source.items[place] for place in places]
-    listed = list(zip(index.ids[live], index.paths[live], strict=True))
-    if unusable is None or [(item.id, item.path) for item in items] != listed:
-        return ["another list of images"]
-    relabelled = [item.label for item in items] != list(index.labels[live])
-    stored = index.manifest.images.files_sha256 if index.manifest.images else None
-    changed = stored is not None and stored != files_digest([files[place] for place in places])
-    return ["other labels"] * relabelled + ["image files changed since"] * changed
-
-
 def _unusable(
     source: ImageSource, known: set[str], network: EmbeddingNetwork
 ) -> dict[int, tuple[str, str]] | None:
     """Return (id, reason) of images not known, by place; None if one of them can be used."""
     places = [place for place, item in enumerate(source.items) if item.id not in known]
     unusable: dict[int, tuple[str, str]] = {}
-    batches = load_batches(
-        source, places, network.require_preprocess(), 1, workers=0, on_error="skip"
-    )
-    with closing(batches):
+    of = (source, places, network.require_preprocess(), 1)
+    with closing(load_batches(*of, workers=0, on_error="skip")) as batches:
         for read in batches:
             batch, _ = embed(read, source, network.forward, "skip")
             if len(batch):

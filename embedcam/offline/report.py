@@ -21,6 +21,7 @@ from ..render import Table, drawn_blocks
 from .triplets import alone
 
 _SHOWN = 10
+_REDO = "redo the index with --refit (replace=True)"
 
 
 @dataclass(frozen=True)
@@ -194,25 +195,34 @@ def changes_since(
     rows = index.select(index.live_positions())
     listed = zip(rows.ids, rows.paths, rows.labels, rows.marks, strict=True)
     known = {name: (path, label, mark) for name, path, label, mark in listed}
+    n_indexed, bare = len(known), all(label is None for label in rows.labels)
     new, changed, places, n_unmarked = list[str](), list[str](), list[int](), 0
     for place, item in enumerate(source.items):
         progressed(1)
-        if item.id not in known:
-            new.append(item.id)
+        path, label, mark = known.pop(item.id, ("", None, None))
+        state = "new" if mark is None else source.state(place, mark)
+        if mark is not None and (path, label) != (item.path, item.label):
+            state = "changed"
+        n_unmarked += state is None
+        if state not in ("same", None):
+            (new if state == "new" else changed).append(item.id)
             places.append(place)
-            continue
-        path, label, mark = known.pop(item.id)
-        state = source.state(place, mark)
-        if (path, label) != (item.path, item.label) or state not in ("same", None):
-            changed.append(item.id)
-            places.append(place)
-        else:
-            n_unmarked += state is None
     # Absolute paths are of images that were added from elsewhere, which are left alone.
     left = [(name, path) for name, (path, _, _) in known.items() if path]
     vanished = [name for name, path in left if not Path(path).is_absolute()]
     n_known = len(source) - len(new)
-    _check_alike(index, source, n_known, len(changed))
+    if n_indexed and not n_known:
+        raise InputError(
+            f"{index.path}: none of its {n_indexed:,} images is among the {len(source):,} given; "
+            f"give the whole collection, or {_REDO} if it is to be replaced"
+        )
+    unlabelled = all(label is None for label in source.labels)
+    if n_known and len(changed) == n_known and bare != unlabelled:
+        has, come = ("no labels", "with labels") if bare else ("labels", "without")
+        raise InputError(
+            f"{index.path}: has {has}, and the images given come {come}; give the labels "
+            f"(--labels) that it was built with, or {_REDO} if it is to be replaced"
+        )
     return Changes(new, changed, vanished, n_known - len(changed), n_unmarked), places
 
 
@@ -231,23 +241,6 @@ def _check_root(index: Index, source: ImageSource) -> None:
     if root != stored:
         raise InputError(
             f"{index.path}: was built from {stored}, and {root} is given; update it from there, "
-            "add images of another folder without --update (update=True), or redo the index with "
-            "--refit (replace=True) where its images were moved"
-        )
-
-
-def _check_alike(index: Index, source: ImageSource, n_known: int, n_changed: int) -> None:
-    """Refuse a list that would replace all that the index holds."""
-    instead = "redo the index with --refit (replace=True) if it is to be replaced"
-    if len(index) and not n_known:
-        raise InputError(
-            f"{index.path}: none of its {len(index):,} images is among the {len(source):,} given; "
-            f"give the whole collection, or {instead}"
-        )
-    bare = all(label is None for label in index.labels[index.live_positions()])
-    if n_known and n_changed == n_known and bare != all(label is None for label in source.labels):
-        has, come = ("no labels", "with labels") if bare else ("labels", "without")
-        raise InputError(
-            f"{index.path}: has {has}, and the images given come {come}; give the labels "
-            f"(--labels) that it was built with, or {instead}"
+            f"add images of another folder without --update (update=True), or {_REDO} where its "
+            "images were moved"
         )

@@ -9,13 +9,13 @@ import json
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from typing import Any
 
 import numpy as np
 
 from ..errors import EmbeddingError, ImageError
 from ..images import Batch, embed
 from ..images.progress import Advance
+from ..preprocess import AnyPreprocess, Preprocess
 from .cotangents import AnchorCotangents
 from .plan import Plan
 from .strategies import maps_of, stored_maps, to_numpy
@@ -26,26 +26,26 @@ CROPPED = 0.25
 """Share of a picture from which on a build says that the crop leaves it out."""
 
 
-def embed_chunks(plan: Plan, progressed: Advance, chunks: range | None = None) -> None:
+def embed_chunks(plan: Plan, chunks: range | None = None) -> None:
     """Write chunks `embed`: positions, marks, embeddings, lengths, what weights need, errors."""
-    chunks = range(plan.n_chunks) if chunks is None else chunks
-    done_chunks = {chunk for chunk in chunks if plan.checkpoint.intact("embed", chunk)}
+    chunks = plan.chunks if chunks is None else chunks
+    sizes = {chunk: len(plan.positions(chunk)) for chunk in chunks}
+    done_chunks = {chunk for chunk in sizes if plan.checkpoint.intact("embed", chunk)}
     if plan.on_unreadable == "fail":  # what an earlier run skipped fails now
         done_chunks = {chunk for chunk in done_chunks if not plan.unusable(chunk)}
-    todo = [chunk for chunk in chunks if chunk not in done_chunks]
-    n_images = sum(len(plan.positions(chunk)) for chunk in chunks)
-    if done := sum(len(plan.positions(chunk)) for chunk in done_chunks):
+    todo = [chunk for chunk in sizes if chunk not in done_chunks]
+    if done := sum(sizes[chunk] for chunk in done_chunks):
+        n_images = sum(sizes.values())
         log.info("going on: %s of %s images are embedded", f"{done:,}", f"{n_images:,}")
-    progressed(done)
-    if not todo:
-        return
-    # One stream over all chunks, so that decoding runs ahead across their borders.
-    places = np.concatenate([plan.positions(chunk) for chunk in todo])
-    with closing(plan.batches(places, marked=True)) as stream:
-        for chunk in todo:
-            n = len(plan.positions(chunk))
-            batches = itertools.islice(stream, -(-n // plan.batch_size))
-            plan.checkpoint.write("embed", chunk, _embed(plan, batches, n, progressed))
+    with plan.stages("embed", sum(sizes.values())) as progressed:
+        progressed(done)
+        # One stream over all chunks, so that decoding runs ahead across their borders.
+        places = np.concatenate([np.empty(0, np.int64), *map(plan.positions, todo)])
+        with closing(plan.batches(places, marked=True)) as stream:
+            for chunk in todo:
+                batches = itertools.islice(stream, -(-sizes[chunk] // plan.batch_size))
+                arrays = _embed(plan, batches, sizes[chunk], progressed)
+                plan.checkpoint.write("embed", chunk, arrays)
 
 
 def _embed(
@@ -82,9 +82,9 @@ def _embed(
     }
 
 
-def _is_cropped(preprocess: Any, width: int, height: int) -> bool:
+def _is_cropped(preprocess: AnyPreprocess | None, width: int, height: int) -> bool:
     """Return whether a centre crop leaves out more than `CROPPED` of a picture."""
-    if getattr(preprocess, "resize", None) != "crop":
+    if not isinstance(preprocess, Preprocess) or preprocess.resize != "crop":
         return False
     x0, y0, x1, y1 = preprocess.extent(int(width), int(height))
     seen = (min(x1, width) - max(x0, 0)) * (min(y1, height) - max(y0, 0))
@@ -92,31 +92,25 @@ def _is_cropped(preprocess: Any, width: int, height: int) -> bool:
 
 
 def weigh_chunks(
-    plan: Plan,
-    anchors: AnchorCotangents,
-    offset: int,
-    progressed: Advance,
-    chunks: range | None = None,
+    plan: Plan, anchors: AnchorCotangents, offset: int, chunks: range | None = None
 ) -> None:
     """Write chunks `weights`: averaged weights, counts of triplets, and cached activations.
 
     `offset` is the place of the first chunk's first image among the anchors' embeddings.
     """
-    chunks = range(plan.n_chunks) if chunks is None else chunks
+    chunks = plan.chunks if chunks is None else chunks
     sizes = {chunk: len(plan.embedded(chunk)) for chunk in chunks}
-    done = {chunk for chunk in chunks if sizes[chunk] and plan.checkpoint.intact("weights", chunk)}
+    done = {chunk for chunk in sizes if sizes[chunk] and plan.checkpoint.intact("weights", chunk)}
+    n_done, n_images = sum(sizes[chunk] for chunk in done), sum(sizes.values())
     if done:
-        n_done, n = sum(sizes[chunk] for chunk in done), sum(sizes.values())
-        log.info("going on: weights of %s of %s images are done", f"{n_done:,}", f"{n:,}")
-    for chunk, n in sizes.items():
-        if n and chunk not in done:
-            places = np.arange(offset, offset + n)
-            plan.checkpoint.write(
-                "weights", chunk, _weigh(plan, chunk, anchors, places, progressed)
-            )
-        else:
-            progressed(n)
-        offset += n
+        log.info("going on: weights of %s of %s images are done", f"{n_done:,}", f"{n_images:,}")
+    with plan.stages("weights", n_images) as progressed:
+        progressed(n_done)
+        for chunk, n in sizes.items():
+            if n and chunk not in done:
+                arrays = _weigh(plan, chunk, anchors, np.arange(offset, offset + n), progressed)
+                plan.checkpoint.write("weights", chunk, arrays)
+            offset += n
 
 
 def _weigh(
@@ -173,24 +167,22 @@ def map_chunk(plan: Plan, chunk: int, factors: np.ndarray) -> tuple[np.ndarray, 
     if plan.strategy.layers:
         arrays = plan.checkpoint.read("weights", chunk, "own", "own_scales")
         return np.asarray(arrays["own"]), np.asarray(arrays["own_scales"])
-    rows = _Buffers(len(factors))
-    for cached in _activations(plan, chunk):
+    arrays, rows = plan.checkpoint.read(plan.strategy.stage, chunk), _Buffers(len(factors))
+    looks: Iterator[dict[str, np.ndarray]]
+    if "activations" in arrays:
+        starts = range(0, len(factors), plan.batch_size)
+        looks = (
+            {name: arrays[name][i : i + plan.batch_size] for name in ("activations", "peaks")}
+            for i in starts
+        )
+    else:
+        forward, again = plan.network.forward, read_again(plan, chunk)
+        looks = (plan.strategy.cached(forward(images).activations) for images in again)
+    for cached in looks:
         some = factors[rows.n_done : rows.n_done + len(cached["peaks"])]
         maps, scales = stored_maps(maps_of(some, cached))
         rows.add({"maps": maps, "scales": scales})
     return rows.arrays()["maps"], rows.arrays()["scales"]
-
-
-def _activations(plan: Plan, chunk: int) -> Iterator[dict[str, np.ndarray]]:
-    """Yield a chunk's cached activations, a batch at a time; by one more forward without."""
-    arrays = plan.checkpoint.read(plan.strategy.stage, chunk)
-    if "activations" not in arrays:
-        for images in read_again(plan, chunk):
-            yield plan.strategy.cached(plan.network.forward(images).activations)
-        return
-    for start in range(0, len(arrays["peaks"]), plan.batch_size):
-        rows = slice(start, start + plan.batch_size)
-        yield {name: arrays[name][rows] for name in ("activations", "peaks")}
 
 
 class _Buffers:

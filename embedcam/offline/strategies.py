@@ -1,8 +1,7 @@
 """How a build finds weights: behind the pooled vector, by the head's derivative, or by the zoo.
 
 A strategy is asked twice: what to keep of a batch's activations as images are embedded, and for
-the weights once all embeddings are known. It also knows how weights become rows of an encoding,
-and what an image's stored map is drawn from.
+the weights once all embeddings are known.
 """
 
 from abc import ABC, abstractmethod
@@ -14,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import RecipeError
 from ..index import quantize_coarse
-from ..index.encoding import Encoding, LowRank
 from ..methods import Subject, inputs_a_pass, run_method
 from ..methods.weights import PooledHead, weights_from_head, weights_from_pooled
 from ..network import EmbeddingNetwork
@@ -56,22 +55,8 @@ class Strategy(ABC):
         return {}
 
     @abstractmethod
-    def weigh(
-        self, images: np.ndarray, embedded: Arrays, rows: slice, cotangents: Cotangents
-    ) -> dict[str, np.ndarray]:
+    def weigh(self, images: np.ndarray, kept: Arrays, rows: slice, along: Cotangents) -> Arrays:
         """Return weights of some rows of an embedded chunk, and cached activations."""
-
-    def encode(
-        self,
-        encoding: Encoding,
-        weights: np.ndarray,
-        embeddings: np.ndarray,
-        mean: np.ndarray,
-        n_positions: int,
-    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Return rows of the encoding's fields, and what they say multiplies cached activations."""
-        rows = encoding.encode(weights)
-        return rows, encoding.decode(rows)
 
     def cached(self, activations: Tensor) -> dict[str, np.ndarray]:
         """Return activations for stored maps, `[B C H W]` in half precision, and peaks `[B]`."""
@@ -85,20 +70,16 @@ class Strategy(ABC):
         """Return the grid of stored maps of a layer `grid`; of several the shallowest decides."""
         return coarse_grid(self.layers[-1][1] if self.layers else grid)
 
-    def _at_head(
-        self, embedded: Arrays, rows: slice, cotangents: Cotangents
-    ) -> tuple[Tensor, Tensor | None]:
+    def _at_head(self, kept: Arrays, rows: slice, c: Cotangents) -> tuple[Tensor, Tensor | None]:
         """Return dy/dz, and which triplets count."""
-        values = head_cotangent(
-            cotangents.values,
-            np.array(embedded["embedding"][rows]),
-            np.array(embedded["length"][rows]),
-            self.recipe.head_norm,
-            self.normalize,
-        )
-        used = None if cotangents.used is None else torch.from_numpy(cotangents.used)
+        f, length = (np.array(kept[name][rows]) for name in ("embedding", "length"))
+        values = head_cotangent(c.values, f, length, self.recipe.head_norm, self.normalize)
         at_head = torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(self.device)
-        return at_head, used if used is None else used.to(self.device)
+        return at_head, None if c.used is None else torch.from_numpy(c.used).to(self.device)
+
+    def _with_cached(self, weights: Tensor, activations: Tensor) -> dict[str, np.ndarray]:
+        cached = self.cached(activations.detach()) if self.caches else {}
+        return {"weights": to_numpy(weights), **cached}
 
 
 @dataclass
@@ -115,20 +96,15 @@ class PooledClosedForm(Strategy):
             arrays["positive_pooled"] = to_numpy(activations.clamp(min=0).mean((-2, -1)))
         return arrays | (self.cached(activations) if self.caches else {})
 
-    def weigh(
-        self, images: np.ndarray, embedded: Arrays, rows: slice, cotangents: Cotangents
-    ) -> dict[str, np.ndarray]:
+    def weigh(self, images: np.ndarray, kept: Arrays, rows: slice, along: Cotangents) -> Arrays:
         """Return weights `[n K]`; no image is looked at."""
-        at_head, used = self._at_head(embedded, rows, cotangents)
+        at_head, used = self._at_head(kept, rows, along)
         pooled, positive = (
-            torch.from_numpy(np.array(embedded[name][rows])).to(self.device)
-            for name in ("pooled", "positive_pooled" if "positive_pooled" in embedded else "pooled")
+            torch.from_numpy(np.array(kept[name][rows])).to(self.device)
+            for name in ("pooled", "positive_pooled" if "positive_pooled" in kept else "pooled")
         )
-        n_positions, method = int(np.prod(embedded["grid"])), self.recipe.method
-        weights = weights_from_pooled(
-            self.head, pooled, positive, at_head, used, n_positions, method
-        )
-        return {"weights": to_numpy(weights)}
+        of = (pooled, positive, at_head, used, int(np.prod(kept["grid"])))
+        return {"weights": to_numpy(weights_from_pooled(self.head, *of, self.recipe.method))}
 
 
 @dataclass
@@ -137,26 +113,9 @@ class HeadCodes(PooledClosedForm):
 
     matrix: np.ndarray
 
-    def weigh(
-        self, images: np.ndarray, embedded: Arrays, rows: slice, cotangents: Cotangents
-    ) -> dict[str, np.ndarray]:
+    def weigh(self, images: np.ndarray, kept: Arrays, rows: slice, along: Cotangents) -> Arrays:
         """Return dy/dz `[n D]`."""
-        return {"weights": to_numpy(self._at_head(embedded, rows, cotangents)[0])}
-
-    def encode(
-        self,
-        encoding: Encoding,
-        weights: np.ndarray,
-        embeddings: np.ndarray,
-        mean: np.ndarray,
-        n_positions: int,
-    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Return rows of codes, and what they say multiplies W A."""
-        if not isinstance(encoding, LowRank):
-            raise TypeError("codes of a head are kept by a low-rank encoding")
-        rows = encoding.encode_codes(weights)
-        codes = embeddings - mean if encoding.uses_embedding else encoding.stored_codes(rows)
-        return rows, codes / n_positions
+        return {"weights": to_numpy(self._at_head(kept, rows, along)[0])}
 
     def cached(self, activations: Tensor) -> dict[str, np.ndarray]:
         """Return W A: a stored map needs the D combinations, not all K channels."""
@@ -172,16 +131,12 @@ class HeadDerivative(Strategy):
 
     network: EmbeddingNetwork
 
-    def weigh(
-        self, images: np.ndarray, embedded: Arrays, rows: slice, cotangents: Cotangents
-    ) -> dict[str, np.ndarray]:
+    def weigh(self, images: np.ndarray, kept: Arrays, rows: slice, along: Cotangents) -> Arrays:
         """Return weights `[n K]`, and cached activations."""
-        at_head, used = self._at_head(embedded, rows, cotangents)
+        at_head, used = self._at_head(kept, rows, along)
         with closing(self.network.head_pass(images)) as head_pass:
             weights = weights_from_head(head_pass, at_head, used, self.recipe.method)
-            activations = head_pass.features.activations.detach()
-        cached = self.cached(activations) if self.caches else {}
-        return {"weights": to_numpy(weights), **cached}
+            return self._with_cached(weights, head_pass.features.activations)
 
 
 @dataclass
@@ -191,29 +146,26 @@ class ZooMethod(Strategy):
     network: EmbeddingNetwork
     batch_size: int
 
-    def weigh(
-        self, images: np.ndarray, embedded: Arrays, rows: slice, cotangents: Cotangents
-    ) -> dict[str, np.ndarray]:
+    def weigh(self, images: np.ndarray, kept: Arrays, rows: slice, along: Cotangents) -> Arrays:
         """Return weights, and cached activations."""
         entry = self.recipe.entry
-        with self._subject(images, cotangents) as subject:
+        with self._subject(images, along) as subject:
             weights = run_method(subject, entry, **self.recipe.method_options).weights
-            activations = subject.activations.detach()
+            activations = subject.activations
         if weights is None:
             raise TypeError(f"{entry.title} has no weights of one layer")
-        cached = self.cached(activations) if self.caches else {}
-        return {"weights": to_numpy(weights), **cached}
+        return self._with_cached(weights, activations)
 
-    def _subject(self, images: np.ndarray, cotangents: Cotangents) -> Subject:
+    def _subject(self, images: np.ndarray, along: Cotangents) -> Subject:
         """Return a batch with its target as one direction an image, or a triplet."""
         # The margin is affine in the anchor's embedding: the mean over triplets is one direction.
-        values = cotangents.values if cotangents.values.ndim == 3 else cotangents.values[:, None]
+        values = along.values if along.values.ndim == 3 else along.values[:, None]
         # A module that normalises itself knows no way but through the norm.
         norm = "through" if self.network.already_normalized else self.recipe.head_norm
         return Subject(
             self.network,
             torch.from_numpy(images).to(self.device),
-            Direction(values, cotangents.used),
+            Direction(values, along.used),
             norm=norm,
             batch_size=inputs_a_pass(self.device, self.batch_size),
             seed=self.recipe.seed % (1 << 63),
@@ -224,36 +176,46 @@ class ZooMethod(Strategy):
 class SeveralLayers(ZooMethod):
     """Weights of each of several layers, and the stored maps they make together."""
 
-    def weigh(
-        self, images: np.ndarray, embedded: Arrays, rows: slice, cotangents: Cotangents
-    ) -> dict[str, np.ndarray]:
+    def weigh(self, images: np.ndarray, kept: Arrays, rows: slice, along: Cotangents) -> Arrays:
         """Return weights by layer, and stored maps."""
         names = [name for name, _ in self.layers]
-        with self._subject(images, cotangents) as subject:
+        with self._subject(images, along) as subject:
             options = self.recipe.method_options
             result = run_method(subject, self.recipe.entry, layers=names, **options)
-        if result.layers is None or result.maps is None:
-            raise TypeError(f"{self.recipe.entry.title} has no weights of several layers")
-        weights = {
-            weights_of_layer(number): to_numpy(result.layers[name])
-            for number, name in enumerate(names)
-        }
-        stored, scales = stored_maps(to_numpy(result.maps.float()))
-        return {**weights, "own": stored, "own_scales": scales}
+        assert result.layers is not None
+        assert result.maps is not None
+        found = {weights_of_layer(n): to_numpy(result.layers[name]) for n, name in enumerate(names)}
+        found["own"], found["own_scales"] = stored_maps(to_numpy(result.maps.float()))
+        return found
 
 
 def strategy_for(
-    network: EmbeddingNetwork, recipe: Recipe, *, exact: bool, layers: Layers, batch_size: int
+    network: EmbeddingNetwork, recipe: Recipe, *, exact: bool, batch_size: int
 ) -> Strategy:
     """Return the strategy of a network and a recipe; `exact` keeps dy/dz in place of weights."""
     shared, kind = (recipe, network.normalize, network.device, network), network.head_kind
-    if layers:
-        return SeveralLayers(*shared, batch_size, layers=layers)
+    if recipe.layers:
+        return SeveralLayers(*shared, batch_size, layers=_layers(network, recipe))
     if recipe.method not in POOLED_METHODS:
         return ZooMethod(*shared, batch_size)
     if exact and kind.matrix is not None:
         return HeadCodes(*shared, kind.matrix, mixed=not kind.identity)
     return PooledClosedForm(*shared) if network.pooled_replay else HeadDerivative(*shared)
+
+
+def _layers(network: EmbeddingNetwork, recipe: Recipe) -> Layers:
+    """Return names and grids of a recipe's layers, the deepest, the network's own, first."""
+    run = network.run_several(network.probe_images(), recipe.layers, differentiable=False)
+    order = sorted(range(len(run.names)), key=lambda place: -run.depth[place])
+    layers = tuple((run.names[place], run.layouts[place].grid) for place in order)
+    deepest = layers[0][0]
+    if deepest != network.layer:
+        raise RecipeError(
+            f"the deepest of layers = {list(recipe.layers)!r} is {deepest!r}, and the network "
+            f"explains {network.layer!r}; name that one as the deepest, or load the network with "
+            f"layer {deepest!r}"
+        )
+    return layers
 
 
 def is_derived(recipe: Recipe, normalize: bool) -> bool:
@@ -286,8 +248,7 @@ def maps_of(weights: np.ndarray, cached: Arrays) -> np.ndarray:
     activations = torch.from_numpy(np.array(cached["activations"])).float().numpy()
     # Times the peaks afterwards: a map scales with its activations.
     maps = cam(np.asarray(weights, np.float32), activations)
-    scaled: np.ndarray = maps * np.asarray(cached["peaks"])[:, None, None]
-    return scaled
+    return np.asarray(maps * np.asarray(cached["peaks"])[:, None, None])
 
 
 def coarse_grid(grid: tuple[int, ...]) -> tuple[int, int]:

@@ -6,8 +6,6 @@ anchor's triplets do not depend on batches, on workers, or on where a killed bui
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -15,8 +13,9 @@ import numpy as np
 
 from ..errors import InputError
 from ..images.number_labels import Values
-from ..index import nearest
-from ..index.search import SLACK, rank
+from ..index import Neighbors, nearest
+from ..index.search import SLACK, in_batches, rank, without_itself
+from ..recipe.recipe import Recipe
 
 BLOCK = 1024
 """Anchors that share a generator."""
@@ -38,13 +37,9 @@ Nearest = Callable[[np.ndarray, int], np.ndarray]
 """(anchor positions [a], k) -> positions [a k] of each anchor's nearest other images, in order."""
 
 
-@dataclass(frozen=True)
-class Triplets:
-    """Positions of positives and negatives, `[a S]` int64 each, for the anchors `[a]`."""
-
-    anchors: np.ndarray
-    positives: np.ndarray
-    negatives: np.ndarray
+def sample_of(n: int, seed: int, most: int) -> np.ndarray:
+    """Draw which of n rows stand for all: all, or a seeded sample of `most`, rising."""
+    return np.sort(np.random.default_rng(seed).permutation(n)[:most])
 
 
 class Classes:
@@ -90,33 +85,20 @@ def label_codes(labels: list[str | None]) -> np.ndarray | None:
 
 def alone(labels: np.ndarray) -> np.ndarray:
     """Return which images are alone with their code, or have no number, `[N]` booleans."""
-    without: np.ndarray = (
-        np.isnan(labels) if labels.dtype.kind == "f" else Classes(labels).ranks < 0
-    )
-    return without
+    return np.asarray(np.isnan(labels) if labels.dtype.kind == "f" else Classes(labels).ranks < 0)
 
 
 class TripletSampler:
-    """Draw S triplets for each anchor, by labels `[N]` or, without them, by nearness.
+    """Draw a recipe's S triplets for each anchor, by labels `[N]` or, without them, by nearness.
 
     Labels are integer codes, or float numbers: near values are positives, far ones negatives, by
-    the shares of `Values`. `sampling` is "random" (with replacement), "semihard" (D(a,p) < D(a,n) <
-    D(a,p) + margin, else the nearest beyond; Schroff et al. 2015), "hard" (negatives from the 50
+    the shares of `Values`. The sampling is "random" (with replacement), "semihard" (D(a,p) < D(a,n)
+    < D(a,p) + margin, else the nearest beyond; Schroff et al. 2015), "hard" (negatives from the 50
     nearest images of other labels) or "all" (no draw: `mean_difference` is exact).
     """
 
     def __init__(
-        self,
-        embeddings: np.ndarray,
-        labels: np.ndarray | None,
-        nearest: Nearest,
-        *,
-        sampling: str = "random",
-        n_triplets: int = 50,
-        margin: float = 0.2,
-        seed: int = 0,
-        positives: float = 0.0,
-        negatives: float = 0.0,
+        self, embeddings: np.ndarray, labels: np.ndarray | None, nearest: Nearest, recipe: Recipe
     ) -> None:
         n = len(embeddings)
         if n < 3:
@@ -124,12 +106,10 @@ class TripletSampler:
                 f"{n} images are too few for triplets, which take an anchor, a positive and a "
                 "negative; give at least 3, or use the target 'centred'"
             )
-        self.embeddings, self.nearest = embeddings, nearest
-        self.sampling, self.n_triplets = sampling, n_triplets
-        self.margin, self.seed = margin, seed
+        self.embeddings, self.nearest, self.recipe = embeddings, nearest, recipe
         self.groups: Classes | Values
         if labels is not None and labels.dtype.kind == "f":
-            self.groups = Values(labels, positives, negatives)
+            self.groups = Values(labels, recipe.positives, recipe.negatives)
         else:
             # Without labels every image is alone in its class.
             self.groups = Classes(np.arange(n) if labels is None else labels)
@@ -144,11 +124,12 @@ class TripletSampler:
         if labels is not None:
             self._n_excluded = self._n_near
 
-    def draw(self, anchors: np.ndarray) -> Triplets:
-        """Draw S triplets for anchor positions `[a]`, the same for an anchor in any company."""
+    def draw(self, anchors: np.ndarray) -> np.ndarray:
+        """Draw (positive, negative) of S triplets, `[a S 2]`, the same for an anchor anywhere."""
         anchors = np.asarray(anchors, np.int64)
         uniform, groups = self._uniform(anchors), self.groups
-        positives, negatives = np.empty((2, *uniform.shape[:2]), np.int64)
+        pairs = np.empty(uniform.shape, np.int64)
+        positives, negatives = pairs[..., 0], pairs[..., 1]
         known = self.labelled(anchors)
         ranks = groups.ranks[anchors[known]]
         start, stop = np.split(groups.near[ranks], 2, axis=1)
@@ -159,19 +140,16 @@ class TripletSampler:
             near = excluded[:, : self._n_near]
             places = pick(uniform[~known, :, 0], near.shape[1])
             positives[~known] = np.take_along_axis(near, places, axis=1)
-        if self.sampling == "semihard":
-            negatives = self._semihard(anchors, positives, uniform[..., 1])
-        elif self.sampling == "hard":
-            negatives = self._hard(anchors, uniform[..., 1])
-        else:
-            start, stop = np.split(groups.far[ranks], 2, axis=1)
-            place = pick(uniform[known, :, 1], len(groups.order) - (stop - start))
-            negatives[known] = groups.order[place + np.where(place >= start, stop - start, 0)]
-            if not known.all():
-                excluded = np.concatenate([anchors[~known][:, None], excluded], axis=1)
-                n = len(self.embeddings)
-                negatives[~known] = outside(uniform[~known, :, 1], excluded, n)
-        return Triplets(anchors, positives, negatives)
+        if self.recipe.resolved_sampling in ("semihard", "hard"):
+            self._mine(anchors, positives, negatives, uniform[..., 1])
+            return pairs
+        start, stop = np.split(groups.far[ranks], 2, axis=1)
+        place = pick(uniform[known, :, 1], len(groups.order) - (stop - start))
+        negatives[known] = groups.order[place + np.where(place >= start, stop - start, 0)]
+        if not known.all():
+            excluded = np.concatenate([anchors[~known][:, None], excluded], axis=1)
+            negatives[~known] = outside(uniform[~known, :, 1], excluded, len(self.embeddings))
+        return pairs
 
     def mean_difference(
         self, anchors: np.ndarray, borrowed: int = 0
@@ -202,8 +180,7 @@ class TripletSampler:
 
     def labelled(self, anchors: np.ndarray) -> np.ndarray:
         """Return which anchors have positives and negatives by their labels, `[a]` booleans."""
-        known: np.ndarray = self.groups.ranks[anchors] >= 0
-        return known
+        return np.asarray(self.groups.ranks[anchors] >= 0)
 
     def _labelled_difference(
         self, anchors: np.ndarray, borrowed: int
@@ -238,39 +215,37 @@ class TripletSampler:
 
     def _uniform(self, anchors: np.ndarray) -> np.ndarray:
         """Return numbers in [0, 1), `[a S 2]`, from the generator of each anchor's block."""
-        uniform = np.empty((len(anchors), self.n_triplets, 2))
+        n_triplets = self.recipe.n_triplets
+        uniform = np.empty((len(anchors), n_triplets, 2))
         blocks = anchors // BLOCK
         for block in np.unique(blocks):
             here = blocks == block
-            generator = np.random.Generator(np.random.Philox(key=[self.seed, int(block)]))
+            generator = np.random.Generator(np.random.Philox(key=[self.recipe.seed, int(block)]))
             # Anchor after anchor, so that the first rows do not depend on how many follow.
             last = int(anchors[here].max()) % BLOCK + 1
-            uniform[here] = generator.random((last, self.n_triplets, 2))[anchors[here] % BLOCK]
+            uniform[here] = generator.random((last, n_triplets, 2))[anchors[here] % BLOCK]
         return uniform
 
-    def _hard(self, anchors: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-        negatives = np.empty(uniform.shape, np.int64)
+    def _mine(
+        self, anchors: np.ndarray, positives: np.ndarray, negatives: np.ndarray, uniform: np.ndarray
+    ) -> None:
+        """Fill in negatives `[a S]` that are chosen by distance."""
         for row, distances, candidates in self._candidates(anchors):
-            to_negatives, count = distances[candidates], min(N_HARD, len(candidates))
-            kth = np.partition(to_negatives, count - 1)[count - 1]
-            within = np.flatnonzero(to_negatives <= kth)  # only these are sorted
-            hardest = within[np.argsort(to_negatives[within], kind="stable")[:count]]
-            negatives[row] = candidates[hardest][pick(uniform[row], count)]
-        return negatives
-
-    def _semihard(
-        self, anchors: np.ndarray, positives: np.ndarray, uniform: np.ndarray
-    ) -> np.ndarray:
-        negatives = np.empty(uniform.shape, np.int64)
-        for row, distances, candidates in self._candidates(anchors):
-            to_negatives, to_positives = distances[candidates], distances[positives[row]]
+            to_negatives = distances[candidates]
             ranked = np.sort(to_negatives)
-            # An empty window is widened to the nearest beyond; past the last, to the farthest.
-            first = np.minimum(np.searchsorted(ranked, to_positives, "right"), len(ranked) - 1)
-            beyond = np.searchsorted(ranked, to_positives + self.margin, "left")
-            ranks = first + pick(uniform[row], np.maximum(beyond - first, 1))
-            negatives[row] = candidates[_at_rank(to_negatives, ranked, ranks)]
-        return negatives
+            first, count = np.zeros(1, np.int64), np.full(1, min(N_HARD, len(ranked)))
+            if self.recipe.resolved_sampling == "semihard":
+                # An empty window is widened to the nearest beyond; past the last, to the farthest.
+                to_positives = distances[positives[row]]
+                first = np.minimum(np.searchsorted(ranked, to_positives, "right"), len(ranked) - 1)
+                beyond = np.searchsorted(ranked, to_positives + self.recipe.margin, "left")
+                count = np.maximum(beyond - first, 1)
+            ranks = first + pick(uniform[row], count)
+            # Sorting numbers alone is many times faster than sorting places by them.
+            values = ranked[ranks]
+            tied = zip(values, ranks - np.searchsorted(ranked, values), strict=True)
+            places = [np.flatnonzero(to_negatives == value)[k] for value, k in tied]
+            negatives[row] = candidates[places]
 
     def _candidates(self, anchors: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Yield each anchor's row, its squared distance to every image, and its negatives."""
@@ -281,18 +256,15 @@ class TripletSampler:
             yield row, np.maximum(distances, 0), self._negatives_of(anchor)
 
     def _gathered_mean(self, positions: np.ndarray) -> np.ndarray:
-        means: np.ndarray = np.asarray(self.embeddings[positions], np.float64).mean(axis=1)
-        return means
+        return np.asarray(np.asarray(self.embeddings[positions], np.float64).mean(axis=1))
 
     @cached_property
     def _squares(self) -> np.ndarray:
-        squares: np.ndarray = np.einsum("nd,nd->n", self.embeddings, self.embeddings)
-        return squares
+        return np.asarray(np.einsum("nd,nd->n", self.embeddings, self.embeddings))
 
     @cached_property
     def _total(self) -> np.ndarray:
-        total: np.ndarray = self.embeddings.sum(axis=0, dtype=np.float64)
-        return total
+        return np.asarray(self.embeddings.sum(axis=0, dtype=np.float64))
 
     @cached_property
     def _sums(self) -> np.ndarray:
@@ -318,32 +290,31 @@ class NearestOthers:
     def __call__(self, anchors: np.ndarray, k: int) -> np.ndarray:
         """Return positions `[a k]` of the k nearest others, by squared distance and position."""
         anchors = np.asarray(anchors, np.int64)
-        if len(self.embeddings) <= max(self.exact, k + 1):
-            queries = np.asarray(self.embeddings[anchors])
-            positions = nearest(self.embeddings, queries, k + 1).positions
-        else:
-            step = max(1, _GATHERED // ((k + 1 + SLACK) * self.embeddings.shape[1]))
-            parts = [anchors[start : start + step] for start in range(0, len(anchors), step)]
-            positions = np.concatenate([self._proposed(part, k) for part in parts])
-        # A duplicate may stand before the anchor itself, or push it out of the list.
-        rows = zip(anchors, positions, strict=True)
-        return np.stack([row[row != anchor][:k] for anchor, row in rows])
-
-    def _proposed(self, anchors: np.ndarray, k: int) -> np.ndarray:
-        """Return the k + 1 nearest of the inverted file's candidates; where too few, of all."""
         queries = np.ascontiguousarray(self.embeddings[anchors], np.float32)
-        with _row_by_row():
-            candidates = self._lists.search(queries, k + 1 + SLACK)[1]
-        positions = np.empty((len(anchors), k + 1), np.int64)
-        full = candidates[:, k] >= 0
-        if full.any():
-            some = candidates[full]
-            # Where there are fewer than asked for, `rank` leaves out what is not there.
-            vectors = np.asarray(self.embeddings[np.maximum(some, 0)])
-            positions[full] = rank(queries[full], some, vectors, k + 1, "l2").positions
-        if not full.all():
-            positions[~full] = nearest(self.embeddings, queries[~full], k + 1).positions
-        return positions
+        if len(self.embeddings) <= max(self.exact, k + 1):
+            found = nearest(self.embeddings, queries, k + 1)
+        else:
+            step = max(1, _GATHERED // ((k + 1 + SLACK) * queries.shape[1]))
+            found = in_batches(lambda some: self._proposed(some, k + 1), queries, step)
+        return without_itself(found, anchors).positions
+
+    def _proposed(self, queries: np.ndarray, k: int) -> Neighbors:
+        """Return the k nearest of the inverted file's candidates; where too few, of all."""
+        import faiss
+
+        lists, before = self._lists, faiss.cvar.distance_compute_blas_threshold
+        # Queries meet centroids one by one: products of many would round by their number.
+        faiss.cvar.distance_compute_blas_threshold = 1 << 30
+        try:
+            candidates = lists.search(queries, k + SLACK)[1]
+        finally:
+            faiss.cvar.distance_compute_blas_threshold = before
+        few = candidates[:, k - 1] < 0
+        if few.any():
+            candidates[few, :k] = nearest(self.embeddings, queries[few], k).positions
+        # Where there are fewer than asked for, `rank` leaves out what is not there.
+        vectors = np.asarray(self.embeddings[np.maximum(candidates, 0)])
+        return rank(queries, candidates, vectors, k, "l2")
 
     @cached_property
     def _lists(self) -> Any:
@@ -354,24 +325,11 @@ class NearestOthers:
         n_lists = max(1, n // LIST)
         lists: Any = faiss.index_factory(width, f"IVF{n_lists},SQ8")
         lists.cp.niter, lists.nprobe = ROUNDS, min(PROBES, n_lists)
-        sample = np.sort(np.random.default_rng(0).permutation(n)[: TRAINED * n_lists])
+        sample = sample_of(n, 0, TRAINED * n_lists)
         lists.train(np.ascontiguousarray(self.embeddings[sample], np.float32))
         for start in range(0, n, _ADDED):
             lists.add(np.ascontiguousarray(self.embeddings[start : start + _ADDED], np.float32))
         return lists
-
-
-@contextmanager
-def _row_by_row() -> Iterator[None]:
-    """Compare queries with centroids one by one: products of many would round by their number."""
-    import faiss
-
-    before = faiss.cvar.distance_compute_blas_threshold
-    faiss.cvar.distance_compute_blas_threshold = 1 << 30
-    try:
-        yield
-    finally:
-        faiss.cvar.distance_compute_blas_threshold = before
 
 
 def check_given(pairs: np.ndarray, n_images: int) -> None:
@@ -384,14 +342,12 @@ def check_given(pairs: np.ndarray, n_images: int) -> None:
         )
     if pairs.dtype.kind not in "iu" or pairs.min() < 0 or pairs.max() >= n_images:
         raise InputError(f"triplets must be whole numbers from 0 to {n_images - 1}")
-    if (own := (pairs == np.arange(n_images)[:, None, None]).any((1, 2))).any():
+    images = np.arange(n_images)[:, None, None]
+    twice = (pairs == images).any((1, 2)) | (pairs[..., 0] == pairs[..., 1]).any(1)
+    if twice.any():
         raise InputError(
-            f"image {int(own.argmax())} is its own positive or negative; name two other images"
-        )
-    if (same := (pairs[..., 0] == pairs[..., 1]).any(1)).any():
-        raise InputError(
-            f"image {int(same.argmax())} has a triplet whose positive is its negative, "
-            "which says nothing; name two different images"
+            f"image {int(twice.argmax())} has a triplet that names one image twice; name two "
+            "others, a positive and a negative"
         )
 
 
@@ -404,20 +360,20 @@ def pairs_digest(pairs: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def active(triplets: Triplets, embeddings: np.ndarray, margin: float) -> np.ndarray:
+def active(
+    anchors: np.ndarray, pairs: np.ndarray, embeddings: np.ndarray, margin: float
+) -> np.ndarray:
     """Return which triplets' hinge is *not* satisfied: D(a,p) - D(a,n) + margin > 0, `[a S]`."""
     # The others have zero gradient: they are no evidence and must not be averaged in.
-    anchors = np.asarray(embeddings[triplets.anchors])[:, None]
-    to_positives = _squared(anchors, np.asarray(embeddings[triplets.positives]))
-    to_negatives = _squared(anchors, np.asarray(embeddings[triplets.negatives]))
-    unsatisfied: np.ndarray = to_positives - to_negatives + margin > 0
-    return unsatisfied
+    own, others = (np.asarray(embeddings[rows], np.float32) for rows in (anchors, pairs))
+    apart = own[:, None, None] - others
+    distances = np.einsum("...d,...d->...", apart, apart)
+    return np.asarray(distances[..., 0] - distances[..., 1] + margin > 0)
 
 
 def pick(uniform: np.ndarray, count: np.ndarray | int) -> np.ndarray:
     """Turn uniform numbers in [0, 1) into whole numbers in 0 .. count - 1."""
-    whole: np.ndarray = np.minimum((uniform * count).astype(np.int64), np.asarray(count) - 1)
-    return whole
+    return np.asarray(np.minimum((uniform * count).astype(np.int64), np.asarray(count) - 1))
 
 
 def outside(uniform: np.ndarray, excluded: np.ndarray, n: int) -> np.ndarray:
@@ -427,18 +383,3 @@ def outside(uniform: np.ndarray, excluded: np.ndarray, n: int) -> np.ndarray:
     # The k-th free position is k plus the number of excluded ones at or before it.
     rows = zip(excluded - np.arange(excluded.shape[1]), picks, strict=True)
     return np.stack([pick + np.searchsorted(row, pick, side="right") for row, pick in rows])
-
-
-def _at_rank(distances: np.ndarray, ranked: np.ndarray, ranks: np.ndarray) -> np.ndarray:
-    """Return places of the distances of these ranks, ties by place; `ranked` is them sorted."""
-    values = ranked[ranks]
-    # Sorting numbers alone is many times faster than sorting places by them.
-    tied = ranks - np.searchsorted(ranked, values, side="left")
-    pairs = zip(values, tied, strict=True)
-    return np.array([np.flatnonzero(distances == value)[k] for value, k in pairs], np.int64)
-
-
-def _squared(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    difference = np.asarray(a, np.float32) - np.asarray(b, np.float32)
-    squares: np.ndarray = np.einsum("...d,...d->...", difference, difference)
-    return squares

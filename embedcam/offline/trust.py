@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -28,6 +27,7 @@ from ..ops import coefficients, drawn_and_signed, signed_cams
 from ..recipe.recipe import Recipe
 from ..targets import head_cotangent, query_cotangent
 from .cotangents import AnchorCotangents, coded_labels
+from .triplets import sample_of
 
 SAMPLE = 512
 """Images that play queries, at most."""
@@ -55,17 +55,15 @@ def in_closed_form(recipe: Recipe, network: EmbeddingNetwork) -> bool:
     return affine and recipe.method == "gradcam" and recipe.sampling != "given"
 
 
-def sample_rows(n_rows: int, seed: int, most: int = SAMPLE) -> np.ndarray:
-    """Draw which rows play queries: a seeded sample, in order; none where there are too few."""
+def trust_rows(n_rows: int, recipe: Recipe, network: EmbeddingNetwork) -> np.ndarray:
+    """Draw rows that play queries, in order; none where there are too few.
+
+    Fewer where each takes a gradient beside its forward pass.
+    """
     if n_rows < LEAST:
         return np.empty(0, np.int64)
-    return np.sort(np.random.default_rng(seed).permutation(n_rows)[:most])
-
-
-def trust_rows(n_rows: int, recipe: Recipe, network: EmbeddingNetwork) -> np.ndarray:
-    """Draw rows that play queries; fewer where each takes a gradient beside its forward pass."""
     most = SAMPLE if in_closed_form(recipe, network) else min(SAMPLE, max(LEAST, n_rows // _SHARE))
-    return sample_rows(n_rows, recipe.seed, most)
+    return sample_of(n_rows, recipe.seed, most)
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ def calibrate_trust(
     rows: np.ndarray,
     views: Iterator[View],
     progressed: Advance,
-) -> dict[str, Any] | None:
+) -> dict[str, Calibration] | None:
     """Return calibrations by name from images (`rows`) that query the rest; None of too few."""
     if not len(rows):
         return None
@@ -147,7 +145,7 @@ def calibrate_trust(
             np.array([one.distances.min() for one in sample[name]]),
             neighbors=count,
             seed=recipe.seed,
-        ).to_dict()
+        )
         for name, count in COUNTS.items()
     }
 
@@ -161,7 +159,8 @@ def _by_codes(
     one: HeldOut, view: View, network: EmbeddingNetwork, encoding: Encoding
 ) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
     """Return the neighbors' weights, what multiplies the maps instead, and the image's own."""
-    matrix: Any = network.head_kind.matrix
+    matrix = network.head_kind.matrix
+    assert matrix is not None
     weights = one.codes @ matrix
     if view.mixed:
         return [weights], [one.codes], [one.direct]
@@ -204,12 +203,13 @@ def leave_out(
     n_parts = min(len(rows), math.ceil(LEFT_OUT * len(rows) / total))
     part_of = np.random.default_rng(recipe.seed).permutation(len(rows)) % n_parts
     sample: dict[tuple[str, int], HeldOut] = {}
+    target, nothing = recipe.resolved_target, np.empty(0, np.float32)
 
     def at_head(values: np.ndarray, vectors: np.ndarray) -> np.ndarray:
         # But for |z|: every map's weights are scaled to length 1, or its map is alone.
         ones = np.ones(len(values), np.float32)
-        codes: np.ndarray = head_cotangent(values, vectors, ones, recipe.head_norm, normalized)
-        return codes.astype(np.float32)
+        codes = head_cotangent(values, vectors, ones, recipe.head_norm, normalized)
+        return np.asarray(codes, np.float32)
 
     for part in range(n_parts):
         out = rows[part_of == part]
@@ -223,20 +223,17 @@ def leave_out(
             anchors = AnchorCotangents(recipe, vectors, coded, mean)
         for name, count in COUNTS.items():
             neighbors = nearest(vectors, queries, count, recipe.metric)
-            for row, query, near, distances in zip(
-                out, queries, neighbors.positions, neighbors.distances, strict=True
-            ):
+            found = zip(out, queries, neighbors.positions, neighbors.distances, strict=True)
+            for row, query, near, distances in found:
                 negatives = draw_negatives(np.delete(every, near), rest_names[near], names_at)
-                codes = direct = np.empty(0, np.float32)
+                codes = direct = nothing
                 if closed_form:
                     close, others = vectors[near], vectors[negatives]
                     codes = at_head(anchors.of(near).values, close)
-                    target = recipe.resolved_target
                     values = query_cotangent(target, recipe.norm, query, close, others)
                     direct = at_head(values[None], query[None])[0]
-                sample[name, row] = HeldOut(
-                    int(row), rest[near], distances, rest[negatives], codes, direct
-                )
+                places = rest[near], distances, rest[negatives]
+                sample[name, row] = HeldOut(int(row), *places, codes, direct)
     return {name: [sample[name, row] for row in rows] for name in COUNTS}
 
 
@@ -252,20 +249,14 @@ def _taken(embeddings: ArrayLike, rows: np.ndarray) -> np.ndarray:
 
 
 def fit_calibration(
-    evidence: np.ndarray,
-    correlations: np.ndarray,
-    nearest: np.ndarray,
-    *,
-    neighbors: int,
-    seed: int = 0,
+    evidence: np.ndarray, y: np.ndarray, nearest: np.ndarray, *, neighbors: int, seed: int = 0
 ) -> Calibration:
     """Fit scores by ridge regression, and what they are worth by centered isotonic regression.
 
-    From evidence `[n F]` of images explained by so many `neighbors`, correlations `[n]` of the
+    From evidence `[n F]` of images explained by so many `neighbors`, correlations y `[n]` of the
     transferred map with the computed one, and squared distances `[n]` of the nearest neighbors.
     """
     # What a score is worth is fitted with scores of images that the ridge regression did not see.
-    y = correlations
     mean, scale = evidence.mean(0), evidence.std(0)
     scale = np.where(scale > 1e-12 * (1 + np.abs(mean)), scale, 1.0)
     x = (evidence - mean) / scale

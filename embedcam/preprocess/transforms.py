@@ -259,8 +259,8 @@ class CustomPreprocess:
             fits = not last and bool(np.isfinite(values).all())
         if not fits:
             raise InputError(
-                f"preprocess {self.name}: the transform returned {type(output).__name__} of shape "
-                f"{list(values.shape)}; expected an array [C H W] of finite numbers"
+                f"preprocess {self.name}: expected an array [C H W] of finite numbers, the "
+                f"transform returned {type(output).__name__} of shape {list(values.shape)}"
             )
         return values
 

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -14,10 +14,11 @@ import numpy as np
 from .._checks import whole
 from ..errors import IndexFormatError, InputError
 from ..images.progress import Advance, progress_of
-from ..index import Index, PartData, check_files, check_target, create, nearest
+from ..index import Index, PartData, check_target, create, nearest
 from ..index.arrays import wrong_embeddings
 from ..index.encoding import Encoding, LowRank, Rows
 from ..index.search import rank, without_itself
+from ..index.verify import check_files
 from ..ops import transfer
 from .groups import Groups, group, sums_of_groups
 
@@ -126,7 +127,7 @@ def compress(
             )
         with bars("group", len(live)) as progressed:
             groups = group(vectors, labels if per_class else None, prototypes, seed, progressed)
-        sample = sample_rows(len(live), seed)
+        sample = np.sort(np.random.default_rng(seed).permutation(len(live))[:SAMPLE])
         with bars("merge", len(index.layers) * len(live)) as progressed:
             merged = _Prototypes(index, vectors, labels, groups, sample, progressed)
         with bars("measure", len(sample)) as progressed:
@@ -140,7 +141,7 @@ def compress(
             "seed": seed,
             "fidelity": lost,
         }
-        header, part = _header(merged, about), _part(merged, per_class)
+        header, part = {**_header(merged), "compressed": about}, _part(merged, per_class)
         fitted = [encoding.fitted for encoding in merged.encodings]
         # Flat whatever the index had: lists and graphs are for many rows.
         create(path, header, fitted, index.shared(), part, factory="Flat", replace=replace)
@@ -158,16 +159,14 @@ def _check(index: Index, path: Path, prototypes: int, seed: int, replace: bool) 
     if (path / "manifest.json").exists():
         with Index.open(path, with_faiss=False) as there:
             merged = there.manifest.is_compressed
-        if not merged:
-            raise InputError(
-                f"{path}: holds an index of images, which prototypes do not replace; choose "
-                "another folder"
-            )
-        if not replace:
-            raise InputError(
-                f"{path}: holds a finished index of prototypes; --replace (replace=True) swaps it "
-                "for the new one, or choose another folder"
-            )
+        if not merged or not replace:
+            what = "an index of images, which prototypes do not replace; choose another folder"
+            if merged:
+                what = (
+                    "a finished index of prototypes; --replace (replace=True) swaps it for the new "
+                    "one, or choose another folder"
+                )
+            raise InputError(f"{path}: holds {what}")
     check_target(path, replace)
 
 
@@ -181,11 +180,6 @@ def ids_of(names: Sequence[str | None], per_class: bool) -> list[str]:
         # Without a slash, so that no label can make the same.
         ids.append(("prototype-" if name is None else f"{name}/") + f"{last[name]:04d}")
     return ids
-
-
-def sample_rows(n: int, seed: int) -> np.ndarray:
-    """Draw which of n rows are left out in turn: all, or a seeded sample, rising."""
-    return np.sort(np.random.default_rng(seed).permutation(n)[:SAMPLE])
 
 
 class _Prototypes:
@@ -232,8 +226,7 @@ class _Prototypes:
     def embeddings_without(self, rows: np.ndarray) -> np.ndarray:
         """Return embeddings of each row's prototype without it, `[b D]`; of groups of one any."""
         means = self._without(rows, self._sums, self.vectors[rows])
-        instead = self.embeddings[self.groups.of[rows]]
-        return _as_stored(means, instead, self.index.normalized)
+        return _as_stored(means, self.embeddings[self.groups.of[rows]], self.index.normalized)
 
     def weights_without(self, rows: np.ndarray, layer: int) -> np.ndarray:
         """Return weights of each row's prototype without it, as they would be stored, `[b K]`."""
@@ -246,21 +239,16 @@ class _Prototypes:
         numbers = self.groups.of[rows]
         rest = np.maximum(self.groups.sizes[numbers] - 1, 1)[:, None]
         left = sums[np.searchsorted(self._kept, numbers)] - share.astype(np.float64)
-        means: np.ndarray = left / rest
-        return means
+        return np.asarray(left / rest)
 
     def _merge_embeddings(self) -> None:
         # A group of one is its member, to the bit. Where the members of a normalised index cancel,
         # the first of them stands for all.
-        groups, width = self.groups, self.vectors.shape[1]
-        self.embeddings = self.vectors[groups.firsts]
-        self._sums = np.empty((len(self._kept), width))
-        for start, sums in sums_of_groups(groups, lambda rows: self.vectors[rows], width):
-            some = slice(start, start + len(sums))
-            alone, sizes = self.embeddings[some], groups.sizes[some, None]
-            means = _as_stored(sums / sizes, alone, self.index.normalized)
-            self.embeddings[some] = np.where(sizes > 1, means, alone)
-            self._keep(self._sums, start, sums)
+        groups = self.groups
+        sums = sums_of_groups(groups, self.vectors.__getitem__, self.vectors.shape[1])
+        alone, sizes = self.vectors[groups.firsts], groups.sizes[:, None]
+        means = _as_stored(sums / sizes, alone, self.index.normalized)
+        self.embeddings, self._sums = np.where(sizes > 1, means, alone), sums[self._kept]
 
     def _nearest_members(self) -> np.ndarray:
         distances = np.empty(len(self.vectors))
@@ -269,8 +257,7 @@ class _Prototypes:
             near = self.embeddings[self.groups.of[some]].astype(np.float64)
             distances[some] = ((self.vectors[some] - near) ** 2).sum(1)
         nearest_first = np.lexsort((distances, self.groups.of))  # stable: ties to the first row
-        members: np.ndarray = nearest_first[self.groups.ends - self.groups.sizes]
-        return members
+        return np.asarray(nearest_first[self.groups.starts])
 
     def _merge_weights(self, layer: int, progressed: Advance) -> None:
         """Encode the mean of decoded weights, or of the codes of low-rank ones: it is the same."""
@@ -286,16 +273,13 @@ class _Prototypes:
             progressed(len(rows))
             return _numbers_of(source, self.index.select(self.live[rows]).fields(layer))
 
-        fields = {
-            name: np.empty((len(self.groups), *field.shape), field.dtype)
-            for name, field in encoding.fields.items()
-        }
-        kept = np.empty((len(self._kept), width))
-        for start, sums in sums_of_groups(self.groups, fetch, width):
-            some = slice(start, start + len(sums))
-            for name, values in _encode(encoding, sums / self.groups.sizes[some, None]).items():
+        n, sums = len(self.groups), sums_of_groups(self.groups, fetch, width)
+        fields = {name: np.empty((n, *f.shape), f.dtype) for name, f in encoding.fields.items()}
+        for start in range(0, n, _ROWS):
+            some = slice(start, start + _ROWS)
+            means = sums[some] / self.groups.sizes[some, None]
+            for name, values in _encode(encoding, means).items():
                 fields[name][some] = values
-            self._keep(kept, start, sums)
         if encoding is source:
             # As they stand: signed top-m would lose the negative values it kept.
             alone = np.flatnonzero(self.groups.sizes == 1)
@@ -306,12 +290,7 @@ class _Prototypes:
                     values[few] = rows[name]
         self.encodings.append(encoding)
         self.fields.append(fields)
-        self._weight_sums.append(kept)
-
-    def _keep(self, kept: np.ndarray, start: int, sums: np.ndarray) -> None:
-        """Write those of the sums of groups `start` .. that are kept."""
-        here = slice(*np.searchsorted(self._kept, (start, start + len(sums))))
-        kept[here] = sums[self._kept[here] - start]
+        self._weight_sums.append(sums[self._kept])
 
 
 def _as_stored(means: np.ndarray, instead: np.ndarray, normalized: bool) -> np.ndarray:
@@ -354,40 +333,32 @@ def _maps_of_medoids(merged: _Prototypes, layer: int) -> tuple[np.ndarray, np.nd
     index, columns = merged.index, merged.index.layers[layer].coarse
     if columns is None:
         return None
-    medoids, n = merged.medoids, len(merged.medoids)
     # Pictures divide a result's map by the length of its stored weights: with the medoid's scaled
     # to that of the merged ones, the map that is drawn is the one the medoid has in its own index.
-    before = _lengths(
-        index.encoding(layer), lambda some: index.select(medoids[some]).fields(layer), n
-    )
-    lengths = _lengths(merged.encodings[layer], lambda some: merged.rows(some, layer), n)
-    factors = np.where(before > 0, lengths / np.where(before > 0, before, 1), 1)
-    maps, scales = (index.select(medoids).array(column) for column in columns)
-    return maps, (scales * factors).astype(np.float32)
+    old, new = index.encoding(layer), merged.encodings[layer]
+    factors = []
+    for start in range(0, len(merged.medoids), _ROWS):
+        some = slice(start, start + _ROWS)
+        fields = index.select(merged.medoids[some]).fields(layer)
+        before = old.norms(old.unpack(fields))
+        lengths = new.norms(new.unpack(merged.rows(some, layer)))
+        factors.append(np.where(before > 0, lengths / np.where(before > 0, before, 1), 1))
+    maps, scales = (index.select(merged.medoids).array(column) for column in columns)
+    return maps, (scales * np.concatenate(factors)).astype(np.float32)
 
 
-def _lengths(encoding: Encoding, fetch: Callable[[slice], Rows], n: int) -> np.ndarray:
-    """Return norms of weights `[n]`, a block at a time."""
-    blocks = (slice(start, start + _ROWS) for start in range(0, n, _ROWS))
-    return np.concatenate([encoding.norms(encoding.unpack(fetch(some))) for some in blocks])
-
-
-def _header(merged: _Prototypes, about: dict[str, Any]) -> dict[str, Any]:
-    """Return how the source's rows were made, and what became of them."""
+def _header(merged: _Prototypes) -> dict[str, Any]:
+    """Return how the source's rows were made, as it says itself."""
     manifest = merged.index.manifest.to_dict()
     same = ("recipe", "network", "embedding", "metric", "method", "target", "norm", "triplets")
-    images = manifest.get("images")
+    layers = zip(manifest["layers"], merged.encodings, strict=True)
+    # The digest is of the files of all images, which are no longer the rows.
+    images = manifest.get("images") and {**manifest["images"], "files_sha256": None}
     return {
-        **{key: manifest.get(key) for key in same},
-        # The digest is of the files of all images, which are no longer the rows.
-        "images": None if images is None else {**images, "files_sha256": None},
-        "libraries": manifest["libraries"],
-        "layers": [
-            {**layer, "encoding": encoding.spec()}
-            for layer, encoding in zip(manifest["layers"], merged.encodings, strict=True)
-        ],
-        "fitted_on": manifest["fit"]["images"],
-        "compressed": about,
+        **{key: manifest.get(key) for key in (*same, "libraries")},
+        "images": images,
+        "layers": [{**layer, "encoding": encoding.spec()} for layer, encoding in layers],
+        "fitted_on": merged.index.manifest.fit.images,
     }
 
 
@@ -399,7 +370,7 @@ def _fidelity(merged: _Prototypes, sample: np.ndarray, progressed: Advance) -> d
     """
     # Every image of the sample is left out, of the full index and of its own prototype: otherwise
     # a prototype of few images would be praised for repeating the very image that is asked for.
-    cosines: list[np.ndarray] = []
+    compared: list[np.ndarray] = [np.empty((0, len(COUNTS), 2))]
     hits: list[tuple[bool, bool]] = []
     if len(merged.vectors) == 1:
         sample = sample[:0]  # a single image has no other to be explained by
@@ -409,16 +380,16 @@ def _fidelity(merged: _Prototypes, sample: np.ndarray, progressed: Advance) -> d
     for start in range(0, len(sample), _STEP):
         rows, of_index = sample[start : start + _STEP], from_all[start : start + _STEP]
         of_prototypes = _nearest_prototypes(merged, rows)
-        cosines.append(_cosines(merged, rows, of_index, of_prototypes))
+        compared.append(_cosines(merged, rows, of_index, of_prototypes))
         for row, first, second in zip(rows, of_index, of_prototypes, strict=True):
             if (label := merged.labels[row]) is not None:
                 hits.append((merged.labels[first[0]] == label, merged.names[second[0]] == label))
         progressed(len(rows))
-    compared = np.concatenate([np.empty((0, len(COUNTS), 2)), *cosines])
-    compared = compared[~np.isnan(compared).any((1, 2))]
+    cosines = np.concatenate(compared)
+    cosines = cosines[~np.isnan(cosines).any((1, 2))]
     return {
-        "images": len(compared),
-        "cosine": {str(k): _loss(compared[:, at]) for at, k in enumerate(COUNTS)},
+        "images": len(cosines),
+        "cosine": {str(k): _loss(cosines[:, at]) for at, k in enumerate(COUNTS)},
         "recall_at_1": _loss(np.array(hits, float).reshape(-1, 2)),
     }
 
@@ -437,8 +408,8 @@ def _nearest_prototypes(merged: _Prototypes, rows: np.ndarray) -> list[np.ndarra
     vectors, metric = merged.embeddings, merged.index.metric
     neighbors = nearest(vectors, queries, max(COUNTS) + 1, metric)
     others = without_itself(neighbors, of_rows).positions
-    shared = merged.groups.sizes[of_rows] > 1
-    candidates = np.concatenate([others, np.where(shared, of_rows, -1)[:, None]], axis=1)
+    own = np.where(merged.groups.sizes[of_rows] > 1, of_rows, -1)[:, None]
+    candidates = np.concatenate([others, own], axis=1)
     places = np.concatenate([vectors[others], merged.embeddings_without(rows)[:, None]], axis=1)
     ranked = rank(queries, candidates, places, candidates.shape[1], metric)
     return [one[one >= 0][: max(COUNTS)] for one in ranked.positions]
@@ -459,10 +430,10 @@ def _cosines(
             of_index = index.weights(live[from_all[at]], layer)
             of_prototypes = merged.weights(from_prototypes[at], layer)
             of_prototypes[from_prototypes[at] == merged.groups.of[row]] = left_out[at]
-            for place, count in enumerate(COUNTS):
-                for side, weights in enumerate((of_index[:count], of_prototypes[:count])):
-                    flat = weights.reshape(len(weights), -1)
-                    transferred = transfer(flat, np.zeros(len(flat)))
+            for side, weights in enumerate((of_index, of_prototypes)):
+                flat = weights.reshape(len(weights), -1)
+                for place, count in enumerate(COUNTS):
+                    transferred = transfer(flat[:count], np.zeros(len(flat[:count])))
                     total[at, place, side] += _cosine(transferred, direct[at].ravel())
     return total / n_layers
 

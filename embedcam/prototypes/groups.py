@@ -1,7 +1,7 @@
 """Which images make one prototype, and sums over the rows of each."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -36,15 +36,14 @@ class Groups:
         return np.argsort(self.of, kind="stable")
 
     @cached_property
-    def ends(self) -> np.ndarray:
-        """Place in `order` behind each group's last row, int64 `[G]`."""
-        return np.cumsum(self.sizes)
+    def starts(self) -> np.ndarray:
+        """Place in `order` of each group's first row, int64 `[G]`."""
+        return np.asarray(np.cumsum(self.sizes) - self.sizes)
 
-    @cached_property
+    @property
     def firsts(self) -> np.ndarray:
         """Lowest row of each group, int64 `[G]`."""
-        rows: np.ndarray = self.order[self.ends - self.sizes]
-        return rows
+        return np.asarray(self.order[self.starts])
 
 
 def group(
@@ -75,25 +74,18 @@ def group(
 
 def sums_of_groups(
     groups: Groups, fetch: Callable[[np.ndarray], np.ndarray], width: int
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield a first group's number, and sums `[g C]` of it and the next ones; all G in order.
+) -> np.ndarray:
+    """Return sums over the rows of each group, float64 `[G C]`.
 
     `fetch` gives `[b C]`, C = width, for rows `[b]`; it is asked for a block of rows at a time.
     """
+    sums = np.zeros((len(groups), width))
     step = min(_BLOCK_ROWS, max(1, _BLOCK_NUMBERS // max(width, 1)))
-    carried: np.ndarray | None = None
     for start in range(0, len(groups.of), step):
         rows = groups.order[start : start + step]
-        numbers = groups.of[rows]
-        firsts = np.flatnonzero(np.diff(numbers, prepend=-1))
-        sums = np.add.reduceat(fetch(rows).astype(np.float64), firsts, axis=0)
-        if carried is not None:
-            sums[0] += carried
-        whole = start + len(rows) == groups.ends[numbers[-1]]
-        carried = None if whole else sums[-1]
-        finished = sums if whole else sums[:-1]
-        if len(finished):
-            yield int(numbers[0]), finished
+        numbers, firsts = np.unique(groups.of[rows], return_index=True)
+        sums[numbers] += np.add.reduceat(fetch(rows).astype(np.float64), firsts, axis=0)
+    return sums
 
 
 def _kmeans(vectors: np.ndarray, wanted: int, seed: int) -> np.ndarray:

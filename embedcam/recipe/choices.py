@@ -32,14 +32,13 @@ N_TRIPLETS, MOST_TRIPLETS = 50, 1_000_000
 
 def _method(name: str, value: object) -> str:
     bare = bare_name(value) if isinstance(value, str) else ""
-    if bare not in METHODS:
-        return one_of(name, value, storable_methods())
-    if not (method := METHODS[bare]).storable:
-        raise InputError(
-            f"{name} = {bare!r}: {method.title} cannot be put in an index: {method.why}; the "
-            f"nearest method that can is {method.nearest!r}"
-        )
-    return bare
+    method = METHODS.get(bare)
+    if method is None or method.storable:
+        return one_of(name, bare or value, storable_methods())
+    raise InputError(
+        f"{name} = {bare!r}: {method.title} cannot be put in an index: {method.why}; the nearest "
+        f"method that can is {method.nearest!r}"
+    )
 
 
 def _pairs(name: str, options: Mapping[str, Value]) -> tuple[tuple[str, Value], ...]:

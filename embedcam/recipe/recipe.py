@@ -109,10 +109,8 @@ class Recipe(Choices):
         if "layers" in self.method_options:
             yield "layers is an entry of its own, not one of options"
         if isinstance(entry, PositionMethod) and self.encoding != "low-rank":
-            rest = (
-                f"are kept as principal components: encoding = {self.encoding!r} is not 'low-rank'"
-            )
-            yield f"{title}'s weights for every channel and position {rest}"
+            rest = f"principal components, and encoding = {self.encoding!r}; use 'low-rank'"
+            yield f"{title} has a weight for every channel and position, kept as {rest}"
         if self.norm == "around" and (entry.scored or not entry.targeted):
             rest = "leave it out, or use a method of the gradient, such as 'gradcam'"
             yield f"norm 'around' changes the gradient, and {title} never asks for one; {rest}"

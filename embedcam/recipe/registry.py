@@ -5,11 +5,10 @@ dataclass here and in `choices`: importing that takes longer than all else that 
 """
 
 from collections.abc import Callable
-from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..errors import InputError
+from .._checks import one_of
 
 if TYPE_CHECKING:
     from ..methods.subject import MethodOutput
@@ -123,14 +122,8 @@ METHODS: dict[str, Method] = {
 
 def find_method(name: str) -> Method:
     """Return the method of that name; hyphens, spaces and case do not matter."""
-    if not isinstance(name, str):
-        raise InputError(f"a method is named by a string such as 'gradcam'; given {name!r}")
-    bare = bare_name(name)
-    if bare in METHODS:
-        return METHODS[bare]
-    near = " or ".join(map(repr, get_close_matches(bare, METHODS, 3, 0.5)))
-    hint = f"did you mean {near}?" if near else f"known: {', '.join(METHODS)}"
-    raise InputError(f"method {name!r} is unknown; {hint}")
+    bare = bare_name(name) if isinstance(name, str) else name
+    return METHODS[one_of("method", bare, METHODS)]
 
 
 def bare_name(name: str) -> str:

@@ -91,8 +91,7 @@ def overlay(
     if not isinstance(image, Image.Image):
         raise InputError(f"overlay: expected a Pillow image, given {type(image).__name__}")
     values = checked_cam(cam, signed)
-    if not 0 <= alpha <= 1:  # NaN included
-        raise InputError(f"overlay: alpha is {alpha}; give an opacity from 0 to 1")
+    number("overlay: alpha", alpha, 0, 1)
     top = float(np.abs(values).max()) if vmax is None else number("overlay: vmax", vmax)
     box = checked_box(extent, *image.size)
     return paint(image.convert("RGB"), values, box, top, alpha, cmap, signed)

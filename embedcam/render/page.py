@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import InputError, cut
-from .overlay import ALPHA, COLORMAP, colormap
+from .overlay import ALPHA, colormap
 from .tiles import FRAME_NOTE, Scale, Tile, clean, scale_note, shorten, top_values
 
 if TYPE_CHECKING:
@@ -100,15 +100,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Look:
-    """What all rows of a page share, as of `panel` and `overlay`; `quality` of its JPEGs.
+    """What all rows of a page share, as of `panel`; `quality` of its JPEGs.
 
     long: of hundreds of rows; pictures are decoded, and rows laid out, as they come into sight.
     """
 
     scale: Scale = "joint"
     side: int = _SIDE
-    alpha: float = ALPHA
-    cmap: str = COLORMAP
     quality: int = 88
     long: bool = False
 
@@ -126,15 +124,12 @@ def page(
     intro: str = "",
     tables: Sequence[Block] = (),
     scale: Scale = "joint",
-    side: int = _SIDE,
-    alpha: float = ALPHA,
-    cmap: str = COLORMAP,
 ) -> str:
     """Return a whole HTML document, self-contained: pictures and styles are inside.
 
-    intro is plain text, where an empty line begins a paragraph; the others are as of `Look`.
+    intro is plain text, where an empty line begins a paragraph.
     """
-    look = Look(scale, side, alpha, cmap)
+    look = Look(scale)
     tiles = [tile for row in rows for tile in (row.query, *row.results)]
     maps, cropped = any(t.cam is not None for t in tiles), any(t.cropped for t in tiles)
     parts = [page_head(title, intro, tables, look, maps=maps, cropped=cropped)]
@@ -164,8 +159,8 @@ def page_head(
 
     at = np.linspace(0, 1, 9)
     stops = [
-        f"rgba({r * 255:.0f},{g * 255:.0f},{b * 255:.0f},{look.alpha * share:.3f}) {share:.1%}"
-        for (r, g, b), share in zip(colormap(at, look.cmap), at, strict=True)
+        f"rgba({r * 255:.0f},{g * 255:.0f},{b * 255:.0f},{ALPHA * share:.3f}) {share:.1%}"
+        for (r, g, b), share in zip(colormap(at), at, strict=True)
     ]
     return _written(
         "head.html",
@@ -201,7 +196,7 @@ def page_row(row: Row, look: Look = _PLAIN) -> str:
                 "role": "result" if place else "query",
                 "pictures": [
                     None if picture is None else (picture, _jpeg(picture, look.quality))
-                    for picture in tile.drawn(size, top, look.alpha, look.cmap)
+                    for picture in tile.drawn(size, top)
                 ],
                 "short": shorten(tile.caption, _CAPTION, middle=True),
                 # Two objects side by side are shown as large as one beside them.

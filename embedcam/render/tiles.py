@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Final, Literal
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .._checks import whole
 from ..errors import InputError, ran_out, short
-from .overlay import ALPHA, COLORMAP, Extent, checked_box, checked_cam, paint, scale_box
+from .overlay import ALPHA, Extent, checked_box, checked_cam, paint, scale_box
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,6 +32,7 @@ _WARNING, _LINE, _MAT = (179, 66, 15), (222, 226, 232), (243, 245, 248)
 _TITLE, _HEADING, _CAPTION, _TEXT = (24, True), (13, True), (14, True), (13, False)
 _LEADING: Final = 20
 _MARGIN, _GAP, _BETWEEN = 40, 16, 44  # around the page, between results, between query and results
+_TILE, _COLUMNS, _PAIRED = 240, 5, 280  # sides of tiles; results on a line
 _BAR: Final = (240, 12)
 _FOR, _AGAINST = (179, 3, 38), (59, 76, 192)  # the ends of the signed color map
 _SUM_WIDTH, _BAR_LEFT, _BAR_WIDTH = 400, 190, 140
@@ -90,7 +90,7 @@ class Tile:
         return max(1, round(across * factor)), max(1, round(down * factor))
 
     def drawn(
-        self, size: tuple[int, int], top: float, alpha: float = ALPHA, cmap: str | None = None
+        self, size: tuple[int, int], top: float
     ) -> tuple[Image.Image | None, Image.Image | None]:
         """Return the picture at (width, height) `size`, and the same with the map over it.
 
@@ -101,12 +101,12 @@ class Tile:
         under, opacity = Image.new("RGB", size, (128, 128, 128)), 1.0
         box: Extent = (0, 0, *size)
         if self.image is not None and plain is not None and not self.changed:
-            under, opacity = plain.copy(), alpha
+            under, opacity = plain.copy(), ALPHA
             if self.extent is not None:
                 box = scale_box(self.extent, self.image.size, size)
         mapped = None
         if self.cam is not None:
-            mapped = paint(under, self.cam, box, top, opacity, cmap, self.signed)
+            mapped = paint(under, self.cam, box, top, opacity, signed=self.signed)
             if self.cropped:
                 _draw_frame(mapped, box)
         if plain is not None and self.changed:
@@ -298,8 +298,6 @@ class Canvas:
         self,
         placed: Sequence[tuple[int, Tile, float]],
         side: int,
-        alpha: float = ALPHA,
-        cmap: str | None = None,
         maps: bool = True,
     ) -> list[tuple[int, int, int, int]]:
         """Draw a line of tiles: pictures of one height, their maps, and the words below.
@@ -312,7 +310,7 @@ class Canvas:
         frames, begun, end = [], self.y, self.y
         for (x, tile, top), size in zip(placed, sizes, strict=True):
             self.y = begun
-            plain, mapped = tile.drawn(size, top, alpha, cmap)
+            plain, mapped = tile.drawn(size, top)
             corner = x + (side - size[0]) // 2, begun + (height - size[1]) // 2
             frames.append((*corner, *size))
             shown = {"picture not found" if tile.image is None else "": plain}
@@ -353,33 +351,24 @@ def panel(
     *,
     scale: Scale = "joint",
     title: str | None = None,
-    subtitle: str | None = None,
-    side: int = 240,
-    columns: int = 5,
-    alpha: float = ALPHA,
-    cmap: str = COLORMAP,
 ) -> Image.Image:
     """Draw the query in the first column, results beside it; pictures above, their maps below.
 
     scale "joint" gives the results one color scale, so that weak evidence looks weak beside
-    strong; "each" gives every map its own. A tile has `side` pixels, a line `columns` of results.
+    strong; "each" gives every map its own.
     """
-    whole("panel: columns", columns, 1)
-    whole("panel: side", side, 48, 2048)
+    side = _TILE
     query_top, tops = top_values(query, results, scale)
     maps = any([tile.cam is not None for tile in (query, *results)])
-    on_line = min(columns, len(results))
+    on_line = min(_COLUMNS, len(results))
     right = side + (_BETWEEN + on_line * (side + _GAP) - _GAP if on_line else 0)
     left = _MARGIN + side + _BETWEEN
 
     canvas = Canvas(2 * _MARGIN + max(right, 2 * side))
-    if title:
-        canvas.paragraph(title, _TITLE, _INK, 36)
-    if subtitle:
-        canvas.paragraph(subtitle, _TEXT, _QUIET, 25)
+    canvas.paragraph(title or "", _TITLE, _INK, 36)
     if query.warning:
-        canvas.text(_MARGIN, clean(query.warning), _HEADING, _WARNING, 26)
-    if title or subtitle:
+        canvas.text(_MARGIN, query.warning, _HEADING, _WARNING, 26)
+    if title:
         canvas.y += 14
     canvas.text(_MARGIN, "Query", _HEADING, _QUIET)
     if results:
@@ -387,13 +376,14 @@ def panel(
     canvas.y += 28
     begun = canvas.y
     placed = [
-        (left + place % columns * (side + _GAP), tile, top)
+        (left + place % _COLUMNS * (side + _GAP), tile, top)
         for place, (tile, top) in enumerate(zip(results, tops, strict=True))
     ]
-    lines = [placed[start : start + columns] for start in range(0, len(placed), columns)] or [[]]
+    starts = range(0, max(len(placed), 1), _COLUMNS)
+    lines = [placed[start : start + _COLUMNS] for start in starts]
     lines[0].insert(0, (_MARGIN, query, query_top))
     for line in lines:
-        canvas.tiles(line, side, alpha, cmap, maps)
+        canvas.tiles(line, side, maps)
         canvas.y += 24
     if results:
         x = left - _BETWEEN // 2
@@ -403,18 +393,18 @@ def panel(
         note = scale_note(query_top, tops, scale)
         if any(map(attrgetter("cropped"), (query, *results))):
             note += f" {FRAME_NOTE}"
-        _draw_legend(canvas, note, alpha, cmap)
+        _draw_legend(canvas, note)
     return canvas.image()
 
 
-def _draw_legend(canvas: Canvas, note: str, alpha: float, cmap: str) -> None:
+def _draw_legend(canvas: Canvas, note: str) -> None:
     ramp = np.linspace(0, 1, 256, dtype=np.float32)[None]
     # Over a light gray, as over a picture: the left end is transparent.
     gray = Image.new("RGB", _BAR, (226, 229, 234))
     canvas.text(_MARGIN, "no evidence", _TEXT, _QUIET)
     x = _MARGIN + round(font_of(*_TEXT).getlength("no evidence")) + 12
     canvas.text(x + _BAR[0] + 12, "strongest", _TEXT, _QUIET, 2)
-    canvas.pictures(x, _BAR, {"": paint(gray, ramp, (0, 0, *_BAR), 1.0, alpha, cmap)})
+    canvas.pictures(x, _BAR, {"": paint(gray, ramp, (0, 0, *_BAR), 1.0)})
     canvas.y += 4
     canvas.paragraph(note, _TEXT, _QUIET, _LEADING)
 
@@ -429,16 +419,13 @@ def receipt_picture(
     links: Sequence[tuple[Place, Place]] = (),
     title: str | None = None,
     note: str = "",
-    side: int = 280,
 ) -> Image.Image:
     """Draw two or three pictures above their maps, links between the first two, and a sum.
 
     `amounts` are (words, number) each, and sum to `total`; the first ones, so many as are `apart`,
     are large beside the others, and have no bar. A link joins a point of each picture.
     """
-    if not 2 <= len(tiles) <= 3:
-        raise InputError(f"receipt: {len(tiles)} pictures; give 2 or 3")
-    whole("receipt: side", side, 48, 2048)
+    side = _PAIRED
     lefts = [_MARGIN + place * (side + _BETWEEN) for place in range(len(tiles))]
     across = lefts[-1] + side + _BETWEEN
     canvas = Canvas(across + _SUM_WIDTH + _MARGIN)

@@ -54,6 +54,8 @@ _ROW: Final = re.compile(r"([0-9]{8,})\.json")
 _ROW_LEFT: Final = re.compile(rf"[0-9]{{8,}}\.json{UNFINISHED}")
 _MOST: Final = 256 << 20
 _FORMAT: Final = "embedcam-report"
+About = dict[str, Any]
+"""What a report depends on, ready for JSON."""
 _GO_ELSEWHERE: Final = "give a new folder, or delete this one"
 
 
@@ -84,7 +86,7 @@ def check_folder(path: str | Path) -> None:
 
 
 @contextmanager
-def open_folder(path: Path, about: Mapping[str, Any]) -> Iterator[Folder]:
+def open_folder(path: Path, about: About) -> Iterator[Folder]:
     """Yield a report's folder, made where missing, held against other writers meanwhile.
 
     Raises InputError where a report `about` something else lies there, or another process writes.
@@ -96,47 +98,44 @@ def open_folder(path: Path, about: Mapping[str, Any]) -> Iterator[Folder]:
     busy = InputError(f"{path}: another process is writing this report; wait until it is done")
     with held(lock, path, busy):
         check_folder(path)
-        known = _read_mark(path)
-        wanted = json.loads(json.dumps({"format": _FORMAT, **about}))
+        folder, known = Folder(path, about), _read_mark(path)
         if known is not None:
-            held_about = {name: value for name, value in known.items() if name != _FILES}
-            if held_about != wanted:
+            known.pop(_FILES, None)
+            if known != folder.about:
                 raise InputError(
-                    f"{path}: holds {_difference(held_about, wanted)}; {_GO_ELSEWHERE}"
+                    f"{path}: holds {_difference(known, folder.about)}; {_GO_ELSEWHERE}"
                 )
-        folder = Folder(path, wanted)
         with _disk(path):
             if known is None:
                 folder.mark()
             try:
-                is_folder(path / _FINISHED)
+                is_folder(folder.kept)
             except NotPlain as error:
-                raise InputError(f"{path / _FINISHED}: {error}; {_GO_ELSEWHERE}") from error
-            (path / _FINISHED).mkdir(exist_ok=True)
+                raise InputError(f"{folder.kept}: {error}; {_GO_ELSEWHERE}") from error
+            folder.kept.mkdir(exist_ok=True)
             remove_files(path, _LEFT)
-            remove_files(path / _FINISHED, _ROW_LEFT)
+            remove_files(folder.kept, _ROW_LEFT)
         yield folder
 
 
 class Folder:
     """A folder whose lock is held, with the report that was asked for; `files` complete it."""
 
-    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
-        self.path, self._about = path, about
-        self._job = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    def __init__(self, path: Path, about: About) -> None:
+        self.path, self.kept = path, path / _FINISHED
+        self.about: About = json.loads(json.dumps({"format": _FORMAT, **about}))
+        self._job = hashlib.sha256(json.dumps(self.about, sort_keys=True).encode()).hexdigest()
         self.files = (LINES, PAGE, *((FEATURES,) if about["options"].get("features") else ()))
 
     @property
     def complete(self) -> bool:
         """Whether the files are there, as written."""
         sums = (_read_mark(self.path) or {}).get(_FILES)
-        if not isinstance(sums, dict) or sums.keys() != set(self.files):
-            return False
-        return all(_digest_of(self.path, name) == sums[name] for name in self.files)
+        return bool(sums) and sums == self._sums()
 
     def finished(self) -> set[int]:
         """Return the places of finished queries; what does not fit its digest is dropped."""
-        names = filter(None, map(_ROW.fullmatch, os.listdir(self.path / _FINISHED)))
+        names = filter(None, map(_ROW.fullmatch, os.listdir(self.kept)))
         places = {int(name[1]) for name in names}
         return {place for place in places if self._read(place) is not None}
 
@@ -150,7 +149,7 @@ class Folder:
                 with fresh(unfinished) as file:
                     file.write(f"{self._proof(position, text)}\n{text}".encode())
                 os.replace(unfinished, target)
-            sync_folder(self.path / _FINISHED)
+            sync_folder(self.kept)
 
     def read(self, position: int) -> Finished:
         """Return what was kept of a query; an altered file is dropped and InputError raised."""
@@ -173,20 +172,30 @@ class Folder:
 
     def mark(self, complete: bool = False) -> None:
         """Write what the report depends on; with the digests of its files it is complete."""
-        more = {_FILES: {name: _digest_of(self.path, name) for name in self.files}}
-        about = {**self._about, **(more if complete else {})}
+        about = {**self.about, **({_FILES: self._sums()} if complete else {})}
         text = json.dumps(about, indent=1, sort_keys=True) + "\n"
-        with _disk(self.path), written(self.path / _MARK) as file:
+        with self.filled(_MARK) as file:
             file.write(text.encode())
 
     def tidy(self) -> None:
         """Drop what was kept of single queries, once the report is complete."""
-        remove_files(self.path / _FINISHED, _ROW)
+        remove_files(self.kept, _ROW)
         with suppress(OSError):  # it holds what is not ours
-            os.rmdir(self.path / _FINISHED)
+            self.kept.rmdir()
+
+    def _sums(self) -> dict[str, str]:
+        """Return the SHA-256 of the report's files; of none where one is missing or no file."""
+        sums = {}
+        try:
+            for name in self.files:
+                with open(open_regular(self.path, name), "rb") as file:
+                    sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        except (FileNotFoundError, NotPlain):
+            return {}
+        return sums
 
     def _place_of(self, position: int) -> Path:
-        return self.path / _FINISHED / f"{position:08d}.json"
+        return self.kept / f"{position:08d}.json"
 
     def _proof(self, position: int, text: str) -> str:
         return hashlib.sha256(f"{self._job} {position}\n{text}".encode()).hexdigest()
@@ -207,15 +216,6 @@ class Folder:
         return None
 
 
-def _digest_of(path: Path, name: str) -> str | None:
-    """Return the SHA-256 of one of a report's files; None where it is missing or no file."""
-    try:
-        with open(open_regular(path, name), "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except (FileNotFoundError, NotPlain):
-        return None
-
-
 @contextmanager
 def _disk(path: Path) -> Iterator[None]:
     """Tell of a full or unwritable disk in one sentence."""
@@ -228,7 +228,7 @@ def _disk(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _read_mark(path: Path) -> dict[str, Any] | None:
+def _read_mark(path: Path) -> About | None:
     try:
         known = json.loads(read_regular(path, _MARK, _MOST))
     except FileNotFoundError:
@@ -240,7 +240,7 @@ def _read_mark(path: Path) -> dict[str, Any] | None:
     return known
 
 
-def _difference(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+def _difference(known: About, wanted: About) -> str:
     """Return what a folder holds in place of what is asked for."""
     old, new = _flat(known), _flat(wanted)
     was, now = ({name: one.get(name, False) for name in {**new, **old}} for one in (old, new))
@@ -248,8 +248,8 @@ def _difference(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     return f"a report with {name} = {was[name]!r}, and {now[name]!r} is asked for"
 
 
-def _flat(about: Mapping[str, Any]) -> dict[str, object]:
-    flat: dict[str, object] = {}
+def _flat(about: About) -> About:
+    flat: About = {}
     for part, held_there in about.items():
         inner = held_there if isinstance(held_there, dict) else {"": held_there}
         for name, value in inner.items():

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from ..index.calibration import kinship
 from ..index.search import check_rival
 from ..render import Row, Tile, shrunk
 from ..render.page import PAGE_FOOT, Look, page_head, page_row
-from .folder import FEATURES, LINES, PAGE, Finished, Folder, check_folder, open_folder
+from .folder import FEATURES, LINES, PAGE, About, Finished, Folder, check_folder, open_folder
 from .words import Fact, anchor, blocks, facts, intro, note_of
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def write_report(
     if len(index) == 0:
         raise InputError(f"{index.path}: holds no image, so nothing comes back; add some first")
     count = explainer.n_neighbors if n_neighbors is None else n_neighbors
-    options: dict[str, Any] = {
+    options: About = {
         "n_neighbors": whole("n_neighbors", count, 1),
         "result": result,
         "neighbors": None if neighbors is None else list(neighbors),
@@ -203,12 +203,12 @@ def write_report(
     )
 
 
-def _version(explainer: Explainer) -> dict[str, Any]:
+def _version(explainer: Explainer) -> About:
     manifest = explainer.index.manifest
     return {"generation": manifest.generation, "sha256": manifest.manifest_sha256}
 
 
-def _described(source: ImageSource) -> dict[str, Any]:
+def _described(source: ImageSource) -> About:
     """Return how many queries, and a digest of their ids, paths, sizes and times of change."""
     digest = hashlib.sha256(os.path.abspath(source.root or "").encode("utf-8", "surrogateescape"))
     for position, item in enumerate(source.items):
@@ -298,7 +298,7 @@ def finished(
 
 
 def _assemble(
-    explainer: Explainer, place: Folder, count: int, options: dict[str, Any], look: Look
+    explainer: Explainer, place: Folder, count: int, options: About, look: Look
 ) -> list[Fact]:
     """Put the files in place; a row is held no longer than it takes."""
     manifest, cropped = explainer.index.manifest, False

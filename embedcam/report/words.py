@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import eq
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from ..recipe.registry import METHODS
 from ..render import Block, Notice, PageLink, Table
+from .folder import About
 
 if TYPE_CHECKING:
     from ..explain.explanation import Explanation
@@ -40,36 +41,36 @@ class Fact:
     asked: str | None = None  # the query's own label
     other: bool = False
 
+    @property
+    def remark(self) -> str:
+        """What there is to say of the map."""
+        if self.empty:
+            return "empty"
+        if self.direct:
+            return "computed on the query"
+        return "not trusted" if self.trusted is False else ""
+
 
 def facts(lines: Iterable[str], kin: Callable[[str, str], bool] = eq) -> list[Fact]:
     """Return what is known of each query, from its line of JSON; `kin` compares two labels."""
-    return [_fact(position, json.loads(line), kin) for position, line in enumerate(lines)]
+    known = []
+    for position, record in enumerate(map(json.loads, lines)):
+        more = {"error": record["error"]} if "error" in record else {}
+        for nearest in record.get("neighbors", ())[:1]:
+            asked, label = record.get("label"), nearest["label"]
+            more = {name: record[name] for name in ("trust", "trusted", "direct", "empty")}
+            more |= {name: nearest[name] for name in ("label", "distance")}
+            more |= {"nearest": nearest["id"], "match": record.get("match"), "asked": asked}
+            more["other"] = None not in (asked, label) and not kin(str(asked), label)
+            more["changed"] = any(one.get("file") == "changed" for one in record["neighbors"])
+        known.append(Fact(position, record["query"], **more))
+    return known
 
 
-def _fact(position: int, record: Mapping[str, Any], kin: Callable[[str, str], bool]) -> Fact:
-    if "error" in record:
-        return Fact(position, record["query"], record["error"])
-    nearest, asked = record["neighbors"][0], record.get("label")
-    return Fact(
-        position,
-        record["query"],
-        nearest=nearest["id"],
-        label=nearest["label"],
-        distance=nearest["distance"],
-        asked=asked,
-        other=None not in (asked, nearest["label"]) and not kin(str(asked), nearest["label"]),
-        changed=any(one.get("file") == "changed" for one in record["neighbors"]),
-        match=record.get("match"),
-        **{name: record[name] for name in ("trust", "trusted", "direct", "empty")},
-    )
-
-
-def intro(place: str, manifest: Manifest, options: Mapping[str, Any], known: Sequence[Fact]) -> str:
+def intro(place: str, manifest: Manifest, options: About, known: Sequence[Fact]) -> str:
     """Say what was asked of which index, and how to read the maps."""
-    network, layers = manifest.network, manifest.layers
-    name = network.name if network is not None else None
-    entry = METHODS.get(manifest.method)
-    grid = layers[0].grid
+    layers, grid = manifest.layers, manifest.layers[0].grid
+    name = manifest.network.name if manifest.network is not None else None
     names = ", ".join(f"{one.name} ({one.channels:,} channels)" for one in layers)
     size = "" if grid is None else f" on a grid of {grid[0]} x {grid[1]}"
     asked = (
@@ -78,6 +79,7 @@ def intro(place: str, manifest: Manifest, options: Mapping[str, Any], known: Seq
         f"{manifest.generation}, embedded by {name or 'a network without a name'}"
         f", layer {names}{size}."
     )
+    entry = METHODS.get(manifest.method)
     method = manifest.method if entry is None else entry.title
     read = (
         f"A map shows what in a query speaks for its results: {method} weights "
@@ -93,7 +95,7 @@ def intro(place: str, manifest: Manifest, options: Mapping[str, Any], known: Seq
     return f"{asked}\n\n{read}"
 
 
-def _source_of_weights(options: Mapping[str, Any]) -> str:
+def _source_of_weights(options: About) -> str:
     if options["result"] is not None:
         rival = "" if options.get("above") is None else f" less those of {options['above']}"
         return f"of the one image {options['result']}{rival}"
@@ -109,16 +111,16 @@ def blocks(known: Sequence[Fact]) -> list[Block]:
     """Return what to look out for, what could not be read, and every query with its link."""
     explained = [one for one in known if one.error is None]
     failed = [[one.name, one.error] for one in known if one.error is not None]
-    counts = {
-        "could not be explained": len(failed),
-        "with a map that is not to be trusted": sum(one.trusted is False for one in explained),
-        "with an empty map": sum(one.empty for one in explained),
-        "whose weights were computed on the query itself": sum(one.direct for one in explained),
-        "with a result whose picture has changed since the build: its map is of the old one": sum(
-            one.changed for one in explained
-        ),
+    counts: dict[str, Sequence[object]] = {
+        "could not be explained": failed,
+        "with a map that is not to be trusted": [o for o in explained if o.trusted is False],
+        "with an empty map": [one for one in explained if one.empty],
+        "whose weights were computed on the query itself": [o for o in explained if o.direct],
+        "with a result whose picture has changed since the build: its map is of the old one": [
+            one for one in explained if one.changed
+        ],
     }
-    warned = [f"{count:,} {what}" for what, count in counts.items() if count]
+    warned = [f"{len(those):,} {what}" for what, those in counts.items() if those]
     shown: list[Block] = []
     if warned:
         shown.append(Notice(f"Of {_counted(len(known), 'query', 'queries')}", warned))
@@ -129,7 +131,8 @@ def blocks(known: Sequence[Fact]) -> list[Block]:
         return shown
     # What is most in doubt first: another label, then match and trust, unknown ones before all.
     ordered = sorted(
-        explained, key=lambda one: (not one.other, *map(_known, (one.match, one.trust)))
+        explained,
+        key=lambda one: (not one.other, *(-1 if n is None else n for n in (one.match, one.trust))),
     )
     wrong = [one for one in ordered if one.other]
     title = "All queries"
@@ -156,27 +159,15 @@ def _overview(shown: Sequence[Fact], title: str, *, folded: bool = False) -> Tab
         ("distance", True, lambda one: f"{one.distance:.3f}"),
         ("match", any(one.match is not None for one in shown), lambda one: _share(one.match)),
         ("trust", any(one.trust is not None for one in shown), lambda one: _share(one.trust)),
-        ("map", any(_remark(one) for one in shown), _remark),
+        ("map", any(one.remark for one in shown), lambda one: one.remark),
     ]
     kept = [(name, cell) for name, wanted, cell in columns if wanted]
     rows = [[cell(one) for _, cell in kept] for one in shown]
     return Table([name for name, _ in kept], rows, title, folded=folded)
 
 
-def _known(value: float | None) -> float:
-    return -1.0 if value is None else value
-
-
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def _remark(one: Fact) -> str:
-    if one.empty:
-        return "empty"
-    if one.direct:
-        return "computed on the query"
-    return "not trusted" if one.trusted is False else ""
 
 
 def _counted(number: int, one: str, several: str) -> str:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Limits", "check_installed", "create_app"]
 
-_WHERE = {"Limits": "limits", "create_app": "app"}
 _NEEDED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 
 
@@ -32,7 +31,7 @@ def check_installed() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in __all__:
         raise AttributeError(f"module 'embedcam.service' has no attribute {name!r}")
     check_installed()
-    return getattr(import_module(f".{_WHERE[name]}", __name__), name)
+    return getattr(import_module(".app", __name__), name)

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from .. import __version__
 from ..errors import EmbedcamError
 from ..explain.explainer import Explainer
-from . import compare, explain, items
+from . import items, queries
 from .errors import HTTPProblem, handle
 from .frame import Frame
 from .limits import Limits
@@ -81,7 +81,7 @@ def create_app(
     app.state.pipeline = pipeline
     for kind in (EmbedcamError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, handle)
-    for module in (explain, compare, items):
+    for module in (queries, items):
         app.include_router(module.router(pipeline))
     app.include_router(_status(pipeline))
     app.include_router(_page())

@@ -18,7 +18,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from starlette.requests import Request
 
 from ..errors import EmbedcamError, InputError
-from ..explain.explainer import Explainer, Explanation
+from ..explain.explainer import Explainer
+from ..explain.explanation import Explanation, Result
 from ..images.batches import default_workers
 from ..index import Index
 from .errors import HTTPProblem
@@ -286,23 +287,19 @@ class Pipeline:
             )
         return answers
 
-    async def search(
-        self, upload: Upload, n_neighbors: int
-    ) -> tuple[Prepared, list[tuple[str, str | None, float, float]]]:
-        """Return an uploaded picture, and id, label, distance and similarity of what is near."""
+    async def search(self, upload: Upload, n_neighbors: int) -> tuple[Prepared, list[Result]]:
+        """Return an uploaded picture, and what is near, without paths and maps."""
         return await self.ask(self._searched, n_neighbors, self.reading(upload))
 
-    def _searched(
-        self, n_neighbors: int, pictures: Sequence[Prepared]
-    ) -> list[list[tuple[str, str | None, float, float]]]:
+    def _searched(self, n_neighbors: int, pictures: Sequence[Prepared]) -> list[list[Result]]:
         index, inputs = self.index, np.stack([one.inputs for one in pictures])
         near = index.search(self.network.embed(inputs).embedding, n_neighbors)
         answers = []
         for positions, *scores in zip(
-            near.positions, near.distances.tolist(), near.similarities.tolist(), strict=True
+            near.positions, near.distances, near.similarities, strict=True
         ):
             rows = index.select(positions)
-            answers.append(list(zip(rows.ids, rows.labels, *scores, strict=True)))
+            answers.append(Result.of(rows.ids, rows.labels, rows.paths, *scores, None, None))
         return answers
 
     async def probe(self) -> None:

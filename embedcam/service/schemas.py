@@ -15,6 +15,8 @@ from .errors import only
 from .pictures import JSON, encoded
 
 M = TypeVar("M", bound="Strict")
+Described = dict[str, Any]
+"""A part of an OpenAPI document, or what FastAPI takes to write one."""
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 
@@ -298,10 +300,10 @@ def route(
     parameters: type[BaseModel] | None = None,
     drawn: Sequence[str] = (),
     said: str = "Successful Response",
-    body: dict[str, Any] | None = None,
-) -> dict[str, Any]:
+    body: Described | None = None,
+) -> Described:
     """Describe a route with HTTP errors of these `statuses` and no query parameters but these."""
-    good: dict[str, Any] = {"description": said}
+    good: Described = {"description": said}
     if answer is not None:
         good["model"] = answer
     if drawn:

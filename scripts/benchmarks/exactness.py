@@ -110,7 +110,7 @@ def largest_difference(
     drawn = anchors.sampler.draw(np.arange(n))
     worst = 0.0
     for image in range(n):
-        pairs = list(zip(drawn.positives[image], drawn.negatives[image], strict=True))
+        pairs = drawn[image].tolist()
         expected = literal(subject, images[image : image + 1], embeddings, pairs, method, normalize)
         off = torch.linalg.vector_norm(found[image] - expected)
         worst = max(worst, float(off / torch.linalg.vector_norm(expected)))

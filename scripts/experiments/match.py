@@ -24,9 +24,10 @@ from PIL import Image
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
-from embedcam.index.calibration import TEN, MatchCalibration
+from embedcam.index.calibration import TEN
 from embedcam.index.search import nearest
 from embedcam.offline.match import calibrate_match
+from embedcam.recipe.recipe import Recipe
 
 from ..benchmarks.timing import table
 from .data import (
@@ -76,9 +77,9 @@ def figures(
     """The columns, of one half, NaN where one means nothing; match and whether it was right."""
     indexed, asked = halves(labels, seed, CASES[case])
     known = [None] * len(indexed) if case == "none" else labels[indexed].tolist()
-    made = calibrate_match(embeddings[indexed], known, seed=seed)
+    made = calibrate_match(embeddings[indexed], known, Recipe(seed=seed))
     assert made is not None
-    calibration = MatchCalibration.from_dict(made["several"])
+    calibration = made["several"]
 
     def match(queries: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         found = nearest(embeddings[indexed], queries, TEN, "l2")

@@ -28,6 +28,7 @@ from embedcam.explain.answer import negatives_for
 from embedcam.index import put_calibrations
 from embedcam.index.calibration import correlation
 from embedcam.network import EmbeddingNetwork
+from embedcam.offline.merge import plain
 from embedcam.offline.trust import View, calibrate_trust, trust_rows
 from embedcam.ops import drawn_and_signed
 from embedcam.targets import head_cotangent, query_cotangent
@@ -91,7 +92,7 @@ def calibrated(
             embeddings, labels, sample,
             (View([maps[row].astype(np.float32)]) for row in rows[sample]), lambda _: None,
         )  # fmt: skip
-    put_calibrations(path, {"trust_calibration": made})
+    put_calibrations(path, {"trust_calibration": plain(made)})
     return Index.open(path)
 
 

@@ -1,10 +1,11 @@
-"""POST /compare: why a picture and its results match, as receipts that add up."""
+"""POST /explain, /search and /compare: a picture goes in, what it is like and why comes out."""
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Query, Request
@@ -13,6 +14,7 @@ from pydantic.json_schema import SkipJsonSchema
 from starlette.responses import Response
 
 from ..errors import EmbedcamError, ImageError, InputError
+from ..explain.explanation import Explanation, Result
 from ..index import Index
 from ..pairs import (
     PairExplainer,
@@ -26,12 +28,32 @@ from ..pairs import (
 )
 from . import schemas
 from .errors import HTTPProblem, choose
-from .explain import BODY, PROBLEMS
-from .pictures import JSON, PNG, WEBP, Prepared, prepare
+from .pictures import FORM_TYPE, JSON, PART, PNG, RAW_TYPES, WEBP, Prepared, overlaid, prepare
 from .pipeline import Pipeline, check_ids, find_live
 
 logger = logging.getLogger("embedcam.service")
 
+MAX_CELLS, MAX_SIDE = 224, 1024
+BODY: schemas.Described = {
+    "requestBody": {
+        "required": True,
+        "description": "A picture: JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000; of an "
+        "animation the first frame. As the form field `image`, or as the body itself.",
+        "content": {
+            FORM_TYPE: {
+                "schema": {
+                    "type": "object",
+                    "required": [PART],
+                    "additionalProperties": False,
+                    "properties": {PART: schemas.BINARY["schema"]},
+                },
+                "encoding": {PART: {"contentType": ", ".join(RAW_TYPES)}},
+            },
+            **dict.fromkeys(RAW_TYPES, schemas.BINARY),
+        },
+    }
+}
+_PROBLEMS = (400, 403, 408, 413, 415, 422, 500, 503)
 MAX_LINES = 50
 MAX_PAIRS = 250_000
 """Numbers of all `pairs` of an answer together, about 2 MB: a hundred receipts on maps of 7 x 7, or
@@ -42,9 +64,90 @@ _ID = "Id of an image of the index"
 
 
 def router(pipeline: Pipeline) -> APIRouter:
-    """Return the one endpoint."""
+    """Return the three endpoints."""
     routes = APIRouter(tags=["queries"])
     maker, most = ReceiptMaker(pipeline), pipeline.limits.n_neighbors
+
+    class SearchParameters(BaseModel):
+        n_neighbors: int = Field(
+            default=pipeline.n_neighbors, ge=1, le=most, description="Images that come back."
+        )
+
+    class ExplainParameters(SearchParameters):
+        result: str | SkipJsonSchema[None] = Field(
+            default=None, description="Id of one image: what in the picture matched this one."
+        )
+        rival: str | SkipJsonSchema[None] = Field(
+            default=None,
+            description="Id of another image, with `result`: what in the picture speaks for the "
+            "result rather than for this one.",
+        )
+        detail: int = Field(
+            default=pipeline.explainer.detail,
+            ge=1,
+            le=2,
+            description="2 draws a finer map: the picture is shown to the network once more at "
+            "twice the side, for about four more embeddings.",
+        )
+        signed: bool = Field(
+            default=False,
+            description="Of the JSON: the map before its ReLU, too, negative where the picture "
+            "speaks against the results.",
+        )
+        map_size: int = Field(
+            default=14, ge=1, le=MAX_CELLS, description="Of the JSON's map: cells a side at most."
+        )
+        picture_size: int = Field(
+            default=512, ge=16, le=MAX_SIDE, description="Of an overlay: its longer side at most."
+        )
+
+    @routes.post(
+        "/explain",
+        **schemas.route(
+            "Which images are like this picture, and why",
+            schemas.ExplainAnswer,
+            *(404, 406, *_PROBLEMS),
+            parameters=ExplainParameters,
+            drawn=(PNG, WEBP),
+            said="The results and the maps as JSON; or the picture with its map over it, where "
+            "`Accept` asks for a picture.",
+            body=BODY,
+        ),
+    )
+    async def explain(request: Request, asked: Annotated[ExplainParameters, Query()]) -> Response:
+        kind = choose(request, (JSON, PNG, WEBP))
+        side = None if kind == JSON else asked.picture_size
+
+        def answer(picture: Prepared, why: Explanation) -> Response:
+            if kind != JSON:
+                drawn = overlaid(replace(picture.small, cam=why.cam))
+                return schemas.response(drawn, kind, {"Vary": "Accept"})
+            told = _explained(request, picture, why, asked.map_size, asked.signed)
+            return schemas.response(told, kind, {"Vary": "Accept"})
+
+        async with pipeline.admitted(request) as upload:
+            about = (asked.n_neighbors, asked.result, asked.rival, asked.detail, side)
+            return await pipeline.in_thread(answer, *await pipeline.explain(upload, *about))
+
+    @routes.post(
+        "/search",
+        **schemas.route(
+            "Which images are like this picture, without the why",
+            schemas.SearchAnswer,
+            *_PROBLEMS,
+            parameters=SearchParameters,
+            body=BODY,
+        ),
+    )
+    async def search(request: Request, asked: Annotated[SearchParameters, Query()]) -> Response:
+        async with pipeline.admitted(request) as upload:
+            picture, near = await pipeline.search(upload, asked.n_neighbors)
+        neighbors = [
+            schemas.built(schemas.Match, vars(one), **schemas.urls_of(request, one.id))
+            for one in near
+        ]
+        size = schemas.size_of(picture.size)
+        return schemas.response(schemas.SearchAnswer(picture=size, neighbors=neighbors))
 
     class CompareParameters(BaseModel):
         result: list[str] = Field(
@@ -83,7 +186,7 @@ def router(pipeline: Pipeline) -> APIRouter:
         **schemas.route(
             "Why this picture and an image match, or why one image came above another",
             schemas.CompareAnswer,
-            *(404, 406, 409, 501, *PROBLEMS),
+            *(404, 406, 409, 501, *_PROBLEMS),
             parameters=CompareParameters,
             drawn=(PNG, WEBP),
             said="Receipts as JSON; or one drawn, where `Accept` asks for a picture.",
@@ -113,7 +216,7 @@ def router(pipeline: Pipeline) -> APIRouter:
             pairs = receipt.matrix().reshape(receipt.query.cells.size, -1) if fits else None
             return schemas.built(
                 schemas.PairReceipt,
-                {**shown, "id": shown["result"]["id"], "label": shown["result"]["label"]},
+                {**shown["result"], **shown},
                 picture=schemas.size_of(picture.size),
                 extent=picture.extent,
                 query=schemas.built(schemas.Evidence, shown["query"]),
@@ -160,11 +263,9 @@ def router(pipeline: Pipeline) -> APIRouter:
                     shown = why.to_dict(asked.lines)
                     cells = shown["query"]["cells"]
                     contrast = schemas.built(schemas.Contrast, shown, query=cells)
-                size, extent = schemas.size_of(query.size), list(query.extent)
-                body = schemas.CompareAnswer(
-                    picture=size, extent=extent, receipts=told, contrast=contrast
-                )
-                return schemas.response(body, kind, {"Vary": "Accept"})
+                box = {"picture": schemas.size_of(query.size), "extent": query.extent}
+                whole = schemas.built(schemas.CompareAnswer, box, receipts=told, contrast=contrast)
+                return schemas.response(whole, kind, {"Vary": "Accept"})
 
             ids = [*asked.result, *([] if rival is None else [rival])]
             # No more at once than go through the network together, so that others come between.
@@ -178,6 +279,29 @@ def router(pipeline: Pipeline) -> APIRouter:
             return await pipeline.in_thread(answer)
 
     return routes
+
+
+def _explained(
+    request: Request, picture: Prepared, why: Explanation, map_size: int, signed: bool
+) -> schemas.ExplainAnswer:
+    height, width = why.cam.shape
+    shown = why.to_dict((min(map_size, height), min(map_size, width)), signed=signed)
+
+    def neighbor(told: Mapping[str, Any] | None, one: Result | None) -> schemas.Neighbor | None:
+        if told is None or one is None:
+            return None
+        urls = schemas.urls_of(request, one.id)
+        return schemas.built(schemas.Neighbor, told, norm=one.norm, **urls)
+
+    return schemas.built(
+        schemas.ExplainAnswer,
+        shown,
+        picture=schemas.size_of(picture.size),
+        extent=picture.extent,
+        result=neighbor(shown["result"], why.asked),
+        rival=neighbor(shown["rival"], why.rival),
+        neighbors=list(map(neighbor, shown["neighbors"], why.neighbors())),
+    )
 
 
 def rounded(values: np.ndarray) -> list[list[float]]:

@@ -280,10 +280,10 @@ class Explanation:
             Make each picture at most so many pixels wide and high as soon as it is read, for more
             tiles than memory holds pictures of full size.
         """
-        match, results = self.match_in_words, []
-        said = [] if self.doubtful or self.asked is not None else [match]
+        match, doubtful, results = self.match_in_words, self.doubtful, []
+        said = [] if doubtful or self.asked is not None else [match]
         note = "\n".join(filter(None, [*said, self._map_note()]))
-        warning = match if self.doubtful else ""
+        warning = match if doubtful else ""
         query = Tile(self.image, self.cam, self.extent, "query", note, warning=warning)
         for one in self.results():
             tile = self._tile(one)

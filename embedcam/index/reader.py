@@ -305,7 +305,7 @@ class Index:
         IndexFormatError
             The FAISS file is broken.
         """
-        return searching.search(self, queries, n_neighbors, nprobe)
+        return searching.search(self, queries, whole("n_neighbors", n_neighbors, 1), nprobe)
 
     def verify(self, *, progress: Callable[[int, int], None] | None = None) -> list[str]:
         """Check every promise of the format, and return those that were checked.

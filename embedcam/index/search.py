@@ -126,7 +126,7 @@ def search(
 ) -> Neighbors:
     """Return the nearest live rows of queries `[B D]`; see `Index.search`."""
     queries = check_queries(queries, index.width, index.normalized)
-    k = min(whole("n_neighbors", n_neighbors, 1), len(index))
+    k = min(n_neighbors, index.n_rows - len(index.tombstones))
     entry = index.manifest.faiss
     if entry is None:
         raise InputError(

@@ -107,8 +107,7 @@ def paint(
     signed: bool = False,
 ) -> Image.Image:
     """Return an RGB picture with a checked map over a checked box; itself where nothing shows."""
-    name = cmap or (SIGNED_COLORMAP if signed else COLORMAP)
-    _table(name)  # refuses an unknown one, whatever is drawn
+    table = _table(cmap or (SIGNED_COLORMAP if signed else COLORMAP))
     if top <= 0 or not cam.any():
         return plain
     pixels = np.array(plain)
@@ -118,7 +117,8 @@ def paint(
         lower = spread[below[part]]
         values = lower + shares[part] * (spread[above[part]] - lower)
         share = np.clip(values / np.float32(top), -1, 1)
-        colors = colormap((1 + share) / 2 if signed else share, name) * np.float32(255)
+        steps = np.clip((1 + share) / 2 if signed else share, 0, 1) * (len(table) - 1)
+        colors = table[np.rint(steps).astype(np.intp)] * np.float32(255)
         opacity = np.float32(alpha) * np.abs(share)[..., None]
         region = pixels[place][part]
         # In float, then rounded: 8-bit arithmetic would wrap around.

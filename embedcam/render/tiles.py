@@ -266,12 +266,14 @@ class Canvas:
         room: float = inf,
         middle: bool = False,
     ) -> None:
-        """Write at x, shortened to so much room; the next thing is drawn `advance` pixels below."""
+        """Write lines at x, shortened to so much room, each `advance` pixels below the last."""
         shown = font_of(*font)
-        text = shorten(text, room, shown.getlength, middle=middle)
-        draw, at = ImageDraw.ImageDraw.text, (x, self.y)
-        self.stroke(draw, xy=at, text=text, fill=color, font=shown, anchor=anchor)
-        self.y += advance
+        for line in text.split("\n"):
+            if not line.isprintable() or shown.getlength(line) > room:
+                line = shorten(line, room, shown.getlength, middle=middle)
+            draw = partial(ImageDraw.ImageDraw.text, xy=(x, self.y), text=line, anchor=anchor)
+            self._strokes.append(partial(draw, fill=color, font=shown))
+            self.y += advance
 
     def paragraph(self, text: str, font: Font, color: Color, advance: int) -> None:
         """Write lines across the page."""
@@ -316,8 +318,8 @@ class Canvas:
             self.y += 6
             if tile.caption:
                 self.text(x, tile.caption, _CAPTION, _INK, _LEADING, room=side, middle=True)
-            for line in tile.subcaption.split("\n") if tile.subcaption else ():
-                self.text(x, line, _TEXT, _QUIET, _LEADING, room=side)
+            if tile.subcaption:
+                self.text(x, tile.subcaption, _TEXT, _QUIET, _LEADING, room=side)
             end = max(end, self.y)
         self.y = end
         return frames

@@ -47,16 +47,19 @@ RESAMPLING: Final = {
 _KIND: Final = "standard"
 
 
-def _offset(length: int, window: int) -> int:
+def _offsets(lengths: tuple[int, int], windows: tuple[int, int]) -> list[int]:
     """Return where torchvision's center crop begins; negative where it pads a short side."""
-    if window > length:
-        return -((window - length) // 2)
-    return int(round((length - window) / 2.0))  # noqa: RUF046 - torchvision's own half-to-even
+    offsets = []
+    for length, window in zip(lengths, windows, strict=True):
+        if window > length:
+            offsets.append(-((window - length) // 2))
+        else:  # torchvision's own half-to-even
+            offsets.append(int(round((length - window) / 2.0)))  # noqa: RUF046
+    return offsets
 
 
-def _refuse_empty(width: int, height: int) -> None:
-    if min(width, height) < 1:
-        raise InputError(f"preprocess: a picture of {width} x {height} pixels has no extent")
+def _empty(width: int, height: int) -> InputError:
+    return InputError(f"preprocess: a picture of {width} x {height} pixels has no extent")
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ class Preprocess:
         if image.size != resized:
             pixels = pixels.resize(resized, RESAMPLING[self.interpolation])
         if self.resize == "crop":
-            left, top = _offset(resized[0], width), _offset(resized[1], height)
+            left, top = _offsets(resized, (width, height))
             # Pillow fills what lies outside the picture with black, as torchvision's padding does.
             pixels = pixels.crop((left, top, left + width, top + height))
         levels = np.asarray(pixels, dtype=np.uint8).reshape(height, width, len(self.mean))
@@ -160,18 +163,19 @@ class Preprocess:
         Evenly stretched, in pixels of the original: pixel i covers [i, i + 1]. It reaches
         beyond the picture where the crop was padded.
         """
-        _refuse_empty(width, height)
+        if min(width, height) < 1:
+            raise _empty(width, height)
         if self.resize == "squash":
             return 0.0, 0.0, float(width), float(height)
-        corners = []
-        for length, resized, window in zip(
-            (width, height), self._resized(width, height), self.size[::-1], strict=True
-        ):
-            start = _offset(resized, window)
-            # One division each, last: an edge that is the picture's own comes out exactly.
-            corners.append((start * length / resized, (start + window) * length / resized))
-        (x0, x1), (y0, y1) = corners
-        return x0, y0, x1, y1
+        resized = self._resized(width, height)
+        left, top = _offsets(resized, (self.size[1], self.size[0]))
+        # One division each, last: an edge that is the picture's own comes out exactly.
+        return (
+            left * width / resized[0],
+            top * height / resized[1],
+            (left + self.size[1]) * width / resized[0],
+            (top + self.size[0]) * height / resized[1],
+        )
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
         """Return (width, height) of the resized picture, before any crop."""
@@ -268,7 +272,8 @@ class CustomPreprocess:
 
     def extent(self, width: int, height: int) -> Extent:
         """Return what the network sees of a picture, as `Preprocess.extent` says it."""
-        _refuse_empty(width, height)
+        if min(width, height) < 1:
+            raise _empty(width, height)
         if self.rectangle is None:
             return 0.0, 0.0, float(width), float(height)
         x0, y0, x1, y1 = (float(value) for value in self.rectangle(width, height))

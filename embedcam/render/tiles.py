@@ -85,9 +85,9 @@ class Tile:
         """Return (width, height) of the picture, its longer side made so long."""
         if self.image is None:
             return side, side
-        factor = side / max(self.image.size)
-        width, height = (max(1, round(one * factor)) for one in self.image.size)
-        return width, height
+        width, height = self.image.size
+        factor = side / max(width, height)
+        return max(1, round(width * factor)), max(1, round(height * factor))
 
     def drawn(
         self, size: tuple[int, int], top: float

@@ -122,7 +122,7 @@ def locks_held(folder, explainer):
     assert faiss_file is not None
 
     def hold():
-        with explainer._lock, explainer.network.lock, faiss_file._lock:
+        with explainer._lock, explainer.network.runner.lock, faiss_file._lock:
             held.set()
             go_on.wait(60)
 

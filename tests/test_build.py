@@ -246,13 +246,13 @@ def test_each_image_is_forwarded_once_behind_a_pool_else_twice(
 ) -> None:
     seen: list[bytes] = []
     it = toy(kind)
-    forward = it.network.trunk
+    forward = it.network.runner.trunk
 
     def watched(images):
         seen.extend(one.numpy().tobytes() for one in images.detach())
         return forward(images)
 
-    it.network.trunk = watched
+    it.network.runner.trunk = watched
     build_index(source, it.network, tmp_path / "i", dense(method=method), batch_size=5)
     wanted = [one.tobytes() for one in inputs(it, source)]
     assert [seen.count(one) for one in wanted] == [most] * 12

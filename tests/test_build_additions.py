@@ -174,9 +174,9 @@ def test_an_admitted_network_without_the_head_the_codes_need_is_refused(tmp_path
     first, later = grown
     build_index(first, toy().network, tmp_path / "i", Recipe(triplets=4))
     it = toy()
-    head = it.network.head
+    head = it.network.runner.head
     # The same on the probe picture, yet no longer found to be affine.
-    it.network.head = lambda maps: head(maps) + 1e-3 * maps.std((1, 2, 3))[:, None]
+    it.network.runner.head = lambda maps: head(maps) + 1e-3 * maps.std((1, 2, 3))[:, None]
     with pytest.raises(NetworkMismatch, match="this network has none"):
         add_images(later, it.network, tmp_path / "i")
 
@@ -185,8 +185,8 @@ def test_codes_in_principal_components_stay_so_for_a_network_found_affine(tmp_pa
     """Built where the head was not seen to be affine: dy/dz must not land in that basis."""
     first, later = grown
     it = toy()
-    head = it.network.head
-    it.network.head = lambda maps: head(maps) + 1e-4 * maps.std((1, 2, 3))[:, None]
+    head = it.network.runner.head
+    it.network.runner.head = lambda maps: head(maps) + 1e-4 * maps.std((1, 2, 3))[:, None]
     recipe = Recipe(triplets=4, rank=WIDTH, dtype="float32")
     build_index(first, it.network, tmp_path / "i", recipe)
     plain = toy()

@@ -201,8 +201,8 @@ def test_another_writer_is_not_disturbed(tmp_path, source) -> None:
 @pytest.mark.parametrize("normalize", [True, False])
 def test_around_is_refused_for_a_module_that_normalises(tmp_path, source, normalize) -> None:
     it = toy(normalize=normalize)
-    head = it.network.head
-    it.network.head = lambda maps: torch.nn.functional.normalize(head(maps))
+    head = it.network.runner.head
+    it.network.runner.head = lambda maps: torch.nn.functional.normalize(head(maps))
     with pytest.raises(RecipeError, match="this module normalises its output itself; use norm 'th"):
         build_index(source, it.network, tmp_path / "i", dense(norm="around"))
 
@@ -310,8 +310,8 @@ def test_an_interruption_by_the_user_leaves_what_was_finished(
 def other_code(source, it):
     """The same parameters, another computation."""
     other = toy()
-    first = other.network.trunk
-    other.network.trunk = lambda images: first(images).sqrt()
+    first = other.network.runner.trunk
+    other.network.runner.trunk = lambda images: first(images).sqrt()
     return source, other, DENSE
 
 

@@ -30,9 +30,9 @@ def features(it: Toy, source: ImageSource) -> dict[str, np.ndarray]:
 
 
 def head_of(it: Toy) -> AffineHead:
-    if isinstance(it.network.head, Mean):
+    if isinstance(it.network.runner.head, Mean):
         return AffineHead(np.eye(8, dtype=np.float32))
-    linear = it.network.head[1]
+    linear = it.network.runner.head[1]
     return AffineHead(linear.weight.detach().numpy(), linear.bias.detach().numpy())
 
 
@@ -64,7 +64,7 @@ def test_features_in_files_give_the_index_of_their_images(
     report = build_index(source, it.network, tmp_path / "images", recipe, own_maps=False)
     for key, array in features(it, source).items():
         np.save(tmp_path / f"{key}.npy", array)
-    linear = it.network.head[1]
+    linear = it.network.runner.head[1]
     save_file({"weight": linear.weight, "bias": linear.bias}, tmp_path / "head.safetensors")
     read = {key: read_array(tmp_path / f"{key}.npy") for key in features(it, source)}
     found = from_features(

@@ -164,8 +164,10 @@ class Index:
         """Return all that is kept of the `first` rows (None: of all) but embeddings; all labels."""
         every = self.select(positions)
         rows = every if first is None else Selection(self._rows, every.positions[:first])
+        texts = every.gather(Part.texts_of)
         fields = [rows.fields(number) for number in range(len(self.layers))]
-        return Stored(rows.ids, rows.paths, every.labels, rows.coarse(), rows.marks, fields)
+        ids, paths = [text[0] for text in texts[:first]], [text[1] for text in texts[:first]]
+        return Stored(ids, paths, [text[2] for text in texts], rows.coarse(), rows.marks, fields)
 
     def embeddings(self, positions: Positions) -> np.ndarray:
         """Return stored embeddings of rows, float32 `[n D]`."""

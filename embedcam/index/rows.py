@@ -216,6 +216,11 @@ class Part:
         names = {code: self.labels.raw(code).decode("utf-8", "replace") for code in known}
         return [names.get(code) for code in codes]
 
+    def texts_of(self, rows: np.ndarray) -> list[tuple[str, str, str | None]]:
+        """Return id, path and label of rows `[n]`, n >= 1."""
+        lists = self.ids_of(rows), self.paths_of(rows), self.labels_of(rows)
+        return list(zip(*lists, strict=True))
+
     def find(self, key: bytes) -> list[int]:
         """Return the rows with this id, removed ones included, in rising order."""
         rows, at = [], self._bisect(key)

@@ -174,7 +174,7 @@ def lficam(subject: Subject) -> MethodOutput:
         what = f"LFI-CAM weighs the trunk, and this network explains layer {network.layer!r}"
         raise NetworkError(f"{what}; use EmbeddingNetwork(module, 'trunk')")
     activations = subject.activations
-    with network.precision():
+    with network.runner.precision():
         importance = learned.importance(
             *(one.to(network.device, network.dtype) for one in (subject.images, activations))
         )
@@ -186,7 +186,7 @@ def abn(subject: Subject) -> MethodOutput:
     network = subject.network
     learned = _learned(network, ABNetwork, "ABN")
     activations = subject.activations  # first: it refuses training mode and unfit inputs
-    with network.precision():
+    with network.runner.precision():
         if _is_output_of(network, learned.trunk):
             attention, _ = learned.attention(activations.to(network.device, network.dtype))
         else:

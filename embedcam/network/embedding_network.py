@@ -8,7 +8,7 @@ gradients. Parameters, their `.grad`, modes and hooks stay as they are, also aft
 import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, Self, TypeVar, get_args
 
 import numpy as np
@@ -19,7 +19,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .._checks import check_sides, one_of, whole
 from ..errors import InputError, NetworkError
 from ..index.identity import Identity, compare
-from ..preprocess import AnyPreprocess, HeadMatrix, Transform, from_transform, refuse_random
+from ..preprocess import (
+    AnyPreprocess,
+    Embedded,
+    HeadMatrix,
+    Transform,
+    from_transform,
+    refuse_random,
+)
 from ..preprocess.probe import probe_inputs
 from .gradients import HeadPass
 from .head import HeadAlone, HeadKind, ask_head, pooled_vjp, tolerance_of
@@ -39,7 +46,7 @@ from .module import (
     refuse_parts,
     uncompiled,
 )
-from .runner import Features, Head, Runner, Trunk, copied, in_graph, with_positions
+from .runner import Features, Head, Run, Runner, Trunk, copied, in_graph, with_positions
 
 Numbers = TypeVar("Numbers", np.ndarray, Tensor)
 DEFAULT_INPUT_SIZE = (224, 224)
@@ -48,7 +55,7 @@ _AUTOCAST = (None, torch.bfloat16, torch.float16)
 _REPEATS = 8
 
 
-class EmbeddingNetwork(Runner):
+class EmbeddingNetwork:
     """A module that turns images into embeddings, and the layer whose activations explain them.
 
     Concurrent calls are safe. Hooks do not fire inside compiled modules: compile trunk and head
@@ -143,9 +150,13 @@ class EmbeddingNetwork(Runner):
             dotted, part = find_layer(module, layer)
             layer = bare_name(dotted)
         refuse_elsewhere(module, place)
-        super().__init__(
+        self.module, self.layer, self.name = module, str(layer), name
+        self.output, self.normalize = output, normalize
+        self.autocast, self.channels_last = autocast, channels_last
+        self.layout_options = (layout, grid, prefix_tokens)
+        self.runner = Runner(
             module,
-            str(layer),
+            self.layer,
             part,
             trunk,
             head,
@@ -155,9 +166,8 @@ class EmbeddingNetwork(Runner):
             autocast,
             channels_last,
             normalize,
-            (layout, grid, prefix_tokens),
+            self.layout_options,
         )
-        self.name = name
         self.spec: dict[str, Any] | None = None
         self._kind: HeadKind | None = None
         self._steady = self._sound = False
@@ -186,15 +196,32 @@ class EmbeddingNetwork(Runner):
     def without_autocast(self) -> Self:
         """Return this network computing in the precision of its parameters."""
         plain = copy.copy(self)
-        plain.autocast = plain._kind = None
+        plain.runner = copy.copy(self.runner)
+        plain.autocast = plain.runner.autocast = plain._kind = None
         return plain
 
     # Facts
 
     @property
+    def device(self) -> torch.device:
+        """Where images are sent: where the parameters are, unless told at construction."""
+        return self.runner.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first floating-point parameter: the input is converted to it."""
+        return self.runner.dtype
+
+    @property
+    def hooked(self) -> bool:
+        """Whether layers are found by hooks: False where trunk and head were given."""
+        return self.runner.parts is None
+
+    @property
     def layout(self) -> str:
         """The layer's layout, as found in the last forward; before one, as it was given."""
-        return self.layout_options[0] if self.found is None else self.found.kind
+        found = self.runner.found
+        return self.layout_options[0] if found is None else found.kind
 
     def __repr__(self) -> str:
         norm = "normalised" if self.normalize else "not normalised"
@@ -246,8 +273,8 @@ class EmbeddingNetwork(Runner):
 
     def probe_images(self, count: int = 1) -> np.ndarray:
         """Return the synthetic pictures as this network's input, float32 `[count C H W]`."""
-        size = self.input_size or DEFAULT_INPUT_SIZE
-        return probe_inputs(count, self.preprocess, size, self.channels)
+        size = self.runner.input_size or DEFAULT_INPUT_SIZE
+        return probe_inputs(count, self.preprocess, size, self.runner.channels)
 
     @contextmanager
     def probing(self) -> Iterator[None]:
@@ -258,13 +285,51 @@ class EmbeddingNetwork(Runner):
             cause = error.__cause__
             if cause is None or self.preprocess is not None or advice_of(message_of(cause)):
                 raise
-            shape = [1, self.channels, *(self.input_size or DEFAULT_INPUT_SIZE)]
+            shape = [1, self.runner.channels, *(self.runner.input_size or DEFAULT_INPUT_SIZE)]
             raise NetworkError(
                 f"a probe picture {shape} cannot go through the network ("
                 f"{message_of(cause)}); give preprocess=, or input_size=(H, W)"
             ) from cause
 
     # Passes
+
+    def forward(self, images: Images, *, allow_zero: bool = False) -> Features:
+        """Return embeddings and activations of preprocessed images `[B C H W]`; no gradients.
+
+        With `allow_zero` zeros are embedded as zeros: of a masked picture nothing may be left.
+
+        Raises
+        ------
+        InputError
+            Images of a wrong shape, or with NaN.
+        NetworkError
+            Training mode; a layer called twice or never; an unusable embedding.
+        """
+        return self.runner.forward(images, allow_zero)
+
+    __call__ = forward
+
+    def forward_layers(
+        self, images: Images, layers: Sequence[str]
+    ) -> tuple[Features, list[Tensor]]:
+        """Return features as `forward`, of the last layer, and activations `[B K H W]` of all."""
+        return self.runner.forward_layers(images, layers)
+
+    def embed(self, images: Images, layers: Sequence[str] | None = None) -> Embedded:
+        """Embed images `[B C H W]` into NumPy arrays; raises as `forward`."""
+        return self.runner.embed(images, layers)
+
+    def run_several(
+        self, images: Images, layers: Sequence[str], differentiable: bool = True
+    ) -> Run:
+        """Run once, hooked at several layers; see `several_pass`, and `forward_layers` without."""
+        return self.runner.run(images, layers, in_graph if differentiable else copied)
+
+    def run_from_input(
+        self, images: Images, mode: AbstractContextManager[object] | None
+    ) -> tuple[Features, Tensor, Tensor]:
+        """Return features, z `[B D]` and the input as a leaf, gradients kept: `input_gradient`."""
+        return self.runner.run_from_input(images, mode)
 
     def head_pass(self, images: Images, *, twice: bool = False) -> HeadPass:
         """Return a forward that is differentiable from the layer on; in inference mode too.
@@ -274,15 +339,18 @@ class EmbeddingNetwork(Runner):
         never reaches the embedding.
         """
         with sdpa_kernel(SDPBackend.MATH) if twice else nullcontext():
-            run = self.run(images, keep=in_graph)
-        return HeadPass(self, run)
+            run = self.runner.run(images, keep=in_graph)
+        return HeadPass(self.runner, run)
 
     def traceable(self, layers: Sequence[str]) -> Callable[[Tensor], tuple[Tensor, list[Tensor]]]:
         """Return images -> z `[B D]` and layers' `[B K H W]`, for exporters; nothing is checked."""
-        layouts, named = self.run(self.probe_images(), layers).layouts, self.find(layers)
+        layouts, named = (
+            self.runner.run(self.probe_images(), layers).layouts,
+            self.runner.find(layers),
+        )
 
         def run(images: Tensor) -> tuple[Tensor, list[Tensor]]:
-            z, raws, _ = self.call(images, copied, None, named)
+            z, raws, _ = self.runner.call(images, copied, None, named)
             return z, [layout.to_maps(raw) for layout, raw in zip(layouts, raws, strict=True)]
 
         return run
@@ -291,7 +359,7 @@ class EmbeddingNetwork(Runner):
 
     def check_tokens(self, images: Images) -> int:
         """Refuse a layer whose patch tokens reach nothing; returns how many images were run."""
-        if self.layer in self.reached or self.layout not in ("auto", *TOKENS):
+        if self.layer in self.runner.reached or self.layout not in ("auto", *TOKENS):
             return 0
         self.head_pass(images[:1]).close()
         return 1
@@ -314,11 +382,11 @@ class EmbeddingNetwork(Runner):
                 "the embedding is one number, which normalised is 1 or -1 whatever the picture, so "
                 "every map would be blank; give the output before it (output=), or normalize=False"
             )
-        if maps.shape[2] * maps.shape[3] == 1 and not self.over_positions:
+        if maps.shape[2] * maps.shape[3] == 1 and not self.runner.over_positions:
             names: list[str] = []
             if self.hooked:
-                with no_gradients(), self.precision():
-                    names = with_positions(self.module, self.prepare(probes), self.layer)
+                with no_gradients(), self.runner.precision():
+                    names = with_positions(self.module, self.runner.prepare(probes), self.layer)
             near = f", such as {names[-1]!r}" if names else ""
             size = " x ".join(str(side) for side in probes.shape[2:])
             raise NetworkError(
@@ -329,7 +397,7 @@ class EmbeddingNetwork(Runner):
 
     def check_steady(self) -> None:
         """Refuse an embedding that depends on the rest of its batch, or on chance; asked once."""
-        if self._steady or self.over_positions:
+        if self._steady or self.runner.over_positions:
             return
         probes, random = self.probe_images(2), RandomOperations()
         allowed = tolerance_of(self.autocast or self.dtype, self.device)
@@ -365,11 +433,11 @@ class EmbeddingNetwork(Runner):
     @property
     def head_kind(self) -> HeadKind:
         """Whether the head is pooled and affine; found once, at the network's input size."""
-        with self.lock, torch.inference_mode(False):
+        with self.runner.lock, torch.inference_mode(False):
             if self._kind is None:
                 with self.probing():
-                    alone = HeadAlone(self, self._probes(), asking=True)
-                self._kind = ask_head(self, alone)
+                    alone = HeadAlone(self.runner, self._probes(), asking=True)
+                self._kind = ask_head(self.runner, alone)
             return self._kind
 
     @property
@@ -388,16 +456,16 @@ class EmbeddingNetwork(Runner):
 
     def pooled_vjp(self, pooled: Numbers, cotangents: Images) -> Numbers:
         """Return dy/dp `[B (S) K]` of a pooled head for p `[B K]` and dy/dz `[B (S) D]`."""
-        gradient = pooled_vjp(self, self.head_kind, pooled, cotangents)
+        gradient = pooled_vjp(self.runner, self.head_kind, pooled, cotangents)
         return gradient.cpu().numpy() if isinstance(pooled, np.ndarray) else gradient
 
     def head_alone(self, image: Images, most: int | None = None) -> HeadAlone:
         """Return the head of one input `[1 C H W]` alone; at most `most` copies go at once."""
-        return HeadAlone(self, image, most)
+        return HeadAlone(self.runner, image, most)
 
     def head_outputs(self, image: Images, activations: Tensor) -> Tensor:
         """Return z `[n D]` of the head alone, on activations `[n K H W]`; see `head_alone`."""
-        return HeadAlone(self, image)(activations)
+        return HeadAlone(self.runner, image)(activations)
 
     def affine_head(self, stored_matrix: Callable[[], np.ndarray]) -> HeadMatrix | None:
         """Return the head where it is pooled and affine; nothing is asked of an index."""
@@ -406,9 +474,9 @@ class EmbeddingNetwork(Runner):
 
     def _probes(self) -> Images:
         """Return two inputs to ask with: pictures, or what came first and the same reversed."""
-        if not self.over_positions:
+        if not self.runner.over_positions:
             return self.probe_images(2)
-        example = self.example
+        example = self.runner.example
         if example is None:
             raise InputError(
                 "a network over positions has no probe of its own; run forward() on an input first"

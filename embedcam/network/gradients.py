@@ -6,7 +6,7 @@ input and gradient are both positive. Rectifiers are met as they are called: no 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from ..errors import InputError, NetworkError
 from .layers import TOKENS, Images, before_attention
 from .module import no_gradients, user_code
 from .runner import Features, Run, Runner, at_least_single
+
+if TYPE_CHECKING:
+    from .embedding_network import EmbeddingNetwork
 
 
 def derivatives(
@@ -188,9 +191,9 @@ class SeveralPass(_Graph):
         return self._back(cotangents)
 
 
-def several_pass(network: Runner, images: Images, layers: Sequence[str]) -> SeveralPass:
+def several_pass(network: "EmbeddingNetwork", images: Images, layers: Sequence[str]) -> SeveralPass:
     """Run a network, given as a module, once and keep several layers' outputs, differentiable."""
-    return SeveralPass(network, network.run_several(images, layers))
+    return SeveralPass(network.runner, network.run_several(images, layers))
 
 
 # At the input
@@ -256,7 +259,7 @@ def _top_of(func: Callable[..., Tensor], given: Mapping[str, Argument]) -> float
 
 
 def input_gradient(
-    network: Runner,
+    network: "EmbeddingNetwork",
     images: Images,
     cotangents: Callable[[Features], Tensor],
     *,

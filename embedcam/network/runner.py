@@ -257,11 +257,6 @@ class Runner:
         return None if self.trunk is None or self.head is None else (self.trunk, self.head)
 
     @property
-    def hooked(self) -> bool:
-        """Whether layers are found by hooks: False where trunk and head were given."""
-        return self.parts is None
-
-    @property
     def over_positions(self) -> bool:
         """Whether inputs are signals, tables or words instead of images."""
         return self.layout_options[0] == "bkl"
@@ -273,44 +268,26 @@ class Runner:
 
     # Passes
 
-    def forward(self, images: Images, *, allow_zero: bool = False) -> Features:
-        """Return embeddings and activations of preprocessed images `[B C H W]`; no gradients.
-
-        With `allow_zero` zeros are embedded as zeros: of a masked picture nothing may be left.
-
-        Raises
-        ------
-        InputError
-            Images of a wrong shape, or with NaN.
-        NetworkError
-            Training mode; a layer called twice or never; an unusable embedding.
-        """
+    def forward(self, images: Images, allow_zero: bool = False) -> Features:
+        """Return features of the layer, see `EmbeddingNetwork.forward`."""
         with torch.inference_mode(False), torch.no_grad():
             run = self.run(images)
             return run.features(run.activations()[0], self.normalize, allow_zero)
 
-    __call__ = forward
-
     def forward_layers(
         self, images: Images, layers: Sequence[str]
     ) -> tuple[Features, list[Tensor]]:
-        """Return features as `forward`, of the last layer, and activations `[B K H W]` of all."""
+        """Return features of the last layer, and activations `[B K H W]` of all."""
         with torch.inference_mode(False), torch.no_grad():
             run = self.run(images, layers)
             maps = run.activations()
             return run.features(maps[-1], self.normalize), maps
 
     def embed(self, images: Images, layers: Sequence[str] | None = None) -> Embedded:
-        """Embed images `[B C H W]` into NumPy arrays; raises as `forward`."""
+        """Embed images `[B C H W]` into NumPy arrays."""
         features, maps = self.forward_layers(images, (self.layer,) if layers is None else layers)
         embedding, norm = features.embedding.cpu().numpy(), features.norm.cpu().numpy()
         return Embedded(embedding, norm, [one.cpu().numpy() for one in maps])
-
-    def run_several(
-        self, images: Images, layers: Sequence[str], differentiable: bool = True
-    ) -> Run:
-        """Run once, hooked at several layers; see `several_pass`, and `forward_layers` without."""
-        return self.run(images, layers, in_graph if differentiable else copied)
 
     def run_from_input(
         self, images: Images, mode: AbstractContextManager[object] | None

@@ -635,9 +635,7 @@ def test_a_transforms_own_faults_are_never_skipped(tmp_path, workers, on_error):
     assert caught.value.__notes__ == [f"while preparing the image {tmp_path}/00.png"]
 
     flat = custom(lambda image: np.zeros(3), name="flat")
-    with pytest.raises(
-        InputError, match=r"00\.png: preprocess flat: .*expected an array"
-    ) as caught:
+    with pytest.raises(InputError, match=r"00\.png: preprocess flat: .*expected an") as caught:
         list(load_batches(source, range(3), flat, 2, workers=workers, on_error=on_error))
     assert not isinstance(caught.value, ImageError)
 

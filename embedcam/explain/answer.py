@@ -88,7 +88,7 @@ def _answer(
     rows = index.fetch(near.positions, n_shown)
     matching = snapshot.matches.get("one" if len(rows.labels) == 1 else "several")
     if matching is not None:
-        match = matching.match(near.distances, rows.labels)
+        match = matching.match(near.distances[:TEN], rows.labels[:TEN])
     near, labels = Neighbors(*(values[:n_shown] for values in near)), rows.labels[:n_shown]
     used, chosen = rows, near
     if named:

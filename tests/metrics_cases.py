@@ -1,11 +1,11 @@
-"""Inputs of the metrics, and the fast code held beside a module of oracles.
-
-A comparison takes the oracles as an argument, so that a broken copy can be handed to it.
-"""
+"""Inputs of the metrics, and the fast code held beside a module of oracles, or a broken copy."""
 
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
+from itertools import repeat
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +16,7 @@ SHAPES = [(1, 1, 1), (1, 5, 7), (4, 7, 5), (3, 1, 6), (6, 8, 8)]
 THRESHOLDS = [0.05, 0.2, 0.5, 0.75, 1.0]
 
 
-def maps_like(shape: tuple[int, int, int], seed: int, *, signed: bool = False) -> Array:
+def maps_like(shape: tuple[int, int, int], seed: int, *, signed: float = 0) -> Array:
     """Maps of every sort in turn: smooth numbers, many ties, mostly zeros, all zeros, constant."""
     rng = np.random.default_rng(seed)
     out = np.zeros(shape)
@@ -45,40 +45,24 @@ def all_maps() -> list[tuple[Array, Array]]:
     return [(maps_like(s, n), regions_like(s, n)) for s in SHAPES for n in range(5)]
 
 
-def by_row(loop: Callable[..., object], *arrays: Array) -> list[object]:
-    """A loop of the oracles on each row."""
-    return [loop(*row) for row in zip(*arrays, strict=True)]
+def by_row(loop: Callable[..., object], *given: Any) -> list[object]:
+    """A loop of the oracles on each row, and on the numbers among what is given."""
+    rows = [repeat(one, len(given[0])) if np.ndim(one) == 0 else one for one in given]
+    return [loop(*row) for row in zip(*rows, strict=True)]
 
 
 def near(got: Array | float, wanted: object) -> None:
     np.testing.assert_allclose(got, np.array(wanted, np.float64), rtol=0, atol=1e-12)
 
 
-def compare_pointing(o: ModuleType) -> None:
+def compare_localisation(o: ModuleType) -> None:
     for maps, inside in all_maps():
         near(metrics.pointing_hit(maps, inside), by_row(o.pointing, maps, inside))
-
-
-def compare_iou(o: ModuleType) -> None:
-    for maps, inside in all_maps():
-        pairs = list(zip(maps, inside, strict=True))
-        for threshold in THRESHOLDS:
-            near(metrics.iou_at(maps, inside, threshold), [o.iou(*p, threshold) for p in pairs])
-
-
-def compare_best_iou(o: ModuleType) -> None:
-    for maps, inside in all_maps():
-        wanted = [o.best_iou(*pair, THRESHOLDS) for pair in zip(maps, inside, strict=True)]
-        scores, thresholds = metrics.best_iou(maps, inside, THRESHOLDS)
-        near(scores, [score for score, _ in wanted])
-        near(thresholds, [threshold for _, threshold in wanted])
-
-
-def compare_boxes(o: ModuleType) -> None:
-    for maps, _ in all_maps():
-        for threshold in THRESHOLDS:
-            wanted = [o.largest_box(one, threshold) for one in maps]
-            near(metrics.box_from_map(maps, threshold), wanted)
+        for at in THRESHOLDS:
+            near(metrics.iou_at(maps, inside, at), by_row(o.iou, maps, inside, at))
+            near(metrics.box_from_map(maps, at), by_row(o.largest_box, maps, at))
+        best = by_row(partial(o.best_iou, thresholds=THRESHOLDS), maps, inside)
+        near(np.stack(metrics.best_iou(maps, inside, THRESHOLDS), 1), best)
 
 
 def some_boxes(seed: int, count: int) -> Array:
@@ -87,13 +71,9 @@ def some_boxes(seed: int, count: int) -> Array:
     return np.concatenate([corners.min(1), corners.max(1)], axis=1)
 
 
-def compare_box_iou(o: ModuleType) -> None:
+def compare_boxes(o: ModuleType) -> None:
     a, b = some_boxes(0, 300), some_boxes(1, 300)
-    near(metrics.box_iou(a, b), [o.boxes_iou(*p) for p in zip(a.tolist(), b.tolist(), strict=True)])
-
-
-def compare_found(o: ModuleType) -> None:
-    a, b = some_boxes(2, 200), some_boxes(3, 200)
+    near(metrics.box_iou(a, b), by_row(o.boxes_iou, a.tolist(), b.tolist()))
     for least in (0.25, 0.5, 1.0):
         wanted = o.found_share(a.tolist(), b.tolist(), least)
         near(metrics.localisation_accuracy(a, b, least), wanted)
@@ -125,11 +105,11 @@ def compare_ap(o: ModuleType) -> None:
 
 def compare_hottest(o: ModuleType) -> None:
     for maps, inside, _ in signed_cases():
-        pairs = list(zip(maps, inside, strict=True))
-        near(metrics.hottest_precision(maps, inside), [o.hottest(*p, p[1].sum()) for p in pairs])
-        for fraction in (0.01, 0.2, 1.0):
-            wanted = [o.hottest(*p, fraction * maps[0].size) for p in pairs]
-            near(metrics.hottest_precision(maps, inside, fraction), wanted)
+        wanted = by_row(o.hottest, maps, inside, inside.sum((1, 2)))
+        near(metrics.hottest_precision(maps, inside), wanted)
+        for part in (0.01, 0.2, 1.0):
+            wanted = by_row(o.hottest, maps, inside, part * maps[0].size)
+            near(metrics.hottest_precision(maps, inside, part), wanted)
 
 
 def compare_equal_areas(o: ModuleType) -> None:
@@ -138,60 +118,45 @@ def compare_equal_areas(o: ModuleType) -> None:
         near(metrics.equal_area_share(maps, inside, other), wanted)
 
 
-def compare_deletion(o: ModuleType) -> None:
+def compare_removal(o: ModuleType) -> None:
     for maps, _ in all_maps():
         for steps in {1, min(3, maps[0].size), maps[0].size}:
             order, masks = metrics.deletion_steps(maps, steps)
-            assert order.tolist() == [o.order(one) for one in maps]
+            assert order.tolist() == by_row(o.order, maps)
             for one, drawn in zip(maps, masks, strict=True):
                 wanted = [o.first_pixels(one, Fraction(j, steps)) for j in range(steps + 1)]
                 np.testing.assert_array_equal(drawn, wanted)
-
-
-def compare_removal(o: ModuleType) -> None:
-    for maps, _ in all_maps():
-        if maps[0].size > 1:
-            for fraction in (0.125, 0.5, 1.0):
-                wanted = [o.first_pixels(one, Fraction(fraction)) for one in maps]
+        for fraction in (0.125, 0.5, 1.0):
+            if fraction * maps[0].size >= 0.5:  # a fraction takes at least one pixel
+                wanted = by_row(o.first_pixels, maps, Fraction(fraction))
                 np.testing.assert_array_equal(metrics.removal_masks(maps, fraction), wanted)
 
 
 def compare_curves(o: ModuleType) -> None:
     for shape in [(1, 2), (5, 3), (4, 12)]:
         scores = np.random.default_rng(shape[0]).normal(size=shape)
-        near(metrics.curve_area(scores), [o.area_under(row) for row in scores.tolist()])
+        near(metrics.curve_area(scores), by_row(o.area_under, scores.tolist()))
 
 
 def compare_ranks(o: ModuleType) -> None:
     for seed, (batch, count) in enumerate([(1, 1), (1, 9), (30, 6)]):
         rng = np.random.default_rng(seed)
         scores, item = rng.integers(-2, 2, (batch, count)), rng.integers(0, count, batch)
-        wanted = [o.place(*pair) for pair in zip(scores.tolist(), item.tolist(), strict=True)]
-        near(metrics.rank_of(scores, item), wanted)
+        near(metrics.rank_of(scores, item), by_row(o.place, scores.tolist(), item))
 
 
-def some_scores(seed: int, count: int = 60) -> tuple[Array, Array, Array]:
-    """Scores of either sign, whole, masked and of the base, equal ones among them."""
-    return tuple(np.random.default_rng(seed).integers(-3, 4, (3, count)) / 2)  # type: ignore[return-value]
-
-
-def compare_drops(o: ModuleType) -> None:
+def compare_scores(o: ModuleType) -> None:
     for count in (1, 60):
-        y, masked, base = some_scores(4, count)
-        wanted = [o.drop(*row) for row in zip(y, masked, base, strict=True)]
-        drops, counted = metrics.score_drops(y, masked, base)
+        # Of either sign, whole, masked and of the base, equal ones among them.
+        scores = np.random.default_rng(4).integers(-3, 4, (3, count)) / 2
+        wanted = by_row(o.drop, *scores)
+        drops, counted = metrics.score_drops(*scores)
         assert counted.tolist() == [one is not None for one in wanted]
         near(drops, [one or 0.0 for one in wanted])
-
-
-def compare_average_drop(o: ModuleType) -> None:
-    scores = some_scores(5)
-    near(metrics.average_drop(*scores), o.mean_drop(*(s.tolist() for s in scores)))
-
-
-def compare_increase(o: ModuleType) -> None:
-    y, masked, _ = some_scores(6)
-    near(metrics.average_increase(y, masked), o.increase(y.tolist(), masked.tolist()))
+    y, masked, base = (one.tolist() for one in scores)
+    near(metrics.average_drop(y, masked, base), o.mean_drop(y, masked, base))
+    near(metrics.average_increase(y, masked), o.increase(y, masked))
+    near(metrics.paired_difference(y, masked).win_rate, o.win_rate(y, masked))
 
 
 def compare_imputation(o: ModuleType) -> None:
@@ -200,10 +165,8 @@ def compare_imputation(o: ModuleType) -> None:
         images, masks = rng.normal(size=(batch, channels, h, w)), rng.random((batch, h, w)) < 0.6
         masks[0] = masks[-1]
         masks[:, 0, 0] = False
-        wanted = [o.impute(*pair) for pair in zip(images, masks, strict=True)]
-        np.testing.assert_allclose(
-            metrics.noisy_linear_imputation(images, masks, noise=0), wanted, atol=1e-10
-        )
+        filled = metrics.noisy_linear_imputation(images, masks, noise=0)
+        np.testing.assert_allclose(filled, by_row(o.impute, images, masks), atol=1e-10)
 
 
 def some_items(seed: int, count: int, kinds: int = 4) -> tuple[Array, list[str]]:
@@ -233,50 +196,26 @@ def compare_map_at_r(o: ModuleType) -> None:
 
 
 def pairs_of_maps() -> list[tuple[Array, Array]]:
-    return [
-        (maps_like(s, n, signed=n % 2 == 0), maps_like(s, n + m, signed=n % 2 == 0))
-        for s in SHAPES
-        for n in range(5)
-        for m in range(2)
-    ]
+    many = [[maps_like(s, n, signed=sign) for n in range(6)] for s in SHAPES for sign in (0, 1)]
+    return [(row[n], row[n + m]) for row in many for n in range(5) for m in range(2)]
 
 
-def compare_cosines(o: ModuleType) -> None:
+def compare_agreement(o: ModuleType) -> None:
     for pair in pairs_of_maps():
-        flat = [m.reshape(len(m), -1) for m in pair]
-        near(metrics.cosines(*flat), by_row(o.cosine, *(f.tolist() for f in flat)))
-
-
-def compare_correlations(o: ModuleType) -> None:
-    for a, b in pairs_of_maps():
-        flat = [m.reshape(len(m), -1).tolist() for m in (a, b)]
-        near(metrics.correlations(a, b), by_row(o.correlation, *flat))
-
-
-def compare_rank_correlations(o: ModuleType) -> None:
-    for a, b in pairs_of_maps():
-        flat = [m.reshape(len(m), -1).tolist() for m in (a, b)]
-        near(metrics.rank_correlations(a, b), by_row(o.rank_correlation, *flat))
-
-
-def compare_map_iou(o: ModuleType) -> None:
-    for a, b in pairs_of_maps():
-        for fraction in (0.01, 0.2, 0.5, 1.0):
-            wanted = [o.top_iou(*pair, fraction) for pair in zip(a, b, strict=True)]
-            near(metrics.map_iou(a, b, fraction), wanted)
+        flat = [one.reshape(len(one), -1) for one in pair]
+        rows = [one.tolist() for one in flat]
+        near(metrics.cosines(*flat), by_row(o.cosine, *rows))
+        near(metrics.correlations(*pair), by_row(o.correlation, *rows))
+        near(metrics.rank_correlations(*pair), by_row(o.rank_correlation, *rows))
+        for part in (0.01, 0.2, 0.5, 1.0):
+            near(metrics.map_iou(*pair, part), by_row(o.top_iou, *pair, part))
 
 
 def compare_interval(o: ModuleType) -> None:
     for count, level, seed in [(1, 0.95, 0), (12, 0.95, 1), (30, 0.5, 2)]:
         values = np.random.default_rng(seed).normal(size=count)
-        wanted = o.interval_of_mean(values.tolist(), level, 200, seed)
         got = metrics.bootstrap_interval(values, level=level, draws=200, seed=seed)
-        near(np.array(got), wanted)
-
-
-def compare_win_rate(o: ModuleType) -> None:
-    y, other, _ = some_scores(8)
-    near(metrics.paired_difference(y, other).win_rate, o.win_rate(y.tolist(), other.tolist()))
+        near(np.array(got), o.interval_of_mean(values.tolist(), level, 200, seed))
 
 
 COMPARISONS = [value for name, value in sorted(globals().items()) if name.startswith("compare_")]

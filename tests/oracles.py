@@ -1,9 +1,6 @@
 """Slow, literal re-implementations of the papers' equations: what the fast code is judged by.
 
-Nothing here imports embedcam. Everything is a loop over single numbers, single channels or single
-triplets, in the order of the printed formula and in double precision; where a gradient is needed,
-the whole target is differentiated by autograd, one triplet at a time. `tests/test_oracles.py`
-breaks each of them once and watches a check tell the break apart.
+Nothing here imports embedcam. `tests/test_oracles.py` breaks each and watches a check notice.
 """
 
 from __future__ import annotations
@@ -62,14 +59,8 @@ def _distance(f: Tensor, g: Tensor) -> Tensor:
     return ((f - g) ** 2).sum()
 
 
-def gradient(
-    head: Head, activations: Tensor, score: Score, *, normalize: bool, norm: str
-) -> Tensor:
-    """G = d score / dA for one image [K H W]: the whole chain differentiated by autograd.
-
-    `through` differentiates score(z / |z|); `around` takes the gradient of the score at
-    f = z / |z| and hands it to z unchanged. Without normalisation f = z and the two agree.
-    """
+def gradient(head, activations, score, *, normalize, norm) -> Tensor:
+    """G = d score / dA for one image [K H W], `around` handing z the gradient at f = z / |z|."""
     A = activations.detach().double().clone().requires_grad_(True)
     z = head(A.unsqueeze(0))[0]
     if not normalize:
@@ -126,44 +117,21 @@ def gradcampp_weights_as_printed(G: Tensor, activations: Tensor) -> Array:
 
 
 def averaged_weights(
-    head: Head,
-    activations: Tensor,
-    embedding: Array,
-    embeddings: Array,
-    triplets: Triplets,
-    *,
-    method: str = "gradcam",
-    normalize: bool = True,
-    norm: str = "through",
-    hinge: float | None = None,
+    head, activations, embedding, embeddings, triplets, *, method="gradcam", hinge=None, **how
 ) -> tuple[Array, int]:
-    """Mean over the triplets of the weights of each one's margin, and how many were counted.
-
-    `embedding` is the anchor's own cached embedding, by which the hinge is judged. A triplet whose
-    hinge is satisfied is neither summed nor counted; if none is left the weights are zero.
-    """
+    """Mean of the weights of each triplet's margin whose hinge is not satisfied, and how many."""
     total = np.zeros(activations.shape if method == "hirescam" else activations.shape[0])
     used = 0
     for p, n in triplets:
         if hinge is not None and hinge_is_satisfied(embedding, embeddings[p], embeddings[n], hinge):
             continue
         score = margin_score(torch.from_numpy(embeddings[p]), torch.from_numpy(embeddings[n]))
-        total += target_weights(
-            head, activations, score, method=method, normalize=normalize, norm=norm
-        )
+        total += target_weights(head, activations, score, method=method, **how)
         used += 1
     return (total / used if used else total), used
 
 
-def target_weights(
-    head: Head,
-    activations: Tensor,
-    score: Score,
-    *,
-    method: str = "gradcam",
-    normalize: bool = True,
-    norm: str = "through",
-) -> Array:
+def target_weights(head, activations, score, *, method="gradcam", normalize=True, norm="through"):
     """Channel weights [K] of one score of one image's embedding; of HiResCAM G, [K H W]."""
     G = gradient(head, activations, score, normalize=normalize, norm=norm)
     if method == "hirescam":
@@ -217,10 +185,7 @@ def low_rank_decode(codes: Array, basis: Array, offset: Array) -> Array:
 
 
 def best_rank_error(rows: Array, offset: Array, rank: int) -> float:
-    """The least sum of squared errors that any rank-R basis around the offset can leave.
-
-    Eckart-Young: the sum of the scatter matrix's smallest eigenvalues.
-    """
+    """The least squared error of any rank-R basis: the scatter's smallest eigenvalues' sum."""
     K = rows.shape[1]
     scatter = np.zeros((K, K))
     for row in rows.astype(np.float64):
@@ -234,11 +199,7 @@ def half(value: float) -> float:
 
 
 def half_bound(vector: Array) -> Array:
-    """What half precision with one scale a vector (its largest magnitude to 1) may be off, each.
-
-    Half an ulp: 2^-11 of the value, or half the spacing 2^-24 of subnormals, in units of the scale;
-    and a few roundings of single precision for the division and the multiplication.
-    """
+    """Half an ulp of half precision with one scale a vector, and roundings of single precision."""
     scale = max((abs(float(v)) for v in vector), default=0.0)
     return np.array(
         [max(2.0**-11 * abs(float(v)), 2.0**-25 * scale) + 2.0**-21 * abs(float(v)) for v in vector]
@@ -250,10 +211,7 @@ def l2_norm(vector: Array) -> float:
 
 
 def transfer_mean(rows: Array) -> Array:
-    """Each neighbour's weights divided by their L2 norm, then averaged; one neighbour: as it is.
-
-    A neighbour whose weights are all zero has no direction: it is not averaged in.
-    """
+    """Weights divided by their L2 norm, zeros left out, then averaged; one neighbour: as it is."""
     if len(rows) == 1:
         return rows[0].astype(np.float64)
     counted = [row for row in rows if l2_norm(row) > 0]
@@ -277,10 +235,7 @@ def rival_weights(result: Array, rival: Array) -> Array:
 def distance_shares(squared: Sequence[float]) -> list[float]:
     """Shares of the neighbours: 1 / Euclidean distance, exact matches take all; they sum to 1."""
     exact = [s == 0.0 for s in squared]
-    if any(exact):
-        raw = [1.0 if e else 0.0 for e in exact]
-    else:
-        raw = [1.0 / math.sqrt(s) for s in squared]
+    raw = [1.0 if e else 0.0 for e in exact] if any(exact) else [1 / math.sqrt(s) for s in squared]
     return [r / sum(raw) for r in raw]
 
 
@@ -374,9 +329,7 @@ def box_mask(box: tuple[float, float, float, float], height: int, width: int) ->
     return out
 
 
-def semihard_allows(
-    embeddings: Array, labels: Sequence[object], a: int, p: int, n: int, delta: float
-) -> bool:
+def semihard_allows(embeddings, labels, a, p, n, delta) -> bool:
     """D(a,p) < D(a,n) < D(a,p) + delta; if no negative is so, the nearest beyond the positive."""
     d_p = squared_distance(embeddings[a], embeddings[p])
     d_n = squared_distance(embeddings[a], embeddings[n])

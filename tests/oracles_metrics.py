@@ -1,7 +1,6 @@
-"""Slow, literal forms of the metrics: loops over single pixels, images and pairs.
+"""Slow, literal forms of the metrics: loops over pixels, images and pairs, without embedcam.
 
-Nothing here imports embedcam, and nothing is vectorised. `tests/metrics_cases.py` holds them beside
-the fast code, `tests/test_oracles_metrics.py` breaks each of them and watches that comparison fail.
+`metrics_cases.py` holds them beside the fast code, `test_oracles_metrics.py` breaks each of them.
 """
 
 from __future__ import annotations
@@ -223,25 +222,14 @@ def found_by(query: Array, gallery: Array, without: int | None) -> list[int]:
     return [i for _, i in sorted(ranked) if i != without]
 
 
-def labels_found(
-    queries: Array,
-    labels: Sequence[object],
-    gallery: Array | None,
-    gallery_labels: Sequence[object] | None,
-) -> list[list[object]]:
+def labels_found(queries, labels, gallery, gallery_labels) -> list[list[object]]:
     """The labels of what each query finds, the nearest first."""
     if gallery is None or gallery_labels is None:
         return [[labels[i] for i in found_by(v, queries, q)] for q, v in enumerate(queries)]
     return [[gallery_labels[i] for i in found_by(v, gallery, None)] for v in queries]
 
 
-def recall(
-    queries: Array,
-    labels: Sequence[object],
-    k: int,
-    gallery: Array | None = None,
-    gallery_labels: Sequence[object] | None = None,
-) -> float:
+def recall(queries, labels, k, gallery=None, gallery_labels=None) -> float:
     """Share of queries with one of their label among the k nearest."""
     hits = 0
     for q, near in enumerate(labels_found(queries, labels, gallery, gallery_labels)):
@@ -256,12 +244,7 @@ def precision_at_r(hits: Sequence[bool]) -> float | None:
     return total / r if r else None
 
 
-def map_r(
-    queries: Array,
-    labels: Sequence[object],
-    gallery: Array | None = None,
-    gallery_labels: Sequence[object] | None = None,
-) -> float:
+def map_r(queries, labels, gallery=None, gallery_labels=None) -> float:
     """Mean over the queries that have others of their label."""
     found = enumerate(labels_found(queries, labels, gallery, gallery_labels))
     each = [precision_at_r([label == labels[q] for label in near]) for q, near in found]
@@ -304,9 +287,7 @@ def top_iou(a: Array, b: Array, fraction: float) -> float:
     return len(tops[0] & tops[1]) / len(either) if either else 0.0
 
 
-def interval_of_mean(
-    values: Sequence[float], level: float, draws: int, seed: int
-) -> tuple[float, float]:
+def interval_of_mean(values, level, draws, seed) -> tuple[float, float]:
     """Means of resamples, sorted, read off between the two nearest."""
     n = len(values)
     picks = np.random.default_rng(seed).integers(0, n, (draws, n))

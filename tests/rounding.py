@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 VALUES = 1e-5
 """Relative tolerance of single precision sums: a hundred times their rounding."""
@@ -12,14 +11,8 @@ STEP, RARE = 4, 1e-3
 """Between neighbouring colours of a map's 256 lie at most 4 levels; rounding seldom swaps them."""
 
 
-def assert_same_picture(
-    found: Image.Image | np.ndarray, expected: Image.Image | np.ndarray
-) -> None:
-    """Compare two pictures of 8 bits that were drawn from maps computed apart.
-
-    Every value is within one level, but for one in a thousand, which is within the step between
-    neighbouring colours of the map.
-    """
+def assert_same_picture(found, expected) -> None:
+    """Every value is within one level, but for one in a thousand, which is within a step."""
     mine, other = np.asarray(found), np.asarray(expected)
     assert mine.shape == other.shape
     assert mine.dtype == other.dtype == np.uint8
@@ -31,21 +24,14 @@ def assert_same_picture(
 def same_values(found: Any, expected: Any) -> bool:
     """Whether two JSON-like structures are equal, numbers of floating point within `VALUES`."""
     if isinstance(expected, dict):
-        return (
-            isinstance(found, dict)
-            and found.keys() == expected.keys()
-            and all(same_values(found[key], expected[key]) for key in expected)
-        )
+        alike = isinstance(found, dict) and found.keys() == expected.keys()
+        return alike and all(same_values(found[key], expected[key]) for key in expected)
     if isinstance(expected, (list, tuple)):
-        return (
-            isinstance(found, (list, tuple))
-            and len(found) == len(expected)
-            and all(map(same_values, found, expected))
-        )
+        alike = isinstance(found, (list, tuple)) and len(found) == len(expected)
+        return alike and all(map(same_values, found, expected))
     if isinstance(expected, float) and not isinstance(found, bool):
-        return isinstance(found, (int, float)) and bool(
-            np.isclose(found, expected, rtol=VALUES, atol=VALUES, equal_nan=True)
-        )
+        same = {"rtol": VALUES, "atol": VALUES, "equal_nan": True}
+        return isinstance(found, (int, float)) and bool(np.isclose(found, expected, **same))
     return bool(type(found) is type(expected) and found == expected)
 
 

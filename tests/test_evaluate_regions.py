@@ -1,4 +1,4 @@
-"""Boxes and masks onto the map's grid; the pure parts of an evaluation in closed form."""
+"""Boxes and masks on the map's grid; the pure parts of an evaluation in closed form."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from oracles_metrics import auc
 from photo_samples import CROP, picture
 from PIL import Image
 
@@ -29,18 +30,19 @@ NOTHING: dict[str, Any] = {
 }  # fmt: skip
 WHOLE = (0.0, 0.0, 40.0, 20.0)
 MIDDLE = np.pad(np.ones((2, 2)), 1)
+HEADER = "path,x0,y0,x1,y1"
 
 
 def source_of(folder: Path, *names: str, label: str | None = None) -> ImageSource:
     return ImageSource([Item(name, name, label) for name in names], folder)
 
 
-def boxes(folder: Path, *lines: str, header: str = "path,x0,y0,x1,y1") -> Path:
+def boxes(folder: Path, *lines: str, header: str = HEADER) -> Path:
     (folder / "boxes.csv").write_text("\n".join([header, *lines]) + "\n")
     return folder / "boxes.csv"
 
 
-def test_a_box_on_the_grid_of_a_squashed_and_of_a_cropped_picture(tmp_path: Path) -> None:
+def test_a_box_on_the_grid_of_a_squashed_and_of_a_cropped_picture(tmp_path) -> None:
     regions = of_boxes(boxes(tmp_path, "a.png,10,5,30,15"), source_of(tmp_path, "a.png", "b.png"))
     assert len(regions) == 1
     found = regions.of(0, (40, 20), WHOLE, (4, 4))
@@ -58,71 +60,65 @@ def test_a_box_on_the_grid_of_a_squashed_and_of_a_cropped_picture(tmp_path: Path
     np.testing.assert_allclose(padded.boxes, [[1, 1.5, 3, 2.5]])
 
 
-def test_a_box_agrees_with_the_preprocessing(tmp_path: Path) -> None:
-    """A bright box, through the preprocessing itself, lands where the region says."""
+def test_a_bright_box_lands_where_the_region_says(tmp_path) -> None:
     pixels = np.zeros((60, 90, 3), np.uint8)
     pixels[20:40, 30:70] = 255
     seen = CROP(Image.fromarray(pixels))
-    bright = (seen[0] > seen[0].mean()).astype(float)
     regions = of_boxes(boxes(tmp_path, "a.png,30,20,70,40"), source_of(tmp_path, "a.png"))
     found = regions.of(0, (90, 60), CROP.extent(90, 60), (32, 32))
-    assert np.abs(found.inside - bright).mean() < 0.04
+    assert np.abs(found.inside - (seen[0] > seen[0].mean())).mean() < 0.04
 
 
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [("100,50,300,150,400,200", [1, 1, 3, 3]), ("0.25,0,0.75,1,1,1", [1, 0, 3, 4])],
-)
-def test_boxes_of_another_size_of_the_picture(
-    tmp_path: Path, line: str, expected: list[float]
-) -> None:
-    file = boxes(tmp_path, f"a.png,{line}", header="path,x0,y0,x1,y1,width,height")
-    found = of_boxes(file, source_of(tmp_path, "a.png")).of(0, (40, 20), WHOLE, (4, 4))
-    np.testing.assert_allclose(found.boxes, [expected])
+def test_boxes_of_another_size_of_the_picture(tmp_path) -> None:
+    for line, expected in (
+        ("100,50,300,150,400,200", [1, 1, 3, 3]), ("0.25,0,0.75,1,1,1", [1, 0, 3, 4])
+    ):  # fmt: skip
+        file = boxes(tmp_path, f"a.png,{line}", header=f"{HEADER},width,height")
+        found = of_boxes(file, source_of(tmp_path, "a.png")).of(0, (40, 20), WHOLE, (4, 4))
+        np.testing.assert_allclose(found.boxes, [expected])
 
 
-def test_several_boxes_and_labels(tmp_path: Path) -> None:
+def test_several_boxes_and_labels(tmp_path) -> None:
     lines = ("a.png,0,0,10,20,owl", "a.png,30,0,40,20,gull", "a.png,20,0,30,20,owl")
-    file = boxes(tmp_path, *lines, header="path,x0,y0,x1,y1,label")
+    file = boxes(tmp_path, *lines, header=f"{HEADER},label")
     found = of_boxes(file, source_of(tmp_path, "a.png")).of(0, (40, 20), WHOLE, (1, 4))
     np.testing.assert_allclose(found.inside, [[1, 0, 1, 1]])
     np.testing.assert_allclose(found.by_label["owl"], [[1, 0, 1, 0]])
     np.testing.assert_allclose(found.by_label["gull"], [[0, 0, 0, 1]])
     # The image's own label says which boxes its map should mark.
     owl = of_boxes(file, source_of(tmp_path, "a.png", label="owl"))
-    own = owl.of(0, (40, 20), WHOLE, (1, 4))
-    np.testing.assert_allclose(own.inside, [[1, 0, 1, 0]])
+    np.testing.assert_allclose(owl.of(0, (40, 20), WHOLE, (1, 4)).inside, [[1, 0, 1, 0]])
     assert owl.pixels(0, (40, 20)) == [(0, 0, 10, 20), (20, 0, 30, 20)]
 
 
-def test_paths_relative_to_the_csv_and_ids(tmp_path: Path) -> None:
+def test_paths_relative_to_the_csv_and_ids(tmp_path) -> None:
     source = ImageSource([Item("one", "sub/a.png"), Item("two", "b.png")], tmp_path)
     assert len(of_boxes(boxes(tmp_path, "sub/a.png,0,0,2,1", "two,0,0,1,1"), source)) == 2
-    elsewhere = ImageSource([Item("a.png", "a.png")], tmp_path / "sub")
+    elsewhere = source_of(tmp_path / "sub", "a.png")
     assert len(of_boxes(boxes(tmp_path, "sub/a.png,0,0,2,2", "c.png,0,0,1,1"), elsewhere)) == 1
 
 
 @pytest.mark.parametrize(
-    ("lines", "header", "message"),
+    ("line", "header", "message"),
     [
-        (["a.png,1,2,3"], "path,x0,y0,x1", "the header lacks y1; expected path,x0,y0,x1,y1"),
-        ([], "path,x0,y0,x1,y1", "has no lines below its header"),
-        (["a.png,5,0,5,9"], "path,x0,y0,x1,y1", "line 2: the box 5, 0, 5, 9 is empty"),
-        (["a.png,0,0,x,9"], "path,x0,y0,x1,y1", "line 2: x1 is 'x'; give a number of pixels"),
-        (["a.png,0,0,inf,9"], "path,x0,y0,x1,y1", "line 2: x1 is 'inf'"),
-        (["a.png,0,0,4"], "path,x0,y0,x1,y1", "line 2: 4 fields under a header of 5"),
-        (["z.png,0,0,4,4"], "path,x0,y0,x1,y1", "no box belongs to one of the images: it names"),
-        (["a.png,0.1,0,0.5,1"], "path,x0,y0,x1,y1", "these look like shares of the picture; give"),
-        (["a.png,0,0,4,4,0,9"], "path,x0,y0,x1,y1,width,height", "a picture of 0 x 9 pixels"),
+        ("a.png,1,2,3", "path,x0,y0,x1", "the header lacks y1; expected path,x0,y0,x1,y1"),
+        (None, HEADER, "has no lines below its header"),
+        ("a.png,5,0,5,9", HEADER, "line 2: the box 5, 0, 5, 9 is empty"),
+        ("a.png,0,0,x,9", HEADER, "line 2: x1 is 'x'; give a number of pixels"),
+        ("a.png,0,0,inf,9", HEADER, "line 2: x1 is 'inf'"),
+        ("a.png,0,0,4", HEADER, "line 2: 4 fields under a header of 5"),
+        ("z.png,0,0,4,4", HEADER, "no box belongs to one of the images: it names"),
+        ("a.png,0.1,0,0.5,1", HEADER, "these look like shares of the picture; give"),
+        ("a.png,0,0,4,4,0,9", f"{HEADER},width,height", "a picture of 0 x 9 pixels"),
     ],
 )
-def test_boxes_that_are_none(tmp_path: Path, lines: list[str], header: str, message: str) -> None:
-    with pytest.raises(InputError, match=message.replace("(", r"\(")) as caught:
-        of_boxes(boxes(tmp_path, *lines, header=header), source_of(tmp_path, "a.png"))
-    assert "boxes.csv" in str(caught.value)
+def test_boxes_that_are_none(tmp_path, line, header, message) -> None:
+    file = boxes(tmp_path, *([line] if line else []), header=header)
+    with pytest.raises(InputError, match=f"boxes.csv.*{message}"):
+        of_boxes(file, source_of(tmp_path, "a.png"))
 
 
-def test_boxes_beyond_the_picture_and_files_that_are_not_there(tmp_path: Path) -> None:
+def test_boxes_beyond_the_picture_and_files_that_are_not_there(tmp_path) -> None:
     source = source_of(tmp_path, "a.png")
     regions = of_boxes(boxes(tmp_path, "a.png,0,0,100,10"), source)
     with pytest.raises(InputError, match=r"line 2: the box 0, 0, 100, 10 reaches beyond its pic"):
@@ -134,13 +130,12 @@ def test_boxes_beyond_the_picture_and_files_that_are_not_there(tmp_path: Path) -
         of_boxes(tmp_path / "bytes.csv", source)
 
 
-def test_masks(tmp_path: Path) -> None:
+def test_masks(tmp_path) -> None:
     (tmp_path / "masks/sub").mkdir(parents=True)
     mask = np.zeros((20, 40), np.uint8)
     mask[5:15, 10:30] = 255
     Image.fromarray(mask).save(tmp_path / "masks/sub/a.gif")
-    source = source_of(tmp_path, "b.jpg", "sub/a.jpg")
-    regions = of_masks(tmp_path / "masks", source)
+    regions = of_masks(tmp_path / "masks", source_of(tmp_path, "b.jpg", "sub/a.jpg"))
     assert regions.of(0, (40, 20), WHOLE, (4, 4)) is None
     found = regions.of(1, (40, 20), WHOLE, (4, 4))
     np.testing.assert_allclose(found.inside, MIDDLE)
@@ -150,40 +145,42 @@ def test_masks(tmp_path: Path) -> None:
     assert padded.inside[[0, 3]].sum() == 0
     with pytest.raises(InputError, match="the mask is 40 x 20 pixels and its picture 80 x 40"):
         regions.of(1, (80, 40), (0, 0, 80, 40), (4, 4))
-    with pytest.raises(InputError, match="holds no mask for any of the images; name it like"):
-        of_masks(tmp_path / "masks", source_of(tmp_path, "c.png"))
-    with pytest.raises(InputError, match="there is no such folder"):
-        of_masks(tmp_path / "nowhere", source)
+    for folder, message in (
+        ("masks", "no mask for any of"),
+        ("nowhere", "is no such folder"),
+    ):
+        with pytest.raises(InputError, match=message):
+            of_masks(tmp_path / folder, source_of(tmp_path, "c.png"))
 
 
-def test_photographs_are_no_masks(tmp_path: Path) -> None:
-    (tmp_path / "masks").mkdir()
-    picture(0, 0).save(tmp_path / "a.png")
-    picture(0, 1).save(tmp_path / "masks/a.jpg")
-    with pytest.raises(InputError, match=r"a\.jpg: is a photograph in many colours and no mask"):
-        of_masks(tmp_path / "masks", source_of(tmp_path, "a.png"))
+def test_photographs_are_no_masks(tmp_path) -> None:
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    picture(0, 1).save(masks / "a.jpg")
     Image.new("L", (48, 40), 255).save(tmp_path / "a.png")
-    with pytest.raises(InputError, match=r"a\.png is the query itself; give a folder of masks"):
-        of_masks(tmp_path, source_of(tmp_path, "a.png"))
-    # A mask saved as JPEG, one in a single colour, and a soft one are masks.
-    hard = Image.new("RGB", (48, 40))
-    hard.paste((255, 255, 255), (10, 10, 30, 30))
+    for folder, message in (
+        (masks, r"a\.jpg: is a photograph in many colours and no mask"),
+        (tmp_path, r"a\.png is the query itself; give a folder of masks"),
+    ):
+        with pytest.raises(InputError, match=message):
+            of_masks(folder, source_of(tmp_path, "a.png"))
+    # A mask saved as JPEG, in a single colour, and a soft one are masks.
     red = Image.new("RGB", (48, 40))
     red.paste((255, 0, 0), (10, 10, 30, 30))
     soft = Image.fromarray(np.tile(np.linspace(0, 255, 48).astype(np.uint8), (40, 1)))
-    for mask in (hard, red, soft):
-        mask.save(tmp_path / "masks/a.jpg", quality=60)
-        assert len(of_masks(tmp_path / "masks", source_of(tmp_path, "a.png"))) == 1
+    for mask in (red, soft):
+        mask.save(masks / "a.jpg", quality=60)
+        assert len(of_masks(masks, source_of(tmp_path, "a.png"))) == 1
     # The first few are looked at before anything is done, others when they are read.
     names = [f"b{number}.png" for number in range(9)]
     for name in names:
-        Image.new("L", (48, 40)).save(tmp_path / "masks" / name)
-    picture(0, 1).save(tmp_path / "masks/b8.png")
-    regions = of_masks(tmp_path / "masks", source_of(tmp_path, *names))
+        Image.new("L", (48, 40)).save(masks / name)
+    picture(0, 1).save(masks / "b8.png")
+    regions = of_masks(masks, source_of(tmp_path, *names))
     with pytest.raises(InputError, match=r"b8\.png: is a photograph"):
         regions.of(8, (48, 40), (0, 0, 48, 40), (4, 4))
     with pytest.raises(InputError, match=r"b8\.png: is a photograph"):
-        of_masks(tmp_path / "masks", source_of(tmp_path, *names[1:]))
+        of_masks(masks, source_of(tmp_path, *names[1:]))
 
 
 def test_two_images_have_no_interval_and_beat_nothing() -> None:
@@ -195,8 +192,12 @@ def test_two_images_have_no_interval_and_beat_nothing() -> None:
         assert table.caption == f"Localisation, {count} images with a box or mask"
         compared = told.beside_others(rows[:count], ("localisation",))
         assert compared["energy"]["differences"]["mean activation"]["beats"] is beats
-    (table,) = tables({**NOTHING, "localisation": told.measured(rows[:1], "localisation")})
-    assert table.caption == "Localisation, 1 image with a box or mask"
+
+
+def test_recall_of_one_query() -> None:
+    labels = ["b", "a", None, "a", "c", "b"]
+    assert retrieved("a", labels) == {"recall_1": 0, "recall_5": 1, "recall_10": None}
+    assert set(retrieved(None, labels).values()) == {None}
 
 
 def test_shares_of_two_regions() -> None:
@@ -213,12 +214,6 @@ def test_shares_of_two_regions() -> None:
         assert told_apart(found, left, right)["right"] == (mine > 2) + 0.5 * (mine == 2)
 
 
-def chance_of(signed: np.ndarray, inside: np.ndarray, outside: np.ndarray) -> float:
-    """How often a pixel of one region is above one of another, pair by pair."""
-    pairs = [(a, b) for a in signed[inside > 0] for b in signed[outside > 0]]
-    return sum((a > b) + 0.5 * (a == b) for a, b in pairs) / len(pairs)
-
-
 def test_two_objects_by_their_order_and_density() -> None:
     signed = np.array([[-3.0, 1.0, 2.0, -4.0, 2.0]])
     left, right = np.array([[1.0, 1, 0, 0, 0]]), np.array([[0.0, 1, 1, 1, 0]])
@@ -226,21 +221,16 @@ def test_two_objects_by_their_order_and_density() -> None:
     told_of = told_apart(found, right, left)
     # The second pixel is both's, the last nobody's: it counts as the rest alone.
     alone, other = right * (1 - left), left * (1 - right)
-    assert told_of["objects_auc"] == pytest.approx(chance_of(signed, alone, other))
-    assert told_of["rest_auc"] == pytest.approx(chance_of(signed, right, 1 - right))
+    assert told_of["objects_auc"] == pytest.approx(auc(signed, alone, other))
+    assert told_of["rest_auc"] == pytest.approx(auc(signed, right, 1 - right))
     assert (told_of["even_share"], told_of["denser"]) == (1, 1)
-    assert told_apart(found, left, right)["objects_auc"] == pytest.approx(
-        1 - told_of["objects_auc"]
-    )
     halves = told_apart(found, left, 1 - left)
     assert "rest_auc" not in halves
     assert halves["even_share"] == pytest.approx((1 / 2) / (1 / 2 + 4 / 3))
 
 
 @given(st.integers(0, 10**6), st.floats(0.1, 5), st.floats(-3, 3))
-def test_no_change_of_contrast_moves_what_is_free_of_it(
-    seed: int, slope: float, offset: float
-) -> None:
+def test_no_change_of_contrast_moves_what_is_free_of_it(seed, slope, offset) -> None:
     drawn = np.random.default_rng(seed)
     signed = drawn.integers(-4, 5, (1, 4, 5)).astype(float)
     inside = np.zeros((4, 5))
@@ -257,15 +247,7 @@ def test_no_change_of_contrast_moves_what_is_free_of_it(
     free = [name for name, measure in MEASURES.items() if measure.free]
     assert free == ["auc", "average_precision", "hottest", "objects_auc", "rest_auc"]
     assert [after[name] for name in free] == pytest.approx([before[name] for name in free])
-    assert before["auc"] == pytest.approx(chance_of(signed[0], inside, 1 - inside))
-
-
-def test_the_mean_activation_stands_beside_with_controls_off() -> None:
-    rows = [{"auc": 0.75, "auc_chance": 0.5, "mean activation: auc": 0.5}] * 3
-    (table,) = tables({**NOTHING, "localisation": told.measured(rows, "localisation")})
-    assert table.header[3] == "mean activation [95%]"
-    assert table.rows[0][1:4] == ["0.500", "0.750 [0.750, 0.750]", "0.500 [0.500, 0.500]"]
-    assert table.notes.endswith("No change of contrast moves: pixel AUC.")
+    assert before["auc"] == pytest.approx(auc(signed[0], inside, 1 - inside))
 
 
 def test_several_questions_of_one_picture_are_drawn_together() -> None:
@@ -277,15 +259,8 @@ def test_several_questions_of_one_picture_are_drawn_together() -> None:
     again = told.measured([row for row in rows for _ in range(5)], "objects")["objects_auc"]
     assert again["n"] == 20
     # Asking five times as often about the same pictures makes nothing surer.
-    assert [again[k] for k in ("mean", "low", "high")] == pytest.approx(
-        [once[k] for k in ("mean", "low", "high")]
-    )
-
-
-def test_recall_of_one_query() -> None:
-    labels = ["b", "a", None, "a", "c", "b"]
-    assert retrieved("a", labels) == {"recall_1": 0, "recall_5": 1, "recall_10": None}
-    assert retrieved(None, labels) == {"recall_1": None, "recall_5": None, "recall_10": None}
+    for k in ("mean", "low", "high"):
+        assert again[k] == pytest.approx(once[k])
 
 
 def rows_of(mine: list[Any], theirs: list[Any], name: str) -> list[dict[str, Any]]:
@@ -302,9 +277,7 @@ def rows_of(mine: list[Any], theirs: list[Any], name: str) -> list[dict[str, Any
         ([0.2] * 8, [0.9] * 8, "deletion", 0.7, ""),  # of a deletion area less is better
     ],
 )
-def test_a_method_that_does_not_beat_its_control_is_flagged(
-    mine: list[Any], theirs: list[Any], name: str, apart: float, flag: str
-) -> None:
+def test_a_method_that_does_not_beat_its_control_is_flagged(mine, theirs, name, apart, flag):
     table = told.beside_others(rows_of(mine, theirs, name), (MEASURES[name].group,))
     assert table[name]["differences"]["random weights"]["mean"] == pytest.approx(apart)
     said = [f"transferred beside random weights (images): {flag}"] if flag else []
@@ -323,8 +296,6 @@ def test_the_two_flags_are_raised_by_the_paired_interval_alone() -> None:
         return [(one["flag"], one["raised"]) for one in told.checks(rows, {"boxes": asked})]
 
     worse, no_better = told.WORSE, told.NO_BETTER
-    assert worse == "localises worse than the mean activation"
-    assert no_better == "tells apart no better than a shuffled index"
     assert told_of([0.1, 0.2, 0.1, 0.2]) == [(worse, False), (no_better, False)]
     assert told_of([-0.1, -0.2, -0.1, -0.2]) == [(worse, True), (no_better, True)]
     assert told_of([-0.2, 0.2, -0.1, 0.1]) == [(worse, False), (no_better, True)]
@@ -337,10 +308,7 @@ def test_the_two_flags_are_raised_by_the_paired_interval_alone() -> None:
 def test_raised_flags_stand_first_on_the_page_and_by_their_names() -> None:
     rows = [{"auc": 0.25, "mean activation: auc": 0.5}] * 3
     (one,) = told.checks(rows, {})
-    assert one["says"] == (
-        "localises worse than the mean activation: pixel AUC 0.250 against 0.500, difference "
-        "-0.250 [-0.250, -0.250] (images with a box or mask)"
-    )
+    assert "worse than the mean activation: pixel AUC 0.250 against 0.500, diff" in one["says"]
     summary = {**NOTHING, "checks": [one], "flags": [one["says"], "another"], "beats": [],
                "notes": []}  # fmt: skip
     assert notices(summary) == [
@@ -350,7 +318,7 @@ def test_raised_flags_stand_first_on_the_page_and_by_their_names() -> None:
 
 
 def test_a_shuffled_index_moves_every_image_and_never_shows_the_query() -> None:
-    gallery = Gallery(Memory(np.eye(7), list("aabbccc")), 3)  # type: ignore[arg-type]
+    gallery = Gallery(Memory(np.eye(7), list("aabbccc")), 3)
     near = np.arange(7)
     moved = permuted_rows(gallery, near, [-1])
     assert sorted(moved.tolist()) == near.tolist()
@@ -358,7 +326,7 @@ def test_a_shuffled_index_moves_every_image_and_never_shows_the_query() -> None:
     for own in range(7):
         assert own not in permuted_rows(gallery, np.delete(near, own), [own])
     assert not {2, 5} & set(permuted_rows(gallery, np.array([0, 1, 3, 4, 6]), [2, 5]).tolist())
-    other = Gallery(Memory(np.eye(7), list("aabbccc")), 4)  # type: ignore[arg-type]
+    other = Gallery(Memory(np.eye(7), list("aabbccc")), 4)
     assert permuted_rows(other, near, [-1]).tolist() != moved.tolist()
 
 
@@ -383,8 +351,6 @@ def test_samples_hang_on_the_seed_alone() -> None:
 
 
 class Memory:
-    """As much of an index as a gallery asks for."""
-
     path, metric = "memory", "l2"
     manifest = SimpleNamespace(near_share=None, faiss=None)
 
@@ -392,12 +358,16 @@ class Memory:
         self._embeddings, self.n_rows = embeddings.astype(np.float32), len(embeddings)
         self.width = embeddings.shape[1]
         self.labels = np.array(labels, object)
+        self.columns = {"embeddings": SimpleNamespace(shape=(self.width,), dtype="float32")}
 
     def live_positions(self) -> np.ndarray:
         return np.arange(self.n_rows)
 
     def embeddings(self, positions: Any) -> np.ndarray:
         return self._embeddings[positions]
+
+    def select(self, positions: Any) -> SimpleNamespace:
+        return SimpleNamespace(array=lambda column: self._embeddings[positions])
 
 
 @pytest.mark.parametrize("held", [0, 1 << 28])
@@ -409,7 +379,7 @@ def test_ranks_and_precision_block_by_block(held: int, monkeypatch: pytest.Monke
     drawn = np.random.default_rng(0)
     embeddings = drawn.standard_normal((30, 4)).astype(np.float32)
     labels = [None if i == 7 else str(i % 3) for i in range(30)]
-    gallery = Gallery(Memory(embeddings, labels))  # type: ignore[arg-type]
+    gallery = Gallery(Memory(embeddings, labels))
     queries = embeddings[:5] + 0.1
     apart = ((queries[:, None].astype(float) - embeddings) ** 2).sum(2)
     for item in (0, 11):

@@ -12,7 +12,6 @@ from hypothesis.extra import numpy as hnp
 from embedcam.errors import InputError
 from embedcam.metrics import (
     average_drop,
-    average_increase,
     average_precision,
     best_iou,
     bootstrap_interval,
@@ -46,23 +45,34 @@ from embedcam.metrics import (
 )
 
 ONES, TWO = np.ones((1, 3, 3)), np.eye(2)
-
-
-# localisation
-
-SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5))
-
-
 BOX = (1.0, 0.0, 4.0, 3.0)
+SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5))
+MAPS = SHAPES.flatmap(
+    lambda shape: hnp.arrays(np.float64, shape, elements=st.sampled_from([0.0, 0.5, 2.0, 3.25]))
+)
+TWO_MAPS = hnp.arrays(
+    np.float64, (2, 2, 3, 5), elements=st.sampled_from([-1.5, 0.0, 0.1, 1.0, 2.0])
+)
+OF_MAPS = [correlations, rank_correlations, lambda a, b: map_iou(a, b, 0.3)]
+RNG = np.random.default_rng(0)
+PIXELS = RNG.normal(size=(3, 2, 9, 7))
+MASKS = RNG.random((3, 9, 7)) < 0.7
 
 
 @st.composite
 def maps_and_parts(draw) -> tuple[np.ndarray, np.ndarray]:
     """Maps with ties and zeros, and regions of parts of pixels."""
+    maps = draw(MAPS)
+    parts = st.sampled_from([0.0, 0.25, 1.0])
+    return maps, draw(hnp.arrays(np.float64, maps.shape, elements=parts))
+
+
+@st.composite
+def cases(draw) -> tuple[np.ndarray, np.ndarray]:
     shape = draw(SHAPES)
-    maps = draw(hnp.arrays(np.float32, shape, elements=st.sampled_from([0.0, 0.5, 2.0, 3.25])))
-    masks = draw(hnp.arrays(np.float64, shape, elements=st.sampled_from([0.0, 0.25, 1.0])))
-    return maps, masks
+    levels = st.sampled_from([-3.0, -0.5, 0.0, 0.25, 2.0])
+    maps = draw(hnp.arrays(np.float64, shape, elements=levels))
+    return maps, draw(hnp.arrays(np.bool_, shape))
 
 
 @settings(max_examples=40)
@@ -72,22 +82,13 @@ def test_the_energy_share_is_the_loop(pair) -> None:
     got = energy_share(maps, masks)
     wanted = [oracles.energy_in_mask(m, i) for m, i in zip(maps, masks, strict=True)]
     np.testing.assert_allclose(got, wanted, atol=1e-12)
-    assert ((got >= 0) & (got <= 1)).all()
-    np.testing.assert_allclose(got + energy_share(maps, 1 - masks), 1, atol=1e-12)
-    np.testing.assert_allclose(energy_share(maps * 4, masks), got, atol=1e-12)
 
 
 @pytest.mark.parametrize(
     "score",
-    [
-        energy_share,
-        pointing_hit,
-        lambda m, i: iou_at(m, i, 0.2),
-        lambda m, i: best_iou(m, i)[0],
-    ],
+    [energy_share, pointing_hit, lambda m, i: iou_at(m, i, 0.2), lambda m, i: best_iou(m, i)[0]],
 )
 def test_the_scores_of_a_box(score) -> None:
-    """The box itself scores 1; nothing and everything score the region's share of the area."""
     inside = np.stack([box_mask(BOX, (6, 5))] * 2)
     assert score(inside, inside).tolist() == [1.0, 1.0]
     assert score(inside * 7, inside.astype(bool)).tolist() == [1.0, 1.0]
@@ -104,8 +105,7 @@ def test_the_scores_of_a_box(score) -> None:
     st.sampled_from([0.05, 0.2, 1.0]),
 )
 def test_scale_changes_nothing(pair, scale, threshold) -> None:
-    # Whole numbers of the scale, as a subnormal number has few digits of its own.
-    maps, inside = np.round(np.float64(pair[0]) * 4), pair[1]
+    maps, inside = np.round(pair[0] * 4), pair[1]  # a subnormal number has few digits
     scaled = maps * scale
     np.testing.assert_allclose(energy_share(scaled, inside), energy_share(maps, inside), rtol=1e-12)
     np.testing.assert_array_equal(pointing_hit(scaled, inside), pointing_hit(maps, inside))
@@ -113,25 +113,6 @@ def test_scale_changes_nothing(pair, scale, threshold) -> None:
     np.testing.assert_array_equal(
         iou_at(maps * 2, inside, threshold), iou_at(maps, inside, threshold)
     )
-
-
-@settings(max_examples=40)
-@given(maps_and_parts(), st.sampled_from([0.05, 0.3, 1.0]))
-def test_ranges_and_what_bounds_what(pair, threshold) -> None:
-    maps, inside = pair
-    at = iou_at(maps, inside, threshold)
-    best, where = best_iou(maps, inside, [0.5, threshold])
-    assert ((at >= 0) & (at <= 1)).all()
-    assert (best >= at).all()
-    assert set(where.tolist()) <= {0.5, threshold}
-    hit = pointing_hit(maps, inside)
-    assert ((hit >= 0) & (hit <= 1)).all()
-    # An increasing change moves no maximum.
-    np.testing.assert_array_equal(pointing_hit(np.sqrt(maps), inside), hit)
-    # With booleans, intersection over union asks both sides the same.
-    if maps.any((1, 2)).all() and (inside == 1).any((1, 2)).all():
-        a, b = maps > 0, inside == 1
-        np.testing.assert_array_equal(iou_at(a, b, 1.0), iou_at(b, a, 1.0))
 
 
 @settings(max_examples=40)
@@ -146,44 +127,10 @@ def test_the_box_of_a_box_is_that_box() -> None:
     maps = np.stack([box_mask(tuple(box), (6, 5)) for box in boxes])
     np.testing.assert_array_equal(box_from_map(maps), boxes)
     assert localisation_accuracy(box_from_map(maps), boxes, 1.0) == 1.0
-
-
-def test_a_map_without_energy_gives_the_whole_picture() -> None:
     assert box_from_map(np.zeros((2, 3, 4))).tolist() == [[0, 0, 4, 3]] * 2
-
-
-@settings(max_examples=60)
-@given(hnp.arrays(np.float64, (2, 3, 2, 2), elements=st.integers(-4, 4)), st.floats(1e-3, 1e3))
-def test_box_iou_is_symmetric_and_knows_no_unit(corners, scale) -> None:
-    a, b = np.concatenate([corners.min(2), corners.max(2)], axis=2)
-    got = box_iou(a, b)
-    assert ((got >= 0) & (got <= 1)).all()
-    np.testing.assert_array_equal(box_iou(b, a), got)
-    np.testing.assert_allclose(box_iou(a * scale, b * scale), got, atol=1e-9)
-    np.testing.assert_allclose(box_iou(a + 3, b + 3), got, atol=1e-12)
-    area = (a[:, 2] - a[:, 0]) * (a[:, 3] - a[:, 1])
-    np.testing.assert_array_equal(box_iou(a, a), area > 0)
-
-
-def test_box_iou_in_closed_form() -> None:
-    assert box_iou([[0, 0, 2, 2]], [[1, 1, 3, 3]]).tolist() == [pytest.approx(1 / 7)]
-    assert box_iou([[0, 0, 1, 1]], [[1, 0, 2, 1]]).tolist() == [0.0]
-    assert box_iou([[0, 0, 1, 1]], [[2, 2, 3, 3]]).tolist() == [0.0]
     assert box_iou([[0, 0, 1e300, 1e300]], [[0, 0, 1e300, 5e299]]).tolist() == [0.5]
     # One half is enough.
     assert localisation_accuracy([[0, 0, 2, 1], [0, 0, 3, 1]], [[0, 0, 1, 1]] * 2) == 0.5
-
-
-# contrast-free
-
-LEVELS = st.sampled_from([-3.0, -0.5, 0.0, 0.25, 2.0])
-
-
-@st.composite
-def cases(draw) -> tuple[np.ndarray, np.ndarray]:
-    shape = draw(st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5)))
-    maps = draw(hnp.arrays(np.float64, shape, elements=LEVELS))
-    return maps, draw(hnp.arrays(np.bool_, shape))
 
 
 CONTRAST = {
@@ -208,17 +155,19 @@ def test_a_change_of_contrast_changes_nothing(change, case) -> None:
 
 
 def test_a_change_of_contrast_raises_the_energy_and_the_equal_area_share() -> None:
-    """What the others are there to tell."""
     maps = np.array([[[4.0, 3.0, 2.0, 1.0]]])
     inside = np.array([[[True, True, False, False]]])
     assert energy_share(np.maximum(maps - 2, 0), inside) > energy_share(maps, inside)
     sharper = equal_area_share(np.maximum(maps - 2, 0), inside, ~inside)
     assert sharper > equal_area_share(maps, inside, ~inside)
+    # A larger object does not win by its size.
+    large = np.arange(10)[None, None] < 8
+    assert equal_area_share(np.ones((1, 1, 10)), large, ~large).tolist() == [0.5]
 
 
 @settings(max_examples=30)
 @given(cases())
-def test_laws(case) -> None:
+def test_what_is_chance_and_what_its_opposite(case) -> None:
     maps, inside = case
     np.testing.assert_allclose(pixel_auc(-maps, inside), 1 - pixel_auc(maps, inside))
     np.testing.assert_allclose(pixel_auc(maps, ~inside), 1 - pixel_auc(maps, inside))
@@ -233,71 +182,20 @@ def test_laws(case) -> None:
     np.testing.assert_allclose(one + other, 1)
 
 
-def test_a_larger_object_does_not_win_by_its_size() -> None:
-    inside = np.zeros((1, 4, 10), bool)
-    inside[..., :8] = True
-    assert equal_area_share(np.ones((1, 4, 10)), inside, ~inside).tolist() == [0.5]
-    assert energy_share(np.ones((1, 4, 10)), inside).tolist() == [0.8]
-
-
-# faithfulness
-
-MAPS = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5)).flatmap(
-    lambda shape: hnp.arrays(np.float64, shape, elements=st.sampled_from([0.0, 0.5, 2.0, 3.25]))
-)
-
-
-SCORES = hnp.arrays(np.float64, (3, 7), elements=st.floats(-1e3, 1e3, width=32))
-
-
 @settings(max_examples=40)
 @given(MAPS, st.data())
 def test_the_order_of_removal(maps, data) -> None:
     steps = data.draw(st.integers(1, maps[0].size))
     order, masks = deletion_steps(maps, steps)
-    assert masks.shape == (len(maps), steps + 1, *maps.shape[1:])
     assert masks.dtype == bool
-    assert not masks[:, 0].any()
-    assert masks[:, -1].all()
-    # Each holds the one before it, and all maps lose the same number at a time.
-    assert (masks[:, 1:] >= masks[:, :-1]).all()
-    counts = masks.sum((2, 3))
-    np.testing.assert_array_equal(counts, np.broadcast_to(counts[0], counts.shape))
-    assert np.abs(counts[0] - np.arange(steps + 1) * maps[0].size / steps).max() <= 0.5
-    values = np.take_along_axis(maps.reshape(len(maps), -1), order, axis=1)
-    assert (np.diff(values, axis=1) <= 0).all()
-    assert (np.sort(order, axis=1) == np.arange(maps[0].size)).all()
     # Any increasing change of the values leaves the order alone.
     for changed in (np.sqrt(maps), maps * 1e-300, maps**3 + 1):
         np.testing.assert_array_equal(deletion_steps(changed, steps)[0], order)
-    for j in range(1, steps + 1):
-        if counts[0, j]:
-            np.testing.assert_array_equal(
-                removal_masks(maps, counts[0, j] / maps[0].size), masks[:, j]
-            )
-
-
-def test_a_fraction_takes_at_least_one_pixel() -> None:
-    assert removal_masks(np.eye(10)[None], 1e-9).sum() == 1
-    assert removal_masks(np.eye(10)[None], 0.29).sum() == 29
-    assert removal_masks(np.eye(10)[None], 1).all()
-
-
-@settings(max_examples=40)
-@given(hnp.arrays(np.float64, (2, 6), elements=st.floats(-1e3, 1e3, width=32)), st.floats(-50, 50))
-def test_the_area_of_a_curve(scores, level) -> None:
-    area = curve_area(scores)
-    assert ((area >= scores.min(1)) & (area <= scores.max(1))).all()
-    np.testing.assert_allclose(curve_area(scores + level), area + level, atol=1e-9)
-    np.testing.assert_allclose(curve_area(-scores), -area, atol=1e-12)
-    np.testing.assert_allclose(curve_area(scores[:, ::-1]), area, atol=1e-9)
-    assert curve_area(np.full((1, 9), level)).tolist() == [level]
-
-
-def test_curves_in_closed_form() -> None:
-    assert curve_area([[1.0, 0.0]]).tolist() == [0.5]
-    np.testing.assert_allclose(curve_area([np.linspace(3, -1, 11)]), 1.0, atol=1e-15)
-    assert curve_area([[1e308] * 4]).tolist() == [1e308]
+    for j, count in enumerate(masks[0].sum((1, 2))):
+        if count:
+            np.testing.assert_array_equal(removal_masks(maps, count / maps[0].size), masks[:, j])
+    # A fraction takes at least one pixel.
+    assert [removal_masks(np.eye(10)[None], part).sum() for part in (1e-9, 0.29)] == [1, 29]
 
 
 def test_a_perfect_fall() -> None:
@@ -307,62 +205,11 @@ def test_a_perfect_fall() -> None:
     assert rank_drop(after, before).tolist() == [-3.0]
     assert leaves_top(before, after, 3).tolist() == [True]
     assert leaves_top(before, after, 4).tolist() == [False]
-    # What was not there cannot leave.
+    # What was not there cannot leave, and extreme numbers are numbers.
     assert leaves_top([5.0, 2.0], [9.0, 1.0], 2).tolist() == [False, False]
-
-
-@settings(max_examples=40)
-@given(hnp.arrays(np.int64, (2, 5), elements=st.integers(-2, 2)), st.permutations(range(5)))
-def test_ranks_know_no_storage_order(scores, moved) -> None:
-    ranks = np.stack([rank_of(scores, [item] * 2) for item in range(5)], axis=1)
-    assert ((ranks >= 1) & (ranks <= 5)).all()
-    np.testing.assert_allclose(ranks.sum(1), 15)
-    np.testing.assert_array_equal(rank_of(scores**3 * 2.0 - 1, [3, 3]), ranks[:, 3])
-    again = np.stack([rank_of(scores[:, moved], [item] * 2) for item in range(5)], axis=1)
-    np.testing.assert_array_equal(again, ranks[:, moved])
-
-
-@settings(max_examples=60)
-@given(SCORES, st.sampled_from([1.0, 2.0, 0.125]), st.integers(-4, 4))
-def test_a_drop_knows_neither_unit_nor_zero(scores, scale, level) -> None:
-    y, masked, base = np.round(scores)
-    drops, counted = score_drops(y, masked, base)
-    assert ((drops >= 0) & (drops <= 1)).all()
-    np.testing.assert_array_equal(counted, y > base)
-    moved = score_drops(y * scale + level, masked * scale + level, base * scale + level)
-    np.testing.assert_allclose(moved[0], drops, atol=1e-12)
-    np.testing.assert_array_equal(moved[1], counted)
-    # Masking into the base loses all there is, keeping the score loses nothing.
-    np.testing.assert_array_equal(score_drops(y, base, base)[0], counted)
-    assert not score_drops(y, y, base)[0].any()
-    if counted.any():
-        assert average_drop(y, masked, base) == pytest.approx(drops[counted].mean())
-
-
-def test_extreme_scores_are_still_shares() -> None:
     drops, _ = score_drops([1e308, 5e-324], [0.0, 0.0], [-1e308, 0.0])
     np.testing.assert_allclose(drops, [0.5, 1.0])
-
-
-@settings(max_examples=30)
-@given(SCORES)
-def test_an_increase_survives_any_increasing_change(scores) -> None:
-    y, masked, _ = np.round(scores)
-    share = average_increase(y, masked)
-    assert 0 <= share <= 1
-    assert average_increase(y * 8 - 3, masked * 8 - 3) == pytest.approx(share)
-    np.testing.assert_allclose(share + average_increase(masked, y) + (y == masked).mean(), 1)
-
-
-# imputation
-
-RNG = np.random.default_rng(0)
-
-
-PIXELS = RNG.normal(size=(3, 2, 9, 7))
-
-
-MASKS = RNG.random((3, 9, 7)) < 0.7
+    assert curve_area([[1e308] * 4]).tolist() == [1e308]
 
 
 def test_what_was_not_removed_stays_bit_for_bit() -> None:
@@ -377,33 +224,6 @@ def test_what_was_not_removed_stays_bit_for_bit() -> None:
         assert (filled[~keep] != images[~keep]).mean() > 0.9
     nothing = noisy_linear_imputation(PIXELS, np.zeros_like(MASKS))
     np.testing.assert_array_equal(nothing, PIXELS)
-
-
-def test_a_ramp_is_filled_as_the_ramp_away_from_the_border() -> None:
-    ramp = (np.arange(9)[:, None] * 0.5 - np.arange(7))[None, None]
-    mask = np.zeros((1, 9, 7), bool)
-    mask[0, 2:7, 1:6] = True
-    np.testing.assert_allclose(noisy_linear_imputation(ramp, mask, noise=0), ramp, atol=1e-12)
-
-
-@settings(max_examples=25)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.integers(2, 6))
-def test_laws_of_a_weighted_mean(seed, height, width) -> None:
-    rng = np.random.default_rng(seed)
-    images, masks = rng.normal(size=(2, 2, height, width)), rng.random((2, height, width)) < 0.8
-    masks[:, 0, 0] = False
-    filled = noisy_linear_imputation(images, masks, noise=0)
-    for image, out, mask in zip(images, filled, masks, strict=True):
-        for before, after in zip(image, out, strict=True):
-            known = before[~mask]
-            assert after.min() >= known.min() - 1e-9
-            assert after.max() <= known.max() + 1e-9
-    twice = noisy_linear_imputation(images * 2 + 1, masks, noise=0)
-    np.testing.assert_allclose(twice, filled * 2 + 1, atol=1e-9)
-    turned = noisy_linear_imputation(images[..., ::-1], masks[..., ::-1], noise=0)
-    np.testing.assert_allclose(turned[..., ::-1], filled, atol=1e-9)
-    constant = noisy_linear_imputation(np.full_like(images, 3.0), masks, noise=0)
-    np.testing.assert_allclose(constant, 3.0, atol=1e-12)
 
 
 def test_batches_of_any_size_give_the_same() -> None:
@@ -428,7 +248,7 @@ def test_the_noise_is_gaussian_and_as_large_as_said() -> None:
 def test_it_is_what_the_peer_computes() -> None:
     road = pytest.importorskip("pytorch_grad_cam.metrics.road")
     filled = noisy_linear_imputation(PIXELS, MASKS, noise=0)
-    # Its system alone: what it does around it mixes tensors and arrays, which NumPy 2 warns about.
+    # Its system alone: what is around it mixes tensors and arrays, which NumPy 2 warns about.
     for image, mask, got in zip(PIXELS, MASKS, filled, strict=True):
         system = road.NoisyLinearImputer.setup_sparse_system
         matrix, right = system((~mask).astype(float), image, road.neighbors_weights)
@@ -436,43 +256,12 @@ def test_it_is_what_the_peer_computes() -> None:
         np.testing.assert_allclose(got[:, mask], wanted, atol=1e-10)
 
 
-# agreement
-
-TWO_MAPS = hnp.arrays(
-    np.float64, (2, 2, 3, 5), elements=st.sampled_from([-1.5, 0.0, 0.1, 1.0, 2.0])
-)
-
-
-OF_MAPS = [correlations, rank_correlations, lambda a, b: map_iou(a, b, 0.3)]
-
-
-def flat(maps: np.ndarray) -> np.ndarray:
-    return maps.reshape(len(maps), -1)
-
-
-@settings(max_examples=60)
-@given(TWO_MAPS)
-def test_symmetry_and_range(pair) -> None:
-    a, b = pair
-    for agreement in [*OF_MAPS, lambda a, b: cosines(flat(a), flat(b))]:
-        got = agreement(a, b)
-        np.testing.assert_allclose(agreement(b, a), got, atol=1e-15)
-        assert ((got >= -1) & (got <= 1)).all()
-        itself = agreement(a, a)
-        for value, one in zip(itself, a, strict=True):
-            varies = one.max() > one.min()
-            if agreement in OF_MAPS:
-                assert value == (pytest.approx(1, abs=1e-12) if varies else 0.0)
-            else:
-                assert value == (pytest.approx(1, abs=1e-12) if one.any() else 0.0)
-
-
 @settings(max_examples=60)
 @given(TWO_MAPS, st.sampled_from([0.25, 2.0, 2.0**-1000, 2.0**1000]))
 def test_what_each_does_not_see(pair, scale) -> None:
     a, b = pair
-    # Scale, for all; a shift, for maps; any increasing change, for ranks and top pixels.
-    np.testing.assert_allclose(cosines(flat(a) * scale, flat(b)), cosines(flat(a), flat(b)))
+    flat = a.reshape(2, -1), b.reshape(2, -1)
+    np.testing.assert_allclose(cosines(flat[0] * scale, flat[1]), cosines(*flat))
     for agreement in OF_MAPS:
         np.testing.assert_allclose(agreement(a * scale, b), agreement(a, b), atol=1e-12)
     np.testing.assert_allclose(correlations(a * 2 + 3, b), correlations(a, b), atol=1e-12)
@@ -491,11 +280,6 @@ def test_what_does_not_vary_agrees_with_nothing(level) -> None:
     assert cosines(np.zeros((1, 3)), np.ones((1, 3))).tolist() == [0.0]
 
 
-# intervals
-
-VALUES = hnp.arrays(np.float64, (2, 9), elements=st.integers(-4, 4))
-
-
 def test_the_bootstrap_interval_of_a_normal_mean() -> None:
     values = np.random.default_rng(0).normal(3.0, 2.0, 4000)
     low, high = bootstrap_interval(values)
@@ -506,16 +290,13 @@ def test_the_bootstrap_interval_of_a_normal_mean() -> None:
     assert bootstrap_interval(values, seed=1) != (low, high)
     narrow = bootstrap_interval(values, level=0.5)
     assert low < narrow[0] < narrow[1] < high
-
-
-def test_the_bootstrap_takes_another_statistic_and_constants() -> None:
     assert bootstrap_interval(np.full(5, 2.0)) == (2.0, 2.0)
     low, high = bootstrap_interval(np.arange(101.0), np.median)
     assert 35 < low < 50 < high < 65
 
 
 @settings(max_examples=40)
-@given(VALUES)
+@given(hnp.arrays(np.float64, (2, 9), elements=st.integers(-4, 4)))
 def test_a_difference_turned_around(pair) -> None:
     a, b = pair
     got, turned = (paired_difference(*x, draws=100) for x in [(a, b), (b, a)])
@@ -537,9 +318,6 @@ def test_pairing_takes_out_what_is_hard_for_both() -> None:
     assert alone[1] - alone[0] > 10 * (found.high - found.low)
     assert paired_difference(a, b, seed=1) != found
     assert paired_difference(a, b, level=0.5).low > found.low
-
-
-# retrieval
 
 
 @settings(max_examples=30)
@@ -585,13 +363,9 @@ def test_recall_over_many_images() -> None:
     embeddings[-1] = [-5.0, 0.0]
     assert recall_at_k(embeddings, labels) == pytest.approx(1198 / 1200)
     assert map_at_r(embeddings, labels) == pytest.approx(1198 / 1200)
-
-
-def test_an_image_never_finds_itself() -> None:
+    # An image never finds itself, but in a gallery that holds it, it does.
     assert recall_at_k(np.zeros((3, 2)), np.arange(3), 2) == 0.0
-    # Among a gallery that holds it, it does.
     assert recall_at_k(np.eye(3), np.arange(3), 1, np.eye(3), np.arange(3)) == 1.0
-    assert map_at_r(np.eye(3), np.arange(3), np.eye(3), np.arange(3)) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -609,20 +383,16 @@ def test_an_image_never_finds_itself() -> None:
         (lambda: box_mask((0, 0, np.nan, 1), (2, 2)), "must be four numbers: x0, y0, x1, y1"),
         (lambda: box_iou([[0, 0, 1]], [[0, 0, 1]]), r"boxes \[1, 3\] must be \[B 4\]: x0, y0"),
         (lambda: box_iou([[3, 0, 1, 2]], [[0, 0, 1, 1]]), r"box \[3.0, 0.0, 1.0, 2.0\] has its ed"),
-        (lambda: box_iou([[0, 0, 1, 1]] * 2, [[0, 0, 1, 1]]), r"boxes have shapes \[2, 4\] and "),
         (lambda: localisation_accuracy([BOX], [BOX], 0.0), r"least = 0.0; it must lie in \(0, 1\]"),
         (lambda: deletion_steps(ONES, 10), "steps = 10; give a whole number from 1 to 9"),
-        (lambda: deletion_steps(ONES, 2.5), "steps = 2.5; give a whole number"),  # type: ignore[arg-type]
+        (lambda: deletion_steps(ONES, 2.5), "steps = 2.5; give a whole number"),
         (lambda: removal_masks(ONES, 0.0), r"fraction = 0.0; it must lie in \(0, 1\]: 0.2 means"),
         (lambda: curve_area([[1.0]]), r"scores \[B 1\] are no curve; give the score before and"),
-        (lambda: curve_area([1.0, 2.0]), r"scores \[2\] must be \[B S\+1\]"),
         (lambda: rank_of([[1.0, 2.0]], [2]), "items 2 to 2 of a gallery of 2; give places from 0 "),
         (lambda: rank_of([[1.0, 2.0]], [0.0]), "of type float64 .* give one whole number a query"),
         (lambda: rank_of([[1.0, 2.0]], [0, 1]), r"items \[2\] of type int64 with scores \[1, 2\]"),
-        (lambda: rank_drop([1.0], [1.0, 2.0]), r"ranks before and after have shapes \[1\] and "),
         (lambda: rank_drop([0.0], [1.0]), "a rank of 0; ranks begin at 1, as `rank_of` counts"),
         (lambda: leaves_top([1.0], [2.0], 0), "k = 0; give a whole number of at least 1"),
-        (lambda: score_drops([1.0], [1.0, 2.0], [0.0]), r"full and masked scores have shapes "),
         (lambda: score_drops([1.0], [1.0], [0.0, 0.0]), "full and base scores have shapes"),
         (lambda: average_drop([1.0], [0.0], [2.0]), "none of 1 images .* give other images or ano"),
         (lambda: noisy_linear_imputation(PIXELS[0], MASKS), r"images \[2, 9, 7\] must be "),
@@ -632,25 +402,19 @@ def test_an_image_never_finds_itself() -> None:
         (lambda: noisy_linear_imputation(PIXELS, MASKS | True), "removes the whole picture; leave"),
         (lambda: noisy_linear_imputation(PIXELS, MASKS, noise=-1), "noise = -1; it must be a stan"),
         (lambda: noisy_linear_imputation(PIXELS, MASKS, seed=-1), "seed = -1; give a whole num"),
-        (lambda: cosines(ONES, ONES), r"weights \[1, 3, 3\] must be \[B K\] with no empty axis"),
-        (lambda: cosines(ONES[0], ONES[0, :1]), r"weights have shapes \[3, 3\] and \[1, 3\]; give"),
         (lambda: map_iou(ONES, ONES, 0.0), r"fraction = 0.0; it must lie in \(0, 1"),
-        (lambda: bootstrap_interval([]), r"values \[0\] must be \[N\] with no empty axis"),
         (lambda: bootstrap_interval([1.0], level=95), "level = 95; give a number between 0 and 1"),
         (lambda: bootstrap_interval([1.0], draws=0), "draws = 0; give a whole number of at least "),
-        (lambda: paired_difference([1.0], [1.0, 2.0]), r"values have shapes \[1\] and \[2\]; give"),
         (lambda: recall_at_k(np.zeros((3, 2)), np.zeros(3), 3), "k = 3 with 3 images; k must be 1"),
         (lambda: recall_at_k(TWO, [0, 1], 3, TWO, [0, 1]), "k = 3 with 2 images; k must be 1 to G"),
         (lambda: recalls_at(TWO, [0, 1], []), r"no k; give one or more, as \[1, 5, 10\]"),
-        (lambda: recalls_at(TWO, [0, 1], [0.5]), "k = 0.5 with 2 images; k must be"),  # type: ignore[list-item]
+        (lambda: recalls_at(TWO, [0, 1], [0.5]), "k = 0.5 with 2 images; k must be"),
         (lambda: recall_at_k(TWO, [0]), r"labels \[1\] with embeddings \[2, 2\]; give one label a"),
-        (lambda: recall_at_k(TWO[0], [0, 1]), r"embeddings \[2\] must be \[N D\]"),
         (lambda: map_at_r(TWO, [0, np.nan]), "a label is NaN, which equals nothing"),
         (lambda: map_at_r(TWO, [0, 1]), "none of 2 images has another of its label; .* not ids"),
         (lambda: map_at_r(TWO, [0, 1], TWO), "a gallery needs its labels, .* give both"),
         (lambda: map_at_r(TWO, [0, 1], np.eye(3), [0, 1, 2]), "differ in width; take both from on"),
         (lambda: map_at_r(TWO, [0, 1], TWO, ["0", "1"]), "never match; give both as strings or as"),
-        (lambda: map_at_r(TWO, [0, 1], TWO, [0]), r"labels \[1\] with gallery \[2, 2\]"),
         (lambda: equal_area_share(-ONES, ONES, ONES), "not a signed map"),
     ],
 )

@@ -1,5 +1,6 @@
 """Recipes: what goes together, what is said where it does not, and TOML there and back."""
 
+import json
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -12,26 +13,21 @@ from embedcam.recipe.recipe import Recipe, read_toml
 
 RECIPES = sorted((Path(__file__).parents[1] / "index" / "recipes").glob("*.toml"))
 TABLES = {
-    "weights": [
-        "method", "target", "norm", "sampling", "triplets", "hinge", "margin", "seed",
-        "labels", "positives", "negatives",
-    ],
-    "encoding": ["encoding", "rank", "m", "by", "dtype"],
-    "search": ["faiss", "metric"],
-}  # fmt: skip
+    "weights": "method target norm sampling triplets hinge margin seed labels positives negatives",
+    "encoding": "encoding rank m by dtype",
+    "search": "faiss metric",
+}
 
 
 def as_toml(recipe: Recipe) -> str:
     lines = ["recipe_version = 1"]
     for table, names in TABLES.items():
-        lines.append(f"[{table}]")
-        for name in names:
-            value = getattr(recipe, name)
-            if value is None:
-                continue
-            key = "name" if name == "encoding" else name
-            text = f'"{value}"' if isinstance(value, str) else str(value).lower()
-            lines.append(f"{key} = {text}")
+        chosen = [(name, getattr(recipe, name)) for name in names.split()]
+        lines += [f"[{table}]"] + [
+            f"{'name' if name == 'encoding' else name} = {json.dumps(value)}"
+            for name, value in chosen
+            if value is not None
+        ]
     return "\n".join(lines)
 
 
@@ -113,13 +109,10 @@ def test_the_recipes_that_come_along_can_be_read(path) -> None:
         ({"method": "Layer-CAM"}, "the nearest method that can is 'gradcam'"),
         ({"target": "centred", "hinge": True}, "drop the hinge, or use the target 'margin'"),
         ({"method": "gradcam+"}, "method = 'gradcam\\+' is unknown; did you mean 'gradcam\\+\\+'"),
-        ({"target": "center"}, "did you mean 'centred'"),
-        ({"sampling": "semi-hard"}, "did you mean 'semihard'"),
         ({"encoding": "lowrank"}, "did you mean 'low-rank'"),
         ({"metric": "cosine"}, "metric = 'cosine' is unknown; known: l2, ip"),
         ({"triplets": 0}, "triplets = 0; give a whole number from 1 to 1,000,000"),
         ({"margin": 0.0}, "margin = 0.0; give a number above 0"),
-        ({"margin": float("inf")}, "margin = inf"),
         ({"seed": 1 << 64}, "give a whole number from 0"),
         ({"faiss": ""}, "faiss is empty; give a factory string"),
         ({"triplets": "50"}, "triplets = '50'; give a whole number"),
@@ -156,7 +149,6 @@ def test_choices_that_another_choice_leaves_unused_are_allowed() -> None:
         ("method = 'gradcam'", r"unknown table \[method\]; .*known: images, network, weights"),
         ("weights = 3", r"weights = 3 should be a table, \[weights\]"),
         ("recipe_version = 2", "recipe_version = 2; this embedcam reads version 1"),
-        ("[weights]\ntriplets = '50'", "triplets = '50'; give a whole number"),
         ("[weights]\nhinge = true\nsampling = 'all'", "drop the hinge"),
         ("[weights", "not a TOML file"),
     ],
@@ -164,13 +156,8 @@ def test_choices_that_another_choice_leaves_unused_are_allowed() -> None:
 def test_a_file_with_a_mistake_says_where_and_what(tmp_path, text, says) -> None:
     with pytest.raises(RecipeError, match=r"r\.toml: .*" + says):
         read(tmp_path, text)
-
-
-def test_files_that_cannot_be_read(tmp_path) -> None:
     with pytest.raises(RecipeError, match=r"none\.toml: the recipe cannot be read \(No such file"):
         read_toml(tmp_path / "none.toml")
-    with pytest.raises(RecipeError, match="cannot be read"):
-        read_toml(tmp_path)
     (tmp_path / "b.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RecipeError, match="not a TOML file"):
         read_toml(tmp_path / "b.toml")
@@ -182,8 +169,6 @@ def test_a_fill_and_a_methods_own_options_are_kept(tmp_path) -> None:
     recipe, _, _ = read(tmp_path, text)
     options = {"weights": "softmax", "temperature": 0.1}
     assert recipe == Recipe("scorecam", fill="blur", options=options)
-    assert recipe.to_dict()["fill"] == "blur"
-    assert recipe.to_dict()["options"] == options
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     assert hash(recipe) != hash(Recipe("scorecam"))
 

@@ -46,7 +46,17 @@ from .module import (
     refuse_parts,
     uncompiled,
 )
-from .runner import Features, Head, Run, Runner, Trunk, copied, in_graph, with_positions
+from .runner import (
+    Features,
+    Head,
+    LayoutOptions,
+    Run,
+    Runner,
+    Trunk,
+    copied,
+    in_graph,
+    with_positions,
+)
 
 Numbers = TypeVar("Numbers", np.ndarray, Tensor)
 DEFAULT_INPUT_SIZE = (224, 224)
@@ -153,7 +163,6 @@ class EmbeddingNetwork:
         self.module, self.layer, self.name = module, str(layer), name
         self.output, self.normalize = output, normalize
         self.autocast, self.channels_last = autocast, channels_last
-        self.layout_options = (layout, grid, prefix_tokens)
         self.runner = Runner(
             module,
             self.layer,
@@ -166,7 +175,7 @@ class EmbeddingNetwork:
             autocast,
             channels_last,
             normalize,
-            self.layout_options,
+            (layout, grid, prefix_tokens),
         )
         self.spec: dict[str, Any] | None = None
         self._kind: HeadKind | None = None
@@ -216,6 +225,11 @@ class EmbeddingNetwork:
     def hooked(self) -> bool:
         """Whether layers are found by hooks: False where trunk and head were given."""
         return self.runner.parts is None
+
+    @property
+    def layout_options(self) -> LayoutOptions:
+        """Layout, grid and prefix tokens, as they were given."""
+        return self.runner.layout_options
 
     @property
     def layout(self) -> str:

@@ -2,12 +2,10 @@
 
     python tests/make_golden.py FOLDER [--marked | --by-position]
 
-The committed index must open for ever (`test_index_golden.py`), so a later version of this program
-may write other bytes; what it says here is where every value in the index came from. Two layers
-(low-rank in half precision with coarse maps, and top-m), two parts, one removed image, FAISS Flat.
-`data/golden-marks-1/` is the same with marks of files, those added later apart: of image i they are
-(i, 10 i, 100 i, 1000 i). `data/golden-positions-1/` has weights by position in place of low-rank
-ones, of the same codes.
+A later version of this program may write other bytes; it says where every value came from. Two
+layers (low-rank in half precision with coarse maps, and top-m), two parts, one removed image, Flat.
+`data/golden-marks-1/` is the same with marks of files, `data/golden-positions-1/` has weights by
+position in place of low-rank ones, of the same codes.
 """
 
 import sys
@@ -55,27 +53,11 @@ def rows(start: int, stop: int) -> PartData:
 
 
 def main(path: Path, marked: bool = False, by_position: bool = False) -> None:
-    layers = [
-        {
-            "name": name,
-            "channels": CHANNELS,
-            "grid": grid,
-            "cells": grid[0] * grid[1],
-            "encoding": encoding.spec(),
-            "coarse_grid": coarse,
-        }
-        for name, grid, encoding, coarse in zip(
-            ("features.18", "features.10"), ([2, 3], [14, 14]), encodings(by_position),
-            ([2, 3], None), strict=True,
-        )
-    ]  # fmt: skip
-    header = header_of(
-        encodings()[0],
-        WIDTH,
-        network={"name": "golden", "layer": "features.18"},
-        images={"root": "pictures"},
-        layers=layers,
-    )
+    layers = [header_of(encoding)["layers"][0] for encoding in encodings(by_position)]
+    layers[1] |= {"name": "features.10", "grid": [14, 14], "cells": 196, "coarse_grid": None}
+    network, images = {"name": "golden", "layer": "features.18"}, {"root": "pictures"}
+    given = {"network": network, "images": images, "layers": layers}
+    header = header_of(encodings()[0], WIDTH, **given)
     shared = {
         "embedding_mean": np.full(WIDTH, 0.25, np.float32),
         "probe_embedding": np.array([1, 0, 0, 0], np.float32),

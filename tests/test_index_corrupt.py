@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import faiss
 import numpy as np
@@ -79,27 +80,21 @@ def entry(name: str, **changes: object) -> Damage:
     return edit(lambda m: m["parts"][0]["files"][name].update(changes))
 
 
-def rewrite(name: str, change: Callable[[bytearray], Any]) -> Damage:
-    """Change a file's bytes in place, or for those that are returned."""
-
-    def damage(path: Path) -> None:
-        data = bytearray((path / name).read_bytes())
-        made = change(data)
-        (path / name).write_bytes(data if made is None else made)
-
-    return damage
+def write(name: str, data: bytes) -> Damage:
+    return lambda path: (path / name).write_bytes(data)
 
 
 def truncate(name: str) -> Damage:
-    return rewrite(name, lambda data: data[:-1])
+    return lambda path: (path / name).write_bytes((path / name).read_bytes()[:-1])
 
 
 def flip(name: str, at: int = 0, bit: int = 6) -> Damage:
-    return rewrite(name, lambda data: data.__setitem__(at, data[at] ^ 1 << bit))
+    def damage(path: Path) -> None:
+        data = bytearray((path / name).read_bytes())
+        data[at] ^= 1 << bit
+        (path / name).write_bytes(data)
 
-
-def write(name: str, data: bytes) -> Damage:
-    return rewrite(name, lambda _: data)
+    return damage
 
 
 def from_stranger(name: str, other: str = "stranger") -> Damage:
@@ -112,11 +107,6 @@ def link(name: str) -> Damage:
         (path / name).symlink_to(path.parent / "outside")
 
     return damage
-
-
-def folder_for_file(path: Path) -> None:
-    (path / f"{IDS}.utf8").unlink()
-    (path / f"{IDS}.utf8").mkdir()
 
 
 def forge(name: str, array: np.ndarray) -> Damage:
@@ -157,32 +147,25 @@ AT_OPENING: dict[str, tuple[Damage, str]] = {
     "too long": (write(f"{IDS}.utf8", b"x" * 999), f"{IDS}.utf8: too long with 999"),
     "missing": (lambda p: (p / PART / "paths.utf8").unlink(), f"{PART}/paths.utf8: is missing"),
     "part missing": (lambda p: shutil.rmtree(p / PART), f"{PART}.*is missing"),
-    "fitted missing": (lambda p: shutil.rmtree(p / FITTED), f"{FITTED}.*is missing"),
     "mixed sizes": (from_stranger(EMBEDDINGS, "larger"),
                     f"{EMBEDDINGS}: too long with 416 bytes where the manifest says 384"),
     "symbolic link": (link(EMBEDDINGS), f"{EMBEDDINGS}: .*symbolic link"),
     "linked folder": (link(PART), f"{PART}.*symbolic link"),
-    "a folder for a file": (folder_for_file, f"{IDS}.utf8: is not a regular file"),
     "no manifest": (lambda p: (p / M).unlink(), "unfinished .* run the same build again"),
     "empty manifest": (write(M, b""), f"{M}: is not a readable JSON"),
-    "garbage": (write(M, b"\xff\x00\x17"), f"{M}: is not a readable JSON"),
     "a list": (write(M, b"[1]"), f"{M}: is not a JSON object"),
     "nested deeply": (write(M, b"[" * 200_000), f"{M}: is not a readable JSON"),
-    "nested and closed": (write(M, b'{"a":' * 90_000 + b"1" + b"}" * 90_000), "not a readable"),
     "huge number": (write(M, b'{"a": ' + b"9" * 9000 + b"}"), f"{M}: is not a readable JSON"),
     "huge": (write(M, b" " * ((16 << 20) + 1)), f"{M}: .*at most 16777216 are read"),
     "not a number": (write(M, b'{"format": NaN}'), "NaN is not JSON"),
-    "beyond a float": (write(M, b'{"format": -1e999}'), "-1e999 is not JSON"),
     "twice": (write(M, b'{"format": 1, "format": 2}'), "a key appears twice"),
     "other format": (at("format", value="zip"), "its format is 'zip'"),
     "newer": (at("format_version", value=2), "version 2.*install a newer embedcam"),
-    "version as text": (at("format_version", value="1"), "version '1'"),
     "edited": (edit(lambda m: m.update(norm="around"), seal=False), "does not match its own"),
     "recipe edited": (at("recipe", "seed", value=1), "digest of the recipe"),
     "metric": (at("metric", value="cosine"), "metric is 'cosine'"),
     "sign": (at("sign", value="loss"), "sign is 'loss'"),
     "no layers": (at("layers", value=[]), "describes no layer"),
-    "layer": (at("layers", value=[3]), r"layers\[0\] is 3, not of type dict"),
     "encoding": (at("layers", 0, "encoding", "name", value="zip"),
                  r"layers\[0\]\.encoding\.name is 'zip'; known: top-m, low-rank, dense"),
     "encoding lacks": (at("layers", 0, "encoding", "m", absent=True), "lacks 'm'"),
@@ -204,21 +187,16 @@ AT_OPENING: dict[str, tuple[Damage, str]] = {
     "unknown dtype": (entry("ids.utf8", dtype="object"), "ids.utf8.dtype is 'object'"),
     "wrong shape": (entry("embeddings.f32", shape=[8, 12]),
                     rf"{EMBEDDINGS}: .*float32 \[8, 12\] where the format asks for float32 \[12,"),
-    "more axes": (entry("ids.utf8", shape=[120, 1]), rf"{IDS}.utf8: .*\[120, 1\] where .*\[120\]"),
-    "no offsets": (entry("labels.offsets.u64", shape=[0], bytes=0), rf"{LABELS}.offsets.*asks for"),
     "huge shape": (entry("ids.utf8", shape=[2**60], bytes=2**60), "ids.utf8.*impossible"),
-    "overflowing shape": (entry("embeddings.f32", shape=[2**32, 2**32], bytes=0),
-                          "embeddings.f32 says 0 bytes where"),
+    "overflowing shape": (entry("embeddings.f32", shape=[2**32, 2**32], bytes=0), "says 0 bytes"),
     "large shape": (entry("ids.utf8", shape=[2**40], bytes=2**40), f"{IDS}.utf8: truncated"),
     "fraction": (entry("ids.utf8", shape=[1.5]), r"ids.utf8.shape\[0\] is 1\.5, not of type int"),
-    "truth": (entry("ids.utf8", shape=[True], bytes=1), r"shape\[0\] is True, not of type int"),
     "no checksum": (entry("ids.utf8", sha256="x"), "ids.utf8.sha256 is 'x'; expected a SHA-256"),
     "climbing": (at("parts", 0, "directory", value="../parts/000001"),
                  "'../parts/000001'; expected parts/NNNNNN"),
     "absolute": (at("fitted", "directory", value="/etc"), "fitted.directory is '/etc'"),
     "climbing file": (at("parts", 0, "files", "../../x", value={}),
                       "unknown entry '../../x'; expected a plain file name"),
-    "dots": (at("fitted", "files", "a..b", value={}), "unknown entry 'a..b'"),
     "faiss elsewhere": (at("faiss", "file", value="/dev/zero"), "'/dev/zero'"),
     "fitted extra": (edit(lambda m: m["fitted"]["files"].update(
         {"layer7.x.f32": m["fitted"]["files"]["embedding_mean.f32"]})), "no file of the fitted"),
@@ -290,20 +268,12 @@ def test_seen_by_verify(copy: Callable[[str], Path], name: str) -> None:
     path, (damage, what) = copy("whole"), BY_VERIFY[name]
     damage(path)
     Index.open(path).close()  # opening reads no content
-    text = refused(what, verify, path)
-    report = verify(path, collect=True)
-    assert text in report.problems
-    assert not report.ok
+    assert refused(what, verify, path) in verify(path, collect=True).problems
 
 
 @pytest.mark.parametrize(
     ("values", "what"),
-    [
-        ((2, 12), "removes row 12 of an index of 12 rows"),
-        ((2, 2**63 + 1), "removes row"),
-        ((5, 2), "do not rise"),
-        ((2, 2), "do not rise"),
-    ],
+    [((2, 12), "removes row 12 of an index of 12 rows"), ((2, 2), "do not rise")],
 )
 def test_tombstones(copy: Callable[[str], Path], values: tuple[int, int], what: str) -> None:
     path = copy("removed")
@@ -320,37 +290,17 @@ def test_damage_that_opening_cannot_see_never_leads_outside(copy: Callable[[str]
     forge(f"{IDS}.offsets.u64", u64(*range(0, 120, 10), 10**15))(path)
     with Index.open(path) as index:
         assert index.ids[10] == "image-0010"
-        for read in (
-            lambda: index.ids[11],
-            lambda: index.ids[:],
-            lambda: index.position("image-0003"),
-            lambda: index.labels[0],
-            lambda: index.weights([0]),
-        ):
+        reads = [lambda: index.ids[11], lambda: index.ids[:], lambda: index.labels[0]]
+        for read in (*reads, lambda: index.position("image-0003"), lambda: index.weights([0])):
             with pytest.raises(IndexFormatError):
                 read()
 
 
 def test_an_unfinished_build_says_so(tmp_path: Path) -> None:
     (tmp_path / "x" / ".building").mkdir(parents=True)
-    for name, what in (
-        ("x", r"the index is unfinished .* it resumes"),
-        ("", "not an embedcam index"),
-        ("nowhere", "no index here"),
-    ):
+    for name, what in (("x", "the index is unfinished .* it resumes"), ("", "not an embedcam ind")):
         with pytest.raises(IndexFormatError, match=what):
             Index.open(tmp_path / name)
-
-
-def test_flipped_bits_of_the_manifest_are_seen(copy: Callable[[str], Path]) -> None:
-    path = copy("whole")
-    whole = (path / M).read_bytes()
-    for place in range(0, len(whole), 17):
-        flip(M, place, place % 8)(path)
-        with pytest.raises(IndexFormatError):
-            Index.open(path)
-        (path / M).write_bytes(whole)
-    Index.open(path).close()
 
 
 # --- a change never copies damage into new files with good checksums ------------------------------
@@ -371,12 +321,6 @@ def unchanged(what: str, change: Callable[[Path], object], path: Path) -> None:
     assert content(path) == before
 
 
-def test_a_broken_index_is_not_written_to(copy: Callable[[str], Path]) -> None:
-    path = copy("parts")
-    truncate(f"{IDS}.utf8")(path)
-    unchanged("truncated", append_few, path)
-
-
 @pytest.mark.parametrize("name", COPIED)
 def test_no_flipped_bits_are_copied(copy: Callable[[str], Path], name: str) -> None:
     path = copy("parts")
@@ -390,6 +334,9 @@ def test_no_flipped_bits_are_copied(copy: Callable[[str], Path], name: str) -> N
 
 def test_append_reads_only_the_parts_that_it_joins(copy: Callable[[str], Path]) -> None:
     path = copy("parts")
+    truncate(f"{IDS}.utf8")(path)
+    unchanged("truncated", append_few, path)
+    (path / f"{IDS}.utf8").write_bytes((path / f"{IDS}.utf8").read_bytes() + b"3")
     flip(f"{LAYER}.codes.f16")(path)
     assert append_few(path) == 27
     refused(r"000001/layer0.codes.f16: does not match", verify, path)  # still seen
@@ -405,9 +352,7 @@ def test_flipped_tombstones_are_not_passed_on(copy: Callable[[str], Path], chang
 
 @pytest.mark.parametrize("factory", ["Flat", "HNSW8"])
 @pytest.mark.parametrize("change", [append_few, compact])
-def test_a_damaged_faiss_file_is_not_grown(
-    copy: Callable[[str], Path], factory: str, change: Damage
-) -> None:
+def test_a_damaged_faiss_file_is_not_grown(copy, factory, change) -> None:
     path = copy("parts")
     rebuild_faiss(path, factory)
     flip("faiss-000004.index", 200)(path)
@@ -433,8 +378,8 @@ except OSError as error:
 @pytest.mark.parametrize("operation", ["append", "rebuild"])
 @pytest.mark.parametrize("short", [1, 500])
 def test_a_full_disk_leaves_the_old_index(tmp_path: Path, operation: str, short: int) -> None:
-    """The FAISS file is the largest one here: it alone does not fit."""
     path = make(tmp_path / "x", 400, "low-rank")
+    # The FAISS file is the largest one here: it alone does not fit.
     size = (path / FAISS).stat().st_size + (96 if operation == "append" else 0)
     before = content(path)
     command = [sys.executable, "-c", FULL_DISK, str(path), str(size - short), operation]
@@ -444,15 +389,11 @@ def test_a_full_disk_leaves_the_old_index(tmp_path: Path, operation: str, short:
     verify(path)
 
 
-def test_what_faiss_cannot_write_is_an_os_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(index: object, writer: object) -> None:
-        raise RuntimeError("Error in void write(x) at impl/io.cpp:7: not written")
-
+def test_what_faiss_cannot_write_is_an_os_error(tmp_path, monkeypatch) -> None:
     path = make(tmp_path / "x", 24)
     before = content(path)
-    monkeypatch.setattr(faiss, "write_index", fail)
+    error = RuntimeError("Error in void write(x) at impl/io.cpp:7: not written")
+    monkeypatch.setattr(faiss, "write_index", Mock(side_effect=error))
     with pytest.raises(OSError, match=r"FAISS cannot write its file \(not written\)"):
         rebuild_faiss(path)
     assert content(path) == before

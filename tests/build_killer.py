@@ -23,7 +23,7 @@ from embedcam.index import Index, verify
 from embedcam.offline import add_images, build_index
 from embedcam.preprocess import custom
 from embedcam.recipe.recipe import Recipe
-from scripts.campaigns.killing import KILLER, Job, in_child
+from scripts.campaigns.killing import KILLER, Job, begin, in_child, was_killed
 
 
 def killed_everywhere(
@@ -155,13 +155,10 @@ def scenario_outside(base: Path) -> list[str]:
     seconds = time.monotonic() - start
     chance, killed = random.Random(0), 0
     for _ in range(8):
-        pid = os.fork()
-        if pid == 0:
-            job(base / "i")
-            os._exit(0)
+        pid = begin(job, base / "i")
         time.sleep(seconds * chance.uniform(0.05, 0.3))
         os.kill(pid, signal.SIGKILL)
-        killed += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        killed += was_killed(pid)
     in_child(job, base / "i")
     same = everything(base / "i") == everything(base / "whole")
     return [] if same and killed > 2 else [f"same: {same}, killed {killed} times"]

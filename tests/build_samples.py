@@ -133,10 +133,6 @@ class Toy:
     head: Callable[[Tensor], Tensor]
     batches: list[int] = field(default_factory=list)
 
-    def forwards(self, n_images: int, extra: int = 0) -> float:
-        """Forwards of each picture, probes (which come alone or in pairs first) aside."""
-        return (sum(self.batches) - extra) / n_images
-
 
 def toy(kind: str = "affine", *, normalize=True, seed=0, dtype=torch.float32, **settings) -> Toy:
     parts = seeded(lambda: nn.ModuleList(HEADS[kind]()), seed).to(dtype)

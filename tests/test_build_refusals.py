@@ -53,8 +53,7 @@ def test_a_skipped_image_shifts_no_other(tmp_path, broken, kind, batch_size, sma
     assert [name for name, _ in report.skipped] == BAD
     assert all(name in reason for name, reason in report.skipped)
     good = [item for item in broken.items if item.id not in BAD]
-    alone = ImageSource(good, broken.root)
-    build_index(alone, it.network, tmp_path / "good", DENSE)
+    build_index(ImageSource(good, broken.root), it.network, tmp_path / "good", DENSE)
     with opened(tmp_path / "i") as (index, live), opened(tmp_path / "good") as (other, _):
         for column in ("ids", "paths", "labels"):
             found = list(getattr(index, column)[live])
@@ -180,11 +179,10 @@ def test_around_is_refused_for_a_module_that_normalises(tmp_path, source) -> Non
 
 
 def test_the_centred_target_through_the_norm_is_warned_about(tmp_path, source) -> None:
-    recipe = dense(target="centred")
     with pytest.warns(RecipeWarning, match="'around' is the safe choice") as caught:
-        build_index(source, toy().network, tmp_path / "i", recipe)
+        build_index(source, toy().network, tmp_path / "i", dense(target="centred"))
     assert caught[0].filename == __file__
-    build_index(source, toy(normalize=False).network, tmp_path / "j", recipe)
+    build_index(source, toy(normalize=False).network, tmp_path / "j", dense(target="centred"))
 
 
 def test_one_image_is_enough_for_the_centred_target(tmp_path) -> None:
@@ -244,7 +242,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_what_was_finished_for_other_choices_is_not_used(
     tmp_path, own, monkeypatch, change, small_chunks
-):
+) -> None:
     source, it = own, toy()
     given = (source, it.network, tmp_path / "i", DENSE)
     interrupt(monkeypatch, "merge.fit_encodings", build_index, *given)
@@ -279,7 +277,6 @@ def pairs(step: int) -> np.ndarray:
 def test_other_given_triplets_are_not_called_done(tmp_path, own) -> None:
     path, recipe = tmp_path / "i", dense(sampling="given")
     build_index(own, toy().network, path, recipe, triplets=pairs(1))
-    again(path, own, recipe, triplets=pairs(1))
     again(path, own, recipe, triplets=pairs(1).astype(np.uint16))
     refused(path, own, "with another array of given triplets;", recipe, triplets=pairs(4))
     refused(path, own, "with another recipe and array of given triplets;")
@@ -349,15 +346,3 @@ def test_additions_and_removals_are_named(tmp_path, own) -> None:
         kept = indexed_images(index)
     build_index(kept, toy().network, path, DENSE, replace=True)
     again(path, kept)
-
-
-@pytest.mark.parametrize(
-    ("choices", "sampling", "count"),
-    [({"target": "centred", "norm": "around"}, "none", 0), ({}, "all", 0),
-     ({"triplets": 7}, "random", 7), ({"sampling": "hard"}, "hard", 50)],
-)  # fmt: skip
-def test_the_manifest_says_which_triplets_were_drawn(tmp_path, own, choices, sampling, count):
-    build_index(own, toy().network, tmp_path / "i", Recipe(**choices))
-    with opened(tmp_path / "i") as (index, _):
-        expected = {"count": count, "hinge": False, "margin": 0.2, "seed": 0}
-        assert index.manifest.to_dict()["triplets"] == {"sampling": sampling, **expected}

@@ -151,21 +151,17 @@ def test_features_that_do_not_belong_together_are_refused(tmp_path, source) -> N
     for name, value, says in (
         ("embeddings", np.nan, "holds a NaN"), ("pooled", np.inf, "holds"),
         ("pooled", 3e38, r"holds 3e\+38, and numbers may go up to 1e\+15"),
-        ("embeddings", -2e15, r"holds -2e\+15, and"),
     ):  # fmt: skip
         refuse(f"{name}: row 4 {says}", **{name: spoiled(good[name], value)})
-    huge = np.full_like(matrix, 1e15)
     for says, *parts in (
         (r"the head's matrix: row 4 holds 1e\+16, and", spoiled(matrix, 1e16), bias),
-        (r"the head's bias: row 0 holds 1e\+16, and", matrix, np.full_like(bias, 1e16)),
         ("is off by", matrix),
-        ("is off by", -matrix, bias),
         ("do not fit together", matrix[:3], bias),
         ("do not fit together", matrix, bias[:2]),
     ):
         refuse(says, head=AffineHead(*parts))
     says = "what the head makes of the pooled vectors: row 0 holds"
-    refuse(says, head=AffineHead(huge, bias), pooled=good["pooled"] + 9)
+    refuse(says, head=AffineHead(np.full_like(matrix, 1e15), bias), pooled=good["pooled"] + 9)
     refuse("embedding 4 is off by", pooled=spoiled(good["pooled"], 9.0))
     refuse("do not fit together", pooled=good["pooled"][:7])
     refuse(r"embeddings is int64 of shape \[3\]", embeddings=np.arange(3))
@@ -174,11 +170,9 @@ def test_features_that_do_not_belong_together_are_refused(tmp_path, source) -> N
     refuse("12 embeddings came with 12 ids and 2 labels", labels=["a", "b"])
     refuse("ids", ids=["same"] * 12)
     refuse(r"grid = \(0, 4\)", grid=(0, 4))
-    refuse("grid = ", grid=(4,))
     refuse("all 12 images have one label", labels=["a"] * 12)
-    positive = good["positive_pooled"]
-    refuse(r"expected means of max\(A, 0\)", **plus, positive_pooled=-positive)
-    refuse("positive_pooled is", **plus, positive_pooled=positive[:4])
+    refuse(r"expected means of max\(A, 0\)", **plus, positive_pooled=-good["positive_pooled"])
+    refuse("positive_pooled is", **plus, positive_pooled=good["positive_pooled"][:4])
     refuse("m = 50 channels of 8", recipe=Recipe.paper())
     refuse("give both or neither", triplets=np.zeros((12, 1, 2), int))
     good["embeddings"][2] = 0
@@ -194,11 +188,7 @@ def test_negative_pooled_activations_need_their_positive_mean(tmp_path, source) 
     from_features(toy(), source, tmp_path / "j", RECIPES["plus"], positive_pooled=None)
 
 
-def test_folders_and_finished_indexes_are_not_overwritten(tmp_path, source) -> None:
-    (tmp_path / "i").mkdir()
-    (tmp_path / "i" / "mine.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"holds 'mine\.txt'"):
-        from_features(toy(), source, tmp_path / "i", DENSE)
+def test_finished_indexes_are_not_overwritten(tmp_path, source) -> None:
     from_features(toy(), source, tmp_path / "j", DENSE)
     before = everything(tmp_path / "j")
     with pytest.raises(InputError, match="already holds a finished index"):

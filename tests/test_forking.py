@@ -20,33 +20,24 @@ LIMIT = 120
 SCENES = ["explains", "in_threads", "locks_held", "index_alone", "reloads"]
 
 
-def run(*command: str) -> str:
-    """What a process prints that is killed, with its children, after `LIMIT` seconds."""
-    places = os.pathsep.join([str(HERE), *sys.path])
-    told = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    told["env"] = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": places}
-    started = subprocess.Popen([sys.executable, *command], **told, start_new_session=True)
-    try:
-        return started.communicate(timeout=LIMIT)[0]
-    except subprocess.TimeoutExpired:
-        os.killpg(started.pid, signal.SIGKILL)
-        return f"{started.communicate()[0]}\nstill running after {LIMIT} s"
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def told(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What all scenes print in one process, killed with its children after `LIMIT` seconds."""
     made = tmp_path_factory.mktemp("forks")
     photos = write_photos(made / "photos", each=14)
     for name in ("index", "again"):
         build(photos, made / name, network_of(), trust=False)
     remove(made / "again", ["0/0.png"])
-    return made
-
-
-@pytest.fixture(scope="module")
-def told(folder: Path) -> str:
-    """Of all scenes in one process, for starting one costs more than they do."""
-    return run(str(HERE / "fork_service.py"), str(folder), *SCENES)
+    places = os.pathsep.join([str(HERE), *sys.path])
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    pipes["env"] = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": places}
+    command = [sys.executable, str(HERE / "fork_service.py"), str(made), *SCENES]
+    started = subprocess.Popen(command, **pipes, start_new_session=True)
+    try:
+        return started.communicate(timeout=LIMIT)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(started.pid, signal.SIGKILL)
+        return f"{started.communicate()[0]}\nstill running after {LIMIT} s"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, and looks into /proc")

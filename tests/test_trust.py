@@ -73,16 +73,8 @@ def literal_trust(of: Calibration, seen: np.ndarray, nearest: float) -> tuple[fl
     x = [(value - of.mean[i]) / of.scale[i] for i, value in enumerate(seen)]
     score = of.intercept + sum(of.linear[a] * x[a] for a in range(len(x)))
     beyond = max(0.0, min(1.0, 2 - nearest / of.largest_distance))
-    found = []
-    for knots in (of.correlations, of.lows):
-        worth = knots[0]
-        for k in range(len(of.scores) - 1):
-            low, high = of.scores[k], of.scores[k + 1]
-            if score >= low:
-                part = min(1.0, (score - low) / (high - low))
-                worth = knots[k] + part * (knots[k + 1] - knots[k])
-        found.append(worth * beyond)
-    return found[0], min(found)
+    expected, low = (beyond * np.interp(score, of.scores, y) for y in (of.correlations, of.lows))
+    return expected, min(expected, low)
 
 
 @pytest.mark.parametrize("width", [3, 6])

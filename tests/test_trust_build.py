@@ -65,7 +65,7 @@ def combined(weights: np.ndarray) -> np.ndarray:
 )  # fmt: skip
 def test_a_build_calibrates_what_indexes_without_the_queries_answer(
     source, tmp_path, kind, recipe, own_maps, monkeypatch
-):
+) -> None:
     """Of each closed form; an index is built without each tenth of the images, and asked."""
     recipe, made_of = Recipe(**recipe), toy(kind)
     kept = noted(monkeypatch)
@@ -106,7 +106,7 @@ def test_a_build_calibrates_what_indexes_without_the_queries_answer(
 )  # fmt: skip
 def test_elsewhere_the_stored_weights_are_held_against_direct_ones(
     source, tmp_path, kind, method, monkeypatch
-):
+) -> None:
     made_of, kept = toy(kind), noted(monkeypatch)
     path = built(source, made_of, tmp_path / "index", Recipe(method=method))
     images, rows = inputs(made_of, source), sample_of(48, 0, 40)
@@ -257,7 +257,7 @@ def test_an_index_with_a_broken_calibration_is_refused(source, tmp_path) -> None
 
 def test_an_earlier_trust_is_not_read_and_the_note_names_what_calibrates_it_again(
     source, tmp_path, caplog
-):
+) -> None:
     made_of = toy("affine")
     path = built(source, made_of, tmp_path / "index")
     expected = manifest(path)["trust_calibration"]
@@ -324,7 +324,7 @@ def test_what_cannot_be_calibrated_again_says_why(source, tmp_path) -> None:
 @pytest.mark.parametrize("own_maps", [True, False])
 def test_a_build_that_is_stopped_while_it_calibrates_goes_on(
     source, tmp_path, own_maps, monkeypatch
-):
+) -> None:
     made_of, given_ = toy("other"), {"own_maps": own_maps, "progress": False}
     passes = [0]
     forward = type(made_of.network).forward

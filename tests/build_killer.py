@@ -1,8 +1,4 @@
-"""Jobs that kill themselves with SIGKILL, in a process of their own; see test_build_kill.py.
-
-Reads lines "SCENARIO FOLDER", answers each with a line of JSON. It forks, so everything in it runs
-on one thread.
-"""
+"""Jobs that kill themselves, one for each line "SCENARIO FOLDER"; forks, so it has one thread."""
 
 import json
 import os
@@ -27,7 +23,7 @@ from embedcam.index import Index, verify
 from embedcam.offline import add_images, build_index
 from embedcam.preprocess import custom
 from embedcam.recipe.recipe import Recipe
-from scripts.campaigns.killing import KILLER, Job, in_child
+from scripts.campaigns.killing import KILLER, Job, begin, in_child, was_killed
 
 
 def killed_everywhere(
@@ -45,7 +41,7 @@ def killed_everywhere(
     expected, problems, killed = everything(reference), [], 0
     if total < 40:
         problems.append(f"only {total} changes were seen")
-    for point in sorted({1 + round(i * (total - 1) / (points - 1)) for i in range(points)}):
+    for point in np.unique(np.linspace(1, total, points).round().astype(int)).tolist():
         folder = base / f"at-{point}"
         shutil.copytree(start, folder)
         killed += in_child(job, folder, point)
@@ -63,46 +59,40 @@ def killed_everywhere(
     return problems
 
 
-def unfinished_or_whole(folder: Path) -> str | None:
-    """A build's folder: not an index yet, or one without a fault."""
-    if not (folder / "manifest.json").exists():
-        return None
-    return "; ".join(verify(folder).problems) or None
-
-
 def old_or_new(*sizes: int) -> Callable[[Path], str | None]:
-    """An index that is changed: whole at every moment, with as many images as before or after."""
+    """Whole at every moment, with as many images as before or after; or, of a build, not there."""
 
     def check(folder: Path) -> str | None:
+        if not sizes and not (folder / "manifest.json").exists():
+            return None
         with Index.open(folder) as index:
-            if len(index) not in sizes:
+            if sizes and len(index) not in sizes:
                 return f"{len(index)} images"
         return "; ".join(verify(folder).problems) or None
 
     return check
 
 
+QUIET = {"batch_size": 4, "workers": 0, "progress": False}
+
+
 def build(it: Toy, source: ImageSource, recipe: Recipe = DENSE, **options) -> Job:
-    return lambda folder: build_index(
-        source, it.network, folder, recipe, batch_size=4, workers=0, progress=False, **options
-    )
+    return lambda folder: build_index(source, it.network, folder, recipe, **QUIET, **options)
 
 
 def add(it: Toy, source: ImageSource, **options) -> Job:
-    return lambda folder: add_images(
-        source, it.network, folder, batch_size=4, workers=0, progress=False, **options
-    )
+    return lambda folder: add_images(source, it.network, folder, **QUIET, **options)
 
 
 def scenario_pooled(base: Path) -> list[str]:
     job = build(toy(), pictures(base / "p"), Recipe(triplets=4))
-    return killed_everywhere(base, None, job, 16, unfinished_or_whole)
+    return killed_everywhere(base, None, job, 16, old_or_new())
 
 
 def scenario_other(base: Path) -> list[str]:
     recipe = Recipe(triplets=4, method="gradcam++", rank=3)
     job = build(toy("other"), pictures(base / "p"), recipe, scratch_gb=0)
-    return killed_everywhere(base, None, job, 16, unfinished_or_whole)
+    return killed_everywhere(base, None, job, 16, old_or_new())
 
 
 def scenario_add(base: Path) -> list[str]:
@@ -115,16 +105,16 @@ def scenario_add(base: Path) -> list[str]:
 def scenario_update(base: Path) -> list[str]:
     """Two pictures new, two replaced and one gone: one commit, so twelve images or thirteen."""
     it, photos = toy(), base / "p"
-    start = build(it, pictures(photos))
-    start(base / "known")  # marked as the pictures were
+    build(it, pictures(photos))(base / "known")  # marked as the pictures were
     paint(photos, (20, 21))
     paint(photos, (3, 4), seed=6)
     (photos / "c2/005.png").unlink()
     job = add(it, find_images(photos), update=True)
-    return killed_everywhere(
-        base, lambda folder: shutil.copytree(base / "known", folder, dirs_exist_ok=True), job, 16,
-        old_or_new(12, 13),
-    )  # fmt: skip
+
+    def known(folder: Path) -> None:
+        shutil.copytree(base / "known", folder, dirs_exist_ok=True)
+
+    return killed_everywhere(base, known, job, 16, old_or_new(12, 13))
 
 
 def scenario_refit(base: Path) -> list[str]:
@@ -165,13 +155,10 @@ def scenario_outside(base: Path) -> list[str]:
     seconds = time.monotonic() - start
     chance, killed = random.Random(0), 0
     for _ in range(8):
-        pid = os.fork()
-        if pid == 0:
-            job(base / "i")
-            os._exit(0)
+        pid = begin(job, base / "i")
         time.sleep(seconds * chance.uniform(0.05, 0.3))
         os.kill(pid, signal.SIGKILL)
-        killed += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        killed += was_killed(pid)
     in_child(job, base / "i")
     same = everything(base / "i") == everything(base / "whole")
     return [] if same and killed > 2 else [f"same: {same}, killed {killed} times"]

@@ -96,30 +96,32 @@ def trunk(stride: int = 4, last: nn.Module | None = None) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, CHANNELS, 5, stride, 2), last or nn.ReLU())
 
 
+def linear() -> nn.Module:
+    return nn.Linear(CHANNELS, WIDTH)
+
+
+def bent(n: int) -> list[nn.Module]:
+    return [nn.Linear(n, 7), nn.Tanh(), nn.Linear(7, WIDTH)]
+
+
 HEADS: dict[str, Callable[[], tuple[nn.Module, nn.Module]]] = {
-    "affine": lambda: (trunk(), nn.Sequential(Mean(), nn.Linear(CHANNELS, WIDTH))),
-    "signed": lambda: (trunk(last=nn.SiLU()), nn.Sequential(Mean(), nn.Linear(CHANNELS, WIDTH))),
-    "pooled": lambda: (
-        trunk(),
-        nn.Sequential(Mean(), nn.Linear(CHANNELS, 7), nn.Tanh(), nn.Linear(7, WIDTH)),
-    ),
-    "other": lambda: (trunk(), nn.Sequential(PowerMean(), nn.Linear(CHANNELS, WIDTH))),
+    "affine": lambda: (trunk(), nn.Sequential(Mean(), linear())),
+    "signed": lambda: (trunk(last=nn.SiLU()), nn.Sequential(Mean(), linear())),
+    "pooled": lambda: (trunk(), nn.Sequential(Mean(), *bent(CHANNELS))),
+    "other": lambda: (trunk(), nn.Sequential(PowerMean(), linear())),
     "tokens": lambda: (Patches(), TokenHead()),
     "identity": lambda: (trunk(), Mean()),
-    "flattening": lambda: (
-        trunk(),
-        nn.Sequential(nn.Flatten(), nn.Linear(CHANNELS * CELLS, 7), nn.Tanh(), nn.Linear(7, WIDTH)),
-    ),
+    "flattening": lambda: (trunk(), nn.Sequential(nn.Flatten(), *bent(CHANNELS * CELLS))),
     "depthwise": lambda: (
         trunk(),
         nn.Sequential(
             nn.AdaptiveAvgPool2d(SIDE // 4),  # of inputs of another size, too
             nn.Conv2d(CHANNELS, CHANNELS, SIDE // 4, groups=CHANNELS),
             nn.Flatten(),
-            nn.Linear(CHANNELS, WIDTH),
+            linear(),
         ),
     ),
-    "fine": lambda: (trunk(1), nn.Sequential(Mean(), nn.Linear(CHANNELS, WIDTH))),
+    "fine": lambda: (trunk(1), nn.Sequential(Mean(), linear())),
 }
 
 
@@ -131,19 +133,8 @@ class Toy:
     head: Callable[[Tensor], Tensor]
     batches: list[int] = field(default_factory=list)
 
-    def forwards(self, n_images: int, extra: int = 0) -> float:
-        """Forwards of each picture, probes (which come alone or in pairs first) aside."""
-        return (sum(self.batches) - extra) / n_images
 
-
-def toy(
-    kind: str = "affine",
-    *,
-    normalize: bool = True,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    **settings,
-) -> Toy:
+def toy(kind: str = "affine", *, normalize=True, seed=0, dtype=torch.float32, **settings) -> Toy:
     parts = seeded(lambda: nn.ModuleList(HEADS[kind]()), seed).to(dtype)
     first, head = parts
     batches: list[int] = []
@@ -203,34 +194,28 @@ def activations_of(toy: Toy, source: ImageSource) -> Tensor:
 
 def drawn(recipe: Recipe, embeddings: np.ndarray, labels: list[str | None]) -> np.ndarray:
     """The triplets that a build draws, `[N S 2]`."""
-    finder = NearestOthers(embeddings)
-    sampler = TripletSampler(embeddings, label_codes(labels), finder, recipe)
-    return sampler.draw(np.arange(len(embeddings)))
+    finder, codes = NearestOthers(embeddings), label_codes(labels)
+    return TripletSampler(embeddings, codes, finder, recipe).draw(np.arange(len(embeddings)))
 
 
 def literal_weights(
     toy: Toy, source: ImageSource, recipe: Recipe, embeddings: np.ndarray, triplets: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Weights `[n K]` by one backward a triplet through the head, and the triplets counted.
+    """Weights `[n K]`, of HiResCAM `[n K H W]`, by a backward a triplet, and the triplets counted.
 
-    Of HiResCAM `[n K H W]`. The source's images are the last of those embedded.
+    The source's images are the last of those embedded.
     """
     own = embeddings[len(embeddings) - len(source) :]
     choices = {"method": recipe.method, "norm": recipe.norm, "normalize": toy.network.normalize}
     choices["hinge"] = recipe.margin if recipe.hinge else None
-    weights, used = zip(
-        *(
-            averaged_weights(toy.head, maps, f, embeddings, pairs.tolist(), **choices)
-            for maps, f, pairs in zip(activations_of(toy, source), own, triplets, strict=True)
-        ),
-        strict=True,
-    )
-    return np.stack(weights), np.array(used)
+    rows = [
+        averaged_weights(toy.head, maps, f, embeddings, pairs.tolist(), **choices)
+        for maps, f, pairs in zip(activations_of(toy, source), own, triplets, strict=True)
+    ]
+    return np.stack([weights for weights, _ in rows]), np.array([used for _, used in rows])
 
 
-def literal_centred(
-    toy: Toy, source: ImageSource, recipe: Recipe, embeddings: np.ndarray
-) -> np.ndarray:
+def literal_centred(toy: Toy, source: ImageSource, recipe: Recipe, embeddings) -> np.ndarray:
     """Weights of the centred target, each image its own reference, `[N K]`."""
     centred = torch.from_numpy(embeddings - embeddings.astype(np.float64).mean(0))
     choices = {"method": recipe.method, "norm": recipe.norm, "normalize": toy.network.normalize}
@@ -259,9 +244,7 @@ def opened(path: Path) -> Iterator[tuple[Index, np.ndarray]]:
         yield index, index.live_positions()
 
 
-def built(
-    source: ImageSource, made_of: Toy, path: Path, recipe: Recipe | None = None, **options: Any
-) -> Path:
+def built(source: ImageSource, made_of: Toy, path: Path, recipe=None, **options: Any) -> Path:
     """Build an index; returns its path."""
     jobs.build_index(source, made_of.network, path, recipe, progress=False, **options)
     return path

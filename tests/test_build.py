@@ -1,4 +1,4 @@
-"""The offline job: its values against the literal loop, and what it refuses, skips and repeats."""
+"""The offline job: its values against the literal loop."""
 
 import os
 
@@ -28,21 +28,18 @@ from embedcam.index import verify
 from embedcam.offline import build_index
 from embedcam.recipe.recipe import Recipe
 
-HALF = 2.0**-10
-
-
 pytestmark = pytest.mark.usefixtures("quick")
 
 
 def telling_margin(it, source) -> float:
     """A margin that satisfies some of the hinges of the triplets drawn, and not others."""
     f = it.network.forward(inputs(it, source)).embedding.numpy()
-    gaps = sorted(
-        oracles.margin(f[row], f[p], f[n])
+    wide = sorted(
+        gap
         for row, pairs in enumerate(drawn(DENSE, f, source.labels))
         for p, n in pairs
+        if (gap := oracles.margin(f[row], f[p], f[n])) > 0
     )
-    wide = [gap for gap in gaps if gap > 0]
     middle = len(wide) // 2
     return float(wide[middle - 1] + wide[middle]) / 2
 
@@ -73,36 +70,31 @@ def test_the_index_holds_the_literal_loops_weights(
         assert verify(tmp_path / "i").problems == []
 
 
+@pytest.mark.parametrize("kind", ["affine", "other"])
 @pytest.mark.parametrize(
-    ("sampling", "labelled"),
-    [("semihard", True), ("hard", True), ("random", False), ("semihard", False), ("hard", False)],
-)
-def test_every_sampling_ends_in_the_same_literal_loop(tmp_path, source, sampling, labelled) -> None:
-    if not labelled:
-        source = find_images(source.root, "none")
-    recipe, it = dense(sampling=sampling), toy()
+    ("sampling", "triplets", "labels"),
+    [("semihard", 4, "folders"), ("hard", 4, "folders"), ("random", 4, "none"),
+     ("semihard", 4, "none"), ("hard", 4, "none"), ("all", None, "folders"),
+     ("auto", None, "folders")],
+)  # fmt: skip
+def test_every_sampling_ends_in_the_same_literal_loop(
+    tmp_path, source, kind, sampling, triplets, labels
+) -> None:
+    source = find_images(source.root, labels)
+    recipe, it = dense(target="margin", sampling=sampling, triplets=triplets), toy(kind)
     build_index(source, it.network, tmp_path / "i", recipe)
     with opened(tmp_path / "i") as (index, live):
         embeddings = index.embeddings(live)
-        triplets = drawn(recipe, embeddings, source.labels)
-        expected, _ = literal_weights(it, source, recipe, embeddings, triplets)
+        about = index.manifest.triplets
+        assert (about.sampling, about.count) == ((sampling, 4) if triplets else ("all", 0))
+        if triplets:
+            used = drawn(recipe, embeddings, source.labels)
+        else:
+            used = np.array([oracles.every_triplet(source.labels, row) for row in range(12)])
+            assert used.shape[1] == 3 * 8
+        expected, counts = literal_weights(it, source, recipe, embeddings, used)
         assert off(index.weights(live), expected) < 2e-5
-
-
-@pytest.mark.parametrize(
-    "choices", [{"sampling": "all", "triplets": None}, {"sampling": "auto", "triplets": None}]
-)
-@pytest.mark.parametrize("kind", ["affine", "other"])
-def test_all_is_the_mean_over_every_triplet(tmp_path, source, kind, choices) -> None:
-    recipe, it = dense(target="margin", **choices), toy(kind)
-    build_index(source, it.network, tmp_path / "i", recipe)
-    with opened(tmp_path / "i") as (index, live):
-        every = [oracles.every_triplet(source.labels, row) for row in range(len(live))]
-        triplets = np.array(every)
-        expected, counts = literal_weights(it, source, recipe, index.embeddings(live), triplets)
-        assert off(index.weights(live), expected) < 2e-5
-        assert index.triplets_used(live).tolist() == counts.tolist() == [3 * 8] * 12
-        assert index.manifest.triplets.sampling == "all"
+        assert index.triplets_used(live).tolist() == counts.tolist()
 
 
 @pytest.mark.parametrize("kind", ["affine", "pooled", "tokens"])
@@ -130,12 +122,13 @@ def test_exact_low_rank_is_dense_to_half_rounding(tmp_path, source, kind, norm) 
         expected = index.weights(live)
     with opened(tmp_path / "half") as (index, live):
         spec = index.encoding().spec()
-        width = index.width
-        assert (spec["origin"], spec["codes"], spec["rank"]) == ("head", "stored", width)
-        assert sorted(index.rows(live)) == ["codes", "scales"]
-        assert 0 < off(index.weights(live), expected) < HALF
+        assert (spec["origin"], spec["codes"], spec["rank"]) == ("head", "stored", index.width)
+        assert 0 < off(index.weights(live), expected) < 2.0**-10
     with opened(tmp_path / "single") as (index, live):
         assert off(index.weights(live), expected) < 1e-6
+    build_index(source, it.network, tmp_path / "fewer", Recipe(triplets=4, rank=WIDTH - 1))
+    with opened(tmp_path / "fewer") as (index, _):
+        assert index.encoding().spec()["origin"] == "pca"
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -145,18 +138,10 @@ def test_the_derived_encoding_stores_no_codes_and_equals_dense(tmp_path, source,
     build_index(source, it.network, tmp_path / "dense", dense(**recipe))
     build_index(source, it.network, tmp_path / "derived", Recipe(**recipe))
     with opened(tmp_path / "dense") as (index, live):
-        expected, maps = index.weights(live), index.coarse(live)
+        expected = index.weights(live)
     with opened(tmp_path / "derived") as (index, live):
         assert index.encoding().bytes_per_image() == 0
-        assert index.encoding().uses_embedding
         assert off(index.weights(live), expected) < 1e-5
-        np.testing.assert_allclose(index.coarse(live), maps, atol=2 / 255 * maps.max())
-
-
-def test_a_head_wider_than_the_rank_takes_principal_components(tmp_path, source) -> None:
-    build_index(source, toy().network, tmp_path / "i", Recipe(triplets=4, rank=WIDTH - 1))
-    with opened(tmp_path / "i") as (index, _):
-        assert index.encoding().spec()["origin"] == "pca"
 
 
 ENCODINGS = {
@@ -170,15 +155,11 @@ ENCODINGS = {
 
 @pytest.mark.parametrize("kind", ["affine", "identity", "other", "tokens", "fine"])
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_own_maps_are_drawn_from_the_stored_weights(
-    tmp_path, source, kind, encoding, small_chunks
-) -> None:
+def test_own_maps_are_drawn_from_the_stored_weights(tmp_path, source, kind, encoding, small_chunks):
     it = toy(kind)
     for name, gigabytes in (("kept", 50.0), ("again", 0)):
-        build_index(
-            source, it.network, tmp_path / name, ENCODINGS[encoding], batch_size=3,
-            scratch_gb=gigabytes,
-        )  # fmt: skip
+        asked = {"batch_size": 3, "scratch_gb": gigabytes}
+        build_index(source, it.network, tmp_path / name, ENCODINGS[encoding], **asked)
     assert everything(tmp_path / "kept") == everything(tmp_path / "again")
     with opened(tmp_path / "kept") as (index, live):
         weights, maps = index.weights(live), index.coarse(live)
@@ -195,24 +176,17 @@ def test_own_maps_are_drawn_from_the_stored_weights(
 def test_activations_beyond_half_precision_make_no_infinite_map(tmp_path, source) -> None:
     it = toy("identity")
     with torch.no_grad():
-        it.network.module[0][0].weight.mul_(1e7)
-        it.network.module[0][0].bias.mul_(1e7)
+        for parameter in it.network.module[0][0].parameters():
+            parameter.mul_(1e7)
     build_index(source, it.network, tmp_path / "i", DENSE)
     with opened(tmp_path / "i") as (index, live):
         activations = activations_of(it, source).numpy()
         assert activations.max() > 1e6
-        for row in range(len(live)):
-            expected = oracles.cam(index.weights(live)[row], activations[row])
-            np.testing.assert_allclose(
-                index.coarse(live)[row], expected, atol=expected.max() * 0.8 / 255
-            )
-
-
-def test_without_own_maps_nothing_is_kept(tmp_path, source, monkeypatch) -> None:
-    monkeypatch.setattr(strategies.Strategy, "cached", None)
-    build_index(source, toy().network, tmp_path / "i", DENSE, own_maps=False)
-    with opened(tmp_path / "i") as (index, live):
-        assert index.coarse(live) is None
+        for weights, maps, found in zip(
+            index.weights(live), activations, index.coarse(live), strict=True
+        ):
+            expected = oracles.cam(weights, maps)
+            np.testing.assert_allclose(found, expected, atol=expected.max() * 0.8 / 255)
 
 
 @pytest.mark.parametrize(
@@ -221,25 +195,12 @@ def test_without_own_maps_nothing_is_kept(tmp_path, source, monkeypatch) -> None
      ((100, 1), (64, 1)), ((9, 8), (8, 8)), ((28, 7), (16, 4))],
 )  # fmt: skip
 def test_the_coarse_grid_keeps_the_shape_in_64_cells(grid, coarse) -> None:
-    found = strategies.coarse_grid(grid)
-    assert found == coarse
-    assert found[0] * found[1] <= 64
-    assert found[0] <= grid[0]
-    assert found[1] <= grid[1]
+    assert strategies.coarse_grid(grid) == coarse
 
 
+@pytest.mark.parametrize("method", ["gradcam", "gradcam++"])
 @pytest.mark.parametrize(
-    ("kind", "method", "most"),
-    [
-        ("affine", "gradcam", 1),
-        ("affine", "gradcam++", 1),
-        ("pooled", "gradcam", 1),
-        ("pooled", "gradcam++", 1),
-        ("identity", "gradcam", 1),
-        ("other", "gradcam", 2),
-        ("other", "gradcam++", 2),
-        ("tokens", "gradcam", 2),
-    ],
+    ("kind", "most"), [("affine", 1), ("pooled", 1), ("identity", 1), ("other", 2), ("tokens", 2)]
 )
 def test_each_image_is_forwarded_once_behind_a_pool_else_twice(
     tmp_path, source, kind, method, most
@@ -254,23 +215,18 @@ def test_each_image_is_forwarded_once_behind_a_pool_else_twice(
 
     it.network.runner.trunk = watched
     build_index(source, it.network, tmp_path / "i", dense(method=method), batch_size=5)
-    wanted = [one.tobytes() for one in inputs(it, source)]
-    assert [seen.count(one) for one in wanted] == [most] * 12
-    probes = len(seen) - most * 12
-    assert probes < 40  # however many images there are
+    assert [seen.count(one.tobytes()) for one in inputs(it, source)] == [most] * 12
+    assert len(seen) - most * 12 < 40  # probes, however many images there are
 
 
 @pytest.mark.parametrize("kind", ["affine", "other"])
 def test_the_same_command_gives_the_same_bytes(tmp_path, source, kind, small_chunks) -> None:
     for name, workers in (("a", 0), ("b", 3)):
-        build_index(
-            source, toy(kind).network, tmp_path / name, Recipe(triplets=4), batch_size=4,
-            workers=workers,
-        )  # fmt: skip
+        given, asked = (source, toy(kind).network), {"batch_size": 4, "workers": workers}
+        build_index(*given, tmp_path / name, Recipe(triplets=4), **asked)
     assert everything(tmp_path / "a") == everything(tmp_path / "b")
-    assert sorted(os.listdir(tmp_path / "a")) == [
-        ".lock", "faiss-000001.index", "fitted", "manifest.json", "parts",
-    ]  # fmt: skip
+    left = [".lock", "faiss-000001.index", "fitted", "manifest.json", "parts"]
+    assert sorted(os.listdir(tmp_path / "a")) == left
 
 
 @pytest.mark.parametrize("kind", ["affine", "pooled", "other"])
@@ -284,7 +240,6 @@ def test_the_batch_size_changes_nothing_beyond_rounding(
     with opened(tmp_path / "1") as (one, live):
         for size in ("5", "32"):
             with opened(tmp_path / size) as (index, _):
-                assert list(index.ids[live]) == list(one.ids[live])
                 assert off(index.embeddings(live), one.embeddings(live)) < 1e-6
                 assert off(index.weights(live), one.weights(live)) < 1e-5
                 step = one.coarse(live).max() / 255
@@ -299,7 +254,5 @@ def test_a_bar_counts_every_image_also_of_a_resumed_build(
     assert capsys.readouterr().err == ""
     report = build_index(*given, progress=True)
     bars = capsys.readouterr().err
-    assert "embed: 100%" in bars
-    assert "weights: 100%" in bars
     assert bars.count("12/12") >= 2
     assert list(report.seconds) == ["embed", "weights", "encode", "trust", "write"]

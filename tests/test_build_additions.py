@@ -1,7 +1,6 @@
 """Additions to an index, and its refit."""
 
 import shutil
-import warnings
 
 import numpy as np
 import oracles
@@ -11,6 +10,7 @@ from build_samples import (
     CELLS,
     DENSE,
     WIDTH,
+    Toy,
     activations_of,
     dense,
     drawn,
@@ -78,11 +78,10 @@ def test_additions_keep_what_was_fitted_and_draw_from_old_and_new(tmp_path, grow
             assert off(index.weights(rows), weights) < 1e-5
             return
         labels = [*first.labels, *later.labels]
-        triplets = (
-            np.array([oracles.every_triplet(labels, row) for row in range(12, 18)])
-            if recipe.resolved_sampling == "all"
-            else drawn(recipe, embeddings, labels)[12:]
-        )
+        if case == "all":
+            triplets = np.array([oracles.every_triplet(labels, row) for row in range(12, 18)])
+        else:
+            triplets = drawn(recipe, embeddings, labels)[12:]
         assert (triplets < 12).any()
         assert (triplets >= 12).any()
         weights, used = literal_weights(it, later, recipe, embeddings, triplets)
@@ -90,8 +89,7 @@ def test_additions_keep_what_was_fitted_and_draw_from_old_and_new(tmp_path, grow
             weights = encoding.decode(encoding.encode(weights.astype(np.float32)))
         elif case == "top-m":
             weights = np.stack([oracles.top_m(one, 4, "signed") for one in weights])
-        for found, expected in zip(index.weights(rows), weights, strict=True):
-            assert off(found, expected) < 1e-4
+        assert max(map(off, index.weights(rows), weights)) < 1e-4
         assert index.triplets_used(rows).tolist() == used.tolist()
         own = oracles.cam(index.weights(rows)[2], activations_of(it, later)[2].numpy())
         np.testing.assert_allclose(index.coarse(rows)[2], own, atol=own.max() * 0.8 / 255)
@@ -109,10 +107,10 @@ def test_paths_of_additions_lead_to_their_files_wherever_they_lie(tmp_path, grow
     add_images(inside, it.network, tmp_path / "i")
     with opened(tmp_path / "i") as (index, live):
         paths = list(index.paths[live])
-        assert paths[:12] == [item.path for item in first.items]
         assert paths[12] == str((later.root / later.items[0].path).resolve())
         assert paths[18] == "c1/040.png"
-        again = indexed_images(index)
+        shutil.move(first.root, tmp_path / "moved")
+        again = indexed_images(index, tmp_path / "moved")
         for position in range(len(again)):
             again.open(position)
 
@@ -145,7 +143,7 @@ def test_additions_that_cannot_be_are_refused_and_change_nothing(tmp_path, grown
     before = everything(tmp_path / "i")
     both = ImageSource([*later.items, first.items[3]], None)
     for error, match, source, network in (
-        (InputError, r"1 of 7 images are in the index already \(c0/009.png\)", both, toy()),
+        (InputError, r"1 of 7 .* already \(c0/009.png\).*columns path,label,id", both, toy()),
         (NetworkMismatch, "not the network of the index", later, toy(seed=4)),
         (NetworkMismatch, "normalize", later, toy(normalize=False)),
         (InputError, "there are no images", ImageSource([]), toy()),
@@ -158,38 +156,33 @@ def test_additions_that_cannot_be_are_refused_and_change_nothing(tmp_path, grown
     assert everything(tmp_path / "i") == before
     with pytest.raises(IndexFormatError, match="there is no index here"):
         add_images(later, toy().network, tmp_path / "nowhere")
-    assert not (tmp_path / "nowhere").exists()
-
-
-def test_given_triplets_say_nothing_about_additions(tmp_path, grown) -> None:
-    first, later = grown
     given = np.tile([[1, 2]], (12, 1, 1))
     given[1], given[2] = [[3, 2]], [[1, 3]]
-    build_index(first, toy().network, tmp_path / "i", dense(sampling="given"), triplets=given)
+    build_index(first, toy().network, tmp_path / "j", dense(sampling="given"), triplets=given)
     with pytest.raises(InputError, match="given triplets, which say nothing about new images"):
-        add_images(later, toy().network, tmp_path / "i")
+        add_images(later, toy().network, tmp_path / "j")
+
+
+def bent(by: float) -> Toy:
+    """A network whose head is affine but for so much."""
+    it = toy()
+    head = it.network.runner.head
+    it.network.runner.head = lambda maps: head(maps) + by * maps.std((1, 2, 3))[:, None]
+    return it
 
 
 def test_an_admitted_network_without_the_head_the_codes_need_is_refused(tmp_path, grown) -> None:
     first, later = grown
     build_index(first, toy().network, tmp_path / "i", Recipe(triplets=4))
-    it = toy()
-    head = it.network.runner.head
     # The same on the probe picture, yet no longer found to be affine.
-    it.network.runner.head = lambda maps: head(maps) + 1e-3 * maps.std((1, 2, 3))[:, None]
     with pytest.raises(NetworkMismatch, match="this network has none"):
-        add_images(later, it.network, tmp_path / "i")
+        add_images(later, bent(1e-3).network, tmp_path / "i")
 
 
 def test_codes_in_principal_components_stay_so_for_a_network_found_affine(tmp_path, grown) -> None:
-    """Built where the head was not seen to be affine: dy/dz must not land in that basis."""
     first, later = grown
-    it = toy()
-    head = it.network.runner.head
-    it.network.runner.head = lambda maps: head(maps) + 1e-4 * maps.std((1, 2, 3))[:, None]
-    recipe = Recipe(triplets=4, rank=WIDTH, dtype="float32")
-    build_index(first, it.network, tmp_path / "i", recipe)
-    plain = toy()
+    recipe, plain = Recipe(triplets=4, rank=WIDTH, dtype="float32"), toy()
+    build_index(first, bent(1e-4).network, tmp_path / "i", recipe)
     add_images(later, plain.network, tmp_path / "i")
     with opened(tmp_path / "i") as (index, live):
         assert index.encoding().spec()["origin"] == "pca"
@@ -201,54 +194,30 @@ def test_codes_in_principal_components_stay_so_for_a_network_found_affine(tmp_pa
 
 def test_faiss_grows_with_the_additions_by_what_it_was_trained_on(tmp_path, grown) -> None:
     first, later = grown
-    recipe, it = dense(faiss="IVF2,Flat"), toy()
-    with warnings.catch_warnings():
-        build_index(first, it.network, tmp_path / "i", recipe)
-    add_images(later, it.network, tmp_path / "i")
+    paint(later.root / "new", [50], 0)
+    it = toy()
+    build_index(first, it.network, tmp_path / "i", dense(faiss="IVF2,Flat"))
+    assert add_images(find_images(later.root), it.network, tmp_path / "i").n_single == 1
     with opened(tmp_path / "i") as (index, live):
         assert index.manifest.faiss.trained_on == 12
         found = index.search(index.embeddings(live), 1).positions[:, 0]
-        assert found.tolist() == list(range(18))
-
-
-def test_a_class_new_to_the_index_and_of_one_image_is_counted(tmp_path, grown) -> None:
-    first, later = grown
-    paint(later.root / "new", [50], 0)
-    it = toy()
-    build_index(first, it.network, tmp_path / "i", DENSE)
-    assert add_images(find_images(later.root), it.network, tmp_path / "i").n_single == 1
+        assert found.tolist() == list(range(19))
 
 
 def test_an_index_of_a_data_set_can_grow_and_cannot_be_refitted(tmp_path) -> None:
     rng = np.random.default_rng(0)
     data = [(rng.integers(0, 255, (20, 20, 3), dtype=np.uint8), i % 3) for i in range(9)]
-    it = toy()
-    build_index(from_dataset(data), it.network, tmp_path / "i", DENSE)
-    more = from_dataset(data[:3], ids=["x", "y", "z"])
-    add_images(more, it.network, tmp_path / "i")
+    build_index(from_dataset(data), toy().network, tmp_path / "i", DENSE)
+    add_images(from_dataset(data[:3], ids=["x", "y", "z"]), toy().network, tmp_path / "i")
     with opened(tmp_path / "i") as (index, live):
         assert list(index.paths[live]) == [""] * 12
-        np.testing.assert_allclose(
-            index.embeddings(live[9:]), index.embeddings(live[:3]), atol=1e-6
-        )
         with pytest.raises(InputError, match="does not know where its images lie"):
             indexed_images(index)
-
-
-def test_a_moved_folder_can_be_named_for_a_refit(tmp_path) -> None:
-    source, it = pictures(tmp_path / "p"), toy()
-    build_index(source, it.network, tmp_path / "i", DENSE)
-    shutil.move(tmp_path / "p", tmp_path / "q")
-    with opened(tmp_path / "i") as (index, _):
-        again = indexed_images(index, tmp_path / "q")
-    assert again.items == source.items
-    again.open(0)
 
 
 def test_a_network_in_half_precision_may_add_with_a_warning(tmp_path, grown) -> None:
     first, later = grown
     build_index(first, toy().network, tmp_path / "i", DENSE)
     with pytest.warns(NetworkWarning, match="not the same computation"):
-        add_images(later, toy(autocast=torch.bfloat16).network, tmp_path / "i")
-    with opened(tmp_path / "i") as (_, live):
-        assert len(live) == 18
+        added = add_images(later, toy(autocast=torch.bfloat16).network, tmp_path / "i")
+    assert added.n_images == 6

@@ -13,14 +13,9 @@ import pytest
 def killer():
     """A process that forks and kills; importing torch is paid for once."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    script = Path(__file__).with_name("build_killer.py")
-    with subprocess.Popen(
-        [sys.executable, str(script)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    ) as process:
+    command = [sys.executable, str(Path(__file__).with_name("build_killer.py"))]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, env=environment) as process:
         yield process
         process.stdin.close()
         process.wait(60)

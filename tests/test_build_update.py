@@ -16,6 +16,7 @@ from PIL import Image
 from embedcam.errors import ImageError, InputError
 from embedcam.images import find_images, from_dataset
 from embedcam.index import Index, remove, verify
+from embedcam.index import manifest as manifest_file
 from embedcam.offline import add_images, build_index
 from embedcam.prototypes import compress
 
@@ -30,22 +31,26 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
+@pytest.fixture
+def add(photos, monkeypatch, say):
+    monkeypatch.setattr("embedcam.cli.offline.load_named", lambda chosen: toy().network)
+    return partial(say, "add", photos.with_name("i"), "--network", "toy:make", unasked=False)
+
+
 def replaced(path: Path, color: str = "orange") -> None:
     Image.new("RGB", (31, 17), color).save(path)
 
 
 def update(photos: Path, **options: Any) -> Any:
-    source = find_images(photos)
-    return add_images(
-        source, toy().network, photos.with_name("i"), update=True, progress=False, **options
-    )
+    options |= {"update": True, "progress": False}
+    return add_images(find_images(photos), toy().network, photos.with_name("i"), **options)
 
 
 def states(photos: Path) -> dict[str, str | None]:
+    source = find_images(photos)
+    places = {name: place for place, name in enumerate(source.ids)}
     with opened(photos.with_name("i")) as (index, live):
         rows = index.select(live)
-        places = {item.id: place for place, item in enumerate(find_images(photos).items)}
-        source = find_images(photos)
         return {
             name: source.state(places[name], mark) if name in places else "missing"
             for name, mark in zip(rows.ids, rows.marks, strict=True)
@@ -53,7 +58,6 @@ def states(photos: Path) -> dict[str, str | None]:
 
 
 def test_new_changed_and_vanished_files_are_taken_in(photos: Path) -> None:
-    """The rows are those of a removal and an addition, one after the other; the rest stays."""
     two_steps = photos.with_name("two")
     shutil.copytree(photos.with_name("i"), two_steps)
     with opened(photos.with_name("i")) as (index, live):
@@ -68,8 +72,6 @@ def test_new_changed_and_vanished_files_are_taken_in(photos: Path) -> None:
     assert changes.changed == ["c1/004.png"]
     assert sorted(changes.vanished) == ["c0/003.png", "c2/005.png"]
     assert (changes.n_same, changes.n_unmarked, report.n_images) == (9, 0, 4)
-    assert verify(photos.with_name("i")).ok
-
     source = find_images(photos)
     remove(two_steps, changes.gone)
     wanted = [*changes.new, *changes.changed]
@@ -79,9 +81,8 @@ def test_new_changed_and_vanished_files_are_taken_in(photos: Path) -> None:
         assert index.manifest.generation == 2
         assert sorted(index.ids[live]) == sorted(source.ids)
         assert index.ids[live] == other.ids[others]
-        np.testing.assert_array_equal(index.weights(live), other.weights(others))
-        np.testing.assert_array_equal(index.embeddings(live), other.embeddings(others))
-        np.testing.assert_array_equal(index.coarse(live), other.coarse(others))
+        for rows in ("weights", "embeddings", "coarse"):
+            np.testing.assert_array_equal(getattr(index, rows)(live), getattr(other, rows)(others))
         labels = dict(zip(index.ids[live], index.labels[live], strict=True))
         assert labels["c1/003.png"] == "c1"
         after = dict(zip(index.ids[live], index.weights(live).tolist(), strict=True))
@@ -89,12 +90,11 @@ def test_new_changed_and_vanished_files_are_taken_in(photos: Path) -> None:
         assert all(after[name] == before[name] for name in kept)
         assert index.manifest.to_dict()["counts"] == {"rows": 16, "live": 13, "added_after_fit": 4}
     assert set(states(photos).values()) == {"same"}
-
-    manifest = (photos.with_name("i") / "manifest.json").read_bytes()
+    before = everything(photos.with_name("i"))
     again = update(photos)
     assert (again.n_images, again.changes.gone, again.changes.new) == (0, [], [])
     assert again.changes.n_same == 13
-    assert (photos.with_name("i") / "manifest.json").read_bytes() == manifest
+    assert everything(photos.with_name("i")) == before
 
 
 def test_images_of_another_folder_are_left_alone(photos: Path, tmp_path: Path) -> None:
@@ -128,7 +128,6 @@ def test_a_csv_is_followed_as_a_folder_is(photos: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("others", [False, True])
 def test_files_that_cannot_be_read_leave_the_index(photos: Path, others: bool) -> None:
-    """A changed file that is no picture any more is gone; with "fail" nothing happens at all."""
     (photos / "c1/004.png").write_text("a letter")
     (photos / "c1/broken.png").write_text("another")
     if others:
@@ -138,10 +137,10 @@ def test_files_that_cannot_be_read_leave_the_index(photos: Path, others: bool) -
         update(photos)
     assert (photos.with_name("i") / "manifest.json").read_bytes() == manifest
     report = update(photos, on_unreadable="skip")
+    changes = report.changes
     assert [name for name, _ in report.skipped] == ["c1/004.png", "c1/broken.png"]
-    assert report.changes.vanished == ["c1/004.png"]
-    assert report.changes.changed == []
-    assert report.changes.new == (["c0/030.png"] if others else [])
+    assert (changes.vanished, changes.changed) == (["c1/004.png"], [])
+    assert changes.new == (["c0/030.png"] if others else [])
     with Index.open(photos.with_name("i")) as index:
         assert len(index) == 11 + others
     assert not (photos.with_name("i") / ".building").exists()
@@ -151,8 +150,6 @@ def test_files_that_cannot_be_read_leave_the_index(photos: Path, others: bool) -
 
 def unmarked(path: Path) -> None:
     """An index as earlier versions wrote it."""
-    from embedcam.index import manifest as manifest_file
-
     manifest = json.loads((path / "manifest.json").read_text())
     for entry in manifest["parts"]:
         del entry["files"]["marks.u32"]
@@ -160,8 +157,12 @@ def unmarked(path: Path) -> None:
     manifest_file.write(path, manifest)
 
 
-def test_without_marks_new_and_vanished_files_are_all_that_is_seen(photos: Path) -> None:
+def test_without_marks_new_and_vanished_files_are_all_that_is_seen(photos, add) -> None:
     unmarked(photos.with_name("i"))
+    assert add(photos, "--update")[2] == (
+        "note: 12 images of the index without a mark of the file, so whether one changed cannot "
+        "be told; `embedcam build --refit` adds marks\n"
+    )
     paint(photos, [30])
     replaced(photos / "c1/004.png")
     (photos / "c2/005.png").unlink()
@@ -170,43 +171,32 @@ def test_without_marks_new_and_vanished_files_are_all_that_is_seen(photos: Path)
     assert (changes.n_same, changes.n_unmarked) == (11, 11)
     replaced(photos / "c0/030.png")  # which has a mark
     assert update(photos).changes.changed == ["c0/030.png"]
+    options = {"recipe": dense(), "replace": True, "progress": False}
+    build_index(find_images(photos), toy().network, photos.with_name("i"), **options)
+    assert set(states(photos).values()) == {"same"}
 
 
-Refusal = Callable[[Path], Any]
-REFUSED: dict[str, tuple[str, Refusal]] = {
-    "another folder": ("was built from .*photos, and .*other is given", lambda photos: update(
-        Path(shutil.copytree(photos, photos.with_name("other"))))),
-    "a data set": ("a data set has no files to compare", lambda photos: add_images(
-        from_dataset([np.zeros((8, 8, 3), np.uint8)], labels=["x"]),
-        toy().network, photos.with_name("i"), update=True)),
-    "other labels": ("has labels, and the images given come without", lambda photos: add_images(
-        find_images(photos, "none"), toy().network, photos.with_name("i"), update=True)),
-    "nothing of it": ("none of its 12 images is among the 1 given", lambda photos: add_images(
-        _renamed(photos), toy().network, photos.with_name("i"), update=True)),
-}  # fmt: skip
+def test_what_cannot_be_followed_is_one_sentence(photos: Path, add: Callable[..., Any]) -> None:
+    path, other = photos.with_name("i"), shutil.copytree(photos, photos.with_name("other"))
+    before = everything(path)
 
+    def refuse(message: str, source: Any, path: Path = path) -> None:
+        with pytest.raises(InputError, match=message):
+            add_images(source, toy().network, path, update=True)
 
-def _renamed(photos: Path) -> Any:
-    for file in [*photos.rglob("*.png")][1:]:
-        file.unlink()
-    (only,) = photos.rglob("*.png")
-    only.rename(only.with_name("new.png"))
-    return find_images(photos)
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_followed_is_one_sentence(photos: Path, case: str) -> None:
-    message, attempt = REFUSED[case]
-    before = everything(photos.with_name("i"))
-    with pytest.raises(InputError, match=message):
-        attempt(photos)
-    assert everything(photos.with_name("i")) == before
-
-
-def test_prototypes_are_not_updated(photos: Path) -> None:
-    compress(photos.with_name("i"), photos.with_name("small"), 3, progress=False)
-    with pytest.raises(InputError, match="holds prototypes"):
-        add_images(find_images(photos), toy().network, photos.with_name("small"), update=True)
+    refuse("was built from .*photos, and .*other is given", find_images(other))
+    data = from_dataset([np.zeros((8, 8, 3), np.uint8)], labels=["x"])
+    refuse("a data set has no files to compare", data)
+    refuse("has labels, and the images given come without", find_images(photos, "none"))
+    code, _, err = add(other, "--update")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "without --update, or redo the index with --refit where" in err
+    compress(path, photos.with_name("small"), 3, progress=False)
+    refuse("holds prototypes", find_images(photos), photos.with_name("small"))
+    shutil.rmtree(photos)
+    paint(photos, [50])
+    refuse("none of its 12 images is among the 1 given", find_images(photos))
+    assert everything(path) == before
 
 
 def test_a_file_that_comes_back_under_an_old_name_is_new(photos: Path) -> None:
@@ -222,23 +212,21 @@ def test_a_file_that_comes_back_under_an_old_name_is_new(photos: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_an_index_follows_whatever_becomes_of_its_folder(photos: Path, seed: int) -> None:
-    """Random changes, several at a time: the index ends as the folder is, and says no more."""
     chance = np.random.default_rng(seed)
     for round in range(3):
         files = sorted(photos.rglob("*.png"))
         for file in chance.permutation(np.array(files, object))[:4].tolist():
-            what = chance.choice(["unlink", "replace", "move", "touch", "copy"])
-            if what == "unlink":
-                file.unlink()
-            elif what == "replace":
-                Image.fromarray(chance.integers(0, 256, (20, 20, 3), np.uint8)).save(file)
-            elif what == "move":
-                kind = chance.choice(["c0", "c1", "c2"])
-                file.rename(photos / kind / f"moved-{round}-{file.name}")
-            elif what == "touch":
-                os.utime(file, ns=(round, round))
-            else:
-                shutil.copy(file, file.with_name(f"copy-{round}-{file.name}"))
+            match chance.choice(["unlink", "replace", "move", "touch", "copy"]):
+                case "unlink":
+                    file.unlink()
+                case "replace":
+                    Image.fromarray(chance.integers(0, 256, (20, 20, 3), np.uint8)).save(file)
+                case "move":
+                    file.rename(photos / f"c{chance.integers(3)}/moved-{round}-{file.name}")
+                case "touch":
+                    os.utime(file, ns=(round, round))
+                case "copy":
+                    shutil.copy(file, file.with_name(f"copy-{round}-{file.name}"))
         update(photos)
         source = find_images(photos)
         with opened(photos.with_name("i")) as (index, live):
@@ -248,12 +236,6 @@ def test_an_index_follows_whatever_becomes_of_its_folder(photos: Path, seed: int
         report = update(photos)
         assert (report.n_images, report.changes.gone, report.changes.new) == (0, [], [])
     assert verify(photos.with_name("i")).ok
-
-
-@pytest.fixture
-def add(photos: Path, monkeypatch: pytest.MonkeyPatch, say: Callable[..., Any]) -> Any:
-    monkeypatch.setattr("embedcam.cli.offline.load_named", lambda chosen: toy().network)
-    return partial(say, "add", photos.with_name("i"), "--network", "toy:make", unasked=False)
 
 
 def test_the_command_says_what_it_did(photos: Path, add: Callable[..., Any]) -> None:
@@ -267,47 +249,7 @@ def test_the_command_says_what_it_did(photos: Path, add: Callable[..., Any]) -> 
         f"{index}: 5 new (c0/030.png, c0/033.png, c1/031.png, ...), 1 changed (c1/004.png), "
         "1 vanished (c2/005.png); 10 as before, in "
     )
-    code, out, _ = add(photos, "--update")
-    assert out.startswith(f"{index}: nothing to update, 16 as before, in ")
-    code, out, _ = add(photos, "--update", "--json")
-    assert json.loads(out)["changes"] == {
-        "new": [], "changed": [], "vanished": [], "n_same": 16, "n_unmarked": 0
-    }  # fmt: skip
-
-
-def test_the_command_says_what_it_cannot_tell(photos: Path, add: Callable[..., Any]) -> None:
-    unmarked(photos.with_name("i"))
-    code, out, err = add(photos, "--update")
-    assert (code, "nothing to update" in out) == (0, True)
-    assert err == (
-        "note: 12 images of the index without a mark of the file, so whether one changed cannot "
-        "be told; `embedcam build --refit` adds marks\n"
-    )
-
-
-def test_the_command_refuses_in_its_own_words(photos: Path, add: Callable[..., Any]) -> None:
-    other = shutil.copytree(photos, photos.with_name("other"))
-    code, _, err = add(other, "--update")
-    assert (code, err.count("\n")) == (2, 1)
-    assert "without --update, or redo the index with --refit where" in err
-    code, _, err = add(photos, "--update", "--skip-existing")
-    assert (code, "not allowed with argument --update" in err) == (2, True)
-
-
-def test_marks_of_earlier_parts_stay_beside_rows_without(photos: Path) -> None:
-    """Images of a data set are added to a marked index: those have none, the others keep theirs."""
-    source = from_dataset([np.full((16, 16, 3), 9, np.uint8)], ids=["array"], labels=["c0"])
-    add_images(source, toy().network, photos.with_name("i"), progress=False)
-    found = states(photos)
-    assert found.pop("array") == "missing"  # not of the folder
-    assert set(found.values()) == {"same"}
-    with opened(photos.with_name("i")) as (index, live):
-        assert index.select(live).marks[-1].tolist() == [0] * 4
-    assert update(photos).changes.vanished == []
-
-
-def test_a_refit_marks_files_anew(photos: Path) -> None:
-    replaced(photos / "c1/004.png")
-    options = {"recipe": dense(), "replace": True, "progress": False}
-    build_index(find_images(photos), toy().network, photos.with_name("i"), **options)
-    assert set(states(photos).values()) == {"same"}
+    assert add(photos, "--update")[1].startswith(f"{index}: nothing to update, 16 as before, in ")
+    changes = json.loads(add(photos, "--update", "--json")[1])["changes"]
+    expected = {"new": [], "changed": [], "vanished": [], "n_same": 16, "n_unmarked": 0}
+    assert changes == expected

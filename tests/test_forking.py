@@ -20,41 +20,24 @@ LIMIT = 120
 SCENES = ["explains", "in_threads", "locks_held", "index_alone", "reloads"]
 
 
-def run(*command: str) -> str:
-    """What a process prints that is killed, with its children, after `LIMIT` seconds."""
-    places = os.pathsep.join([str(HERE), *sys.path])
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": places}
-    started = subprocess.Popen(
-        [sys.executable, *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
-    try:
-        told, _ = started.communicate(timeout=LIMIT)
-    except subprocess.TimeoutExpired:
-        os.killpg(started.pid, signal.SIGKILL)
-        told, _ = started.communicate()
-        return f"{told}\nstill running after {LIMIT} s"
-    return told
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def told(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What all scenes print in one process, killed with its children after `LIMIT` seconds."""
     made = tmp_path_factory.mktemp("forks")
     photos = write_photos(made / "photos", each=14)
     for name in ("index", "again"):
         build(photos, made / name, network_of(), trust=False)
     remove(made / "again", ["0/0.png"])
-    return made
-
-
-@pytest.fixture(scope="module")
-def told(folder: Path) -> str:
-    """Of all scenes in one process, for starting one costs more than they do."""
-    return run(str(HERE / "fork_service.py"), str(folder), *SCENES)
+    places = os.pathsep.join([str(HERE), *sys.path])
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    pipes["env"] = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": places}
+    command = [sys.executable, str(HERE / "fork_service.py"), str(made), *SCENES]
+    started = subprocess.Popen(command, **pipes, start_new_session=True)
+    try:
+        return started.communicate(timeout=LIMIT)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(started.pid, signal.SIGKILL)
+        return f"{started.communicate()[0]}\nstill running after {LIMIT} s"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, and looks into /proc")
@@ -75,28 +58,13 @@ def test_one_thread_at_a_time_and_the_same_again() -> None:
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(enter, range(8)))
-    assert most == [1]
-    assert inside == [0]
+    assert (most, inside) == ([1], [0])
 
 
-def test_it_is_left_after_an_error() -> None:
-    lock = ProcessLock()
+def test_it_is_left_after_an_error_and_another_process_does_not_wait(monkeypatch) -> None:
+    lock, held, done = ProcessLock(), threading.Event(), threading.Event()
     with pytest.raises(KeyError), lock:
         raise KeyError
-    taken = threading.Event()
-
-    def take() -> None:
-        with lock:
-            taken.set()
-
-    thread = threading.Thread(target=take)
-    thread.start()
-    thread.join(10)
-    assert taken.is_set()
-
-
-def test_another_process_does_not_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    lock, held, done = ProcessLock(), threading.Event(), threading.Event()
 
     def hold() -> None:
         with lock:
@@ -117,11 +85,9 @@ def test_another_process_does_not_wait_for_it(monkeypatch: pytest.MonkeyPatch) -
 
 def test_torch_is_told_only_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[int] = []
-    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(set_num_threads=told.append))
-    compute_on_one_thread()
-    assert told == [1]
-    for absent in (lambda: monkeypatch.setitem(sys.modules, "torch", None),
-                   lambda: monkeypatch.delitem(sys.modules, "torch")):  # fmt: skip
-        absent()
+    for torch in (SimpleNamespace(set_num_threads=told.append), None):
+        monkeypatch.setitem(sys.modules, "torch", torch)
         compute_on_one_thread()
+    monkeypatch.delitem(sys.modules, "torch")
+    compute_on_one_thread()
     assert told == [1]

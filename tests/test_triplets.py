@@ -1,5 +1,7 @@
 """Triplets: what may be drawn, that all of it is drawn, and that company does not matter."""
 
+import itertools
+import re
 from collections import Counter
 
 import numpy as np
@@ -11,14 +13,9 @@ from hypothesis import strategies as st
 from embedcam.errors import InputError
 from embedcam.offline.cotangents import AnchorCotangents
 from embedcam.offline.triplets import (
-    BLOCK,
-    N_EXCLUDED,
-    N_HARD,
-    N_POSITIVES,
     NearestOthers,
     TripletSampler,
     active,
-    alone,
     check_given,
     label_codes,
     pairs_digest,
@@ -33,20 +30,14 @@ def points(n: int, seed: int = 0, D: int = 3) -> np.ndarray:
     return np.random.default_rng(seed).integers(-40, 41, (n, D)).astype(np.float32) / 8
 
 
-def brute_force(embeddings: np.ndarray):
-    """The neighbour finder the sampler is handed: literal, ties to the lower position."""
-
+def sampler(embeddings: np.ndarray, labels, **choices) -> TripletSampler:
     def nearest(anchors: np.ndarray, k: int) -> np.ndarray:
         everyone = range(len(embeddings))
         return np.array([oracles.nearest(embeddings, int(a), everyone, k) for a in anchors])
 
-    return nearest
-
-
-def sampler(embeddings: np.ndarray, labels, **choices) -> TripletSampler:
     codes = None if labels is None else np.asarray(labels)
     recipe = Recipe(**{"target": "margin", "sampling": "random", **choices})
-    return TripletSampler(embeddings, codes, brute_force(embeddings), recipe)
+    return TripletSampler(embeddings, codes, nearest, recipe)
 
 
 @st.composite
@@ -70,9 +61,7 @@ def test_positives_share_the_label_and_negatives_do_not(sampling, given_, seed) 
     for a in range(n):
         alone = labels.count(labels[a]) == 1
         for p, neg in drawn[a]:
-            assert p != a
-            assert neg != a
-            assert p != neg
+            assert len({a, p, neg}) == 3
             assert labels[neg] != labels[a]
             assert alone or labels[p] == labels[a]
 
@@ -81,14 +70,11 @@ def test_positives_share_the_label_and_negatives_do_not(sampling, given_, seed) 
 @given(collections(), st.integers(0, 99), st.sampled_from([0.05, 0.5, 4.0, 30.0]))
 def test_semihard_negatives_lie_in_the_window_or_nearest_beyond(given_, seed, margin) -> None:
     embeddings, labels = given_
-    drawn = sampler(
-        embeddings, labels, sampling="semihard", triplets=9, seed=seed, margin=margin
-    ).draw(np.arange(len(labels)))
-    for a in range(len(labels)):
-        if labels.count(labels[a]) == 1:
-            continue
-        for p, n in drawn[a]:
-            assert oracles.semihard_allows(embeddings, labels, a, int(p), int(n), margin)
+    one = sampler(embeddings, labels, sampling="semihard", triplets=9, seed=seed, margin=margin)
+    drawn = one.draw(np.arange(len(labels)))
+    for a, pairs in enumerate(drawn.tolist()):
+        for p, n in pairs if labels.count(labels[a]) > 1 else ():
+            assert oracles.semihard_allows(embeddings, labels, a, p, n, margin)
 
 
 def test_semihard_by_hand() -> None:
@@ -112,11 +98,16 @@ def test_hard_negatives_are_the_fifty_nearest_of_other_labels() -> None:
     drawn = sampler(embeddings, labels, sampling="hard", triplets=600).draw(np.arange(3))
     for a in range(3):
         others = [i for i in range(140) if labels[i] != labels[a]]
-        allowed = oracles.nearest(embeddings, a, others, N_HARD)
-        assert len(others) > len(allowed) == 50
-        assert set(drawn[a, :, 1]) == set(allowed)
-        own = [i for i in range(140) if labels[i] == labels[a] and i != a]
-        assert set(drawn[a, :, 0]) == set(own)
+        assert set(drawn[a, :, 1]) == set(oracles.nearest(embeddings, a, others, 50))
+        assert set(drawn[a, :, 0]) == set(range(140)) - {*others, a}
+
+
+def is_uniform(found, allowed) -> bool:
+    """Within six standard deviations of a binomial."""
+    counts, share = Counter(found), 1 / len(allowed)
+    n = counts.total()
+    slack = 6 * np.sqrt(n * share * (1 - share))
+    return set(counts) == allowed and all(abs(c - n * share) <= slack for c in counts.values())
 
 
 def test_random_draws_are_uniform_over_everything_allowed() -> None:
@@ -124,63 +115,37 @@ def test_random_draws_are_uniform_over_everything_allowed() -> None:
     drawn = sampler(points(7), labels, triplets=6000).draw(np.array([2, 5]))
     for row, own, others in ((0, {0, 4}, {1, 3, 5, 6}), (1, {1}, {0, 2, 3, 4, 6})):
         for found, allowed in ((drawn[row, :, 0], own), (drawn[row, :, 1], others)):
-            counts = Counter(found.tolist())
-            assert set(counts) == allowed
-            # Six standard deviations of a binomial.
-            share = 1 / len(allowed)
-            slack = 6 * np.sqrt(6000 * share * (1 - share))
-            assert all(abs(count - 6000 * share) <= slack for count in counts.values())
-
-
-@pytest.mark.parametrize("sampling", DRAWN)
-def test_positives_and_negatives_are_drawn_independently(sampling) -> None:
-    embeddings = np.array([[0.0], [1.0], [2.0], [5.0], [6.0], [7.0]], np.float32)
-    one = sampler(embeddings, [0, 0, 0, 1, 1, 1], sampling=sampling, triplets=4000, margin=99.0)
-    drawn = one.draw(np.array([0]))
-    pairs = Counter(map(tuple, drawn[0].tolist()))
-    assert len(pairs) == 6
-    assert max(pairs.values()) - min(pairs.values()) < 6 * np.sqrt(4000 / 6)
+            assert is_uniform(found.tolist(), allowed)
+        pairs = set(itertools.product(own, others))  # drawn independently
+        assert is_uniform(map(tuple, drawn[row].tolist()), pairs)
 
 
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("sampling", DRAWN)
-def test_an_anchors_triplets_do_not_depend_on_its_company(sampling, labelled) -> None:
-    n = 40
+def test_an_anchors_triplets_do_not_depend_on_its_company(sampling, labelled, monkeypatch) -> None:
+    n, block = 40, 18
+    monkeypatch.setattr("embedcam.offline.triplets.BLOCK", block)
     labels = [i % 3 for i in range(n - 1)] + [9] if labelled else None
-    make = lambda seed=0: sampler(  # noqa: E731
-        points(n), labels, sampling=sampling, triplets=5, margin=30.0, seed=seed
-    )
-    whole = make().draw(np.arange(n))
-    for chunk in (1, 7, 16):
-        for start in range(0, n, chunk):
-            anchors = np.arange(start, min(start + chunk, n))
-            np.testing.assert_array_equal(make().draw(anchors), whole[anchors])
-    backwards = make().draw(np.arange(n)[::-1])
-    np.testing.assert_array_equal(backwards[::-1], whole)
-    other = make(1).draw(np.arange(n))
-    assert (other != whole).any((0, 1)).all()
+
+    def draw(anchors: np.ndarray, seed: int = 0) -> np.ndarray:
+        choices = {"sampling": sampling, "triplets": 5, "margin": 30.0, "seed": seed}
+        return sampler(points(n), labels, **choices).draw(anchors)
+
+    whole = draw(np.arange(n))
+    for anchors in (np.arange(n)[::-1], np.arange(7), np.array([19, 0, 36, 18, 17])):
+        np.testing.assert_array_equal(draw(anchors), whole[anchors])
+    # The same place in another block is another draw, and so is another seed.
+    assert (whole[0, :, 1] != whole[block, :, 1]).any()
+    assert (draw(np.arange(n), 1) != whole).any((1, 2)).all()
 
 
-def test_blocks_of_anchors_have_draws_of_their_own() -> None:
-    n = 2 * BLOCK + 10
-    labels = np.arange(n) % 2
-    one = sampler(points(n), labels, triplets=3)
-    edges = np.array([BLOCK + 1, 0, 2 * BLOCK, BLOCK, BLOCK - 1])
-    whole = one.draw(np.arange(n))
-    part = one.draw(edges)
-    np.testing.assert_array_equal(part, whole[edges])
-    # The same place in another block is not the same draw.
-    assert (whole[0, :, 1] != whole[BLOCK, :, 1]).any()
-
-
-def test_without_labels_the_near_are_positives_and_the_far_are_negatives() -> None:
-    n = 260
-    embeddings = points(n, D=8)
-    drawn = sampler(embeddings, None, triplets=1500).draw(np.array([0, 7]))
-    for row, a in enumerate((0, 7)):
-        near = oracles.nearest(embeddings, a, range(n), N_EXCLUDED)
-        assert set(drawn[row, :, 0]) == set(near[:N_POSITIVES])
-        assert set(drawn[row, :, 1]) == set(range(n)) - set(near) - {a}
+@pytest.mark.parametrize(("labels", "excluded"), [(None, 100), ([9] + [0, 1] * 129 + [0], 10)])
+def test_without_its_like_the_near_are_positives_and_the_far_negatives(labels, excluded) -> None:
+    embeddings = points(260, D=8)
+    drawn = sampler(embeddings, labels, triplets=4000).draw(np.array([0]))
+    near = oracles.nearest(embeddings, 0, range(260), excluded)
+    assert set(drawn[0, :, 0]) == set(near[:10])
+    assert set(drawn[0, :, 1]) == set(range(1, 260)) - set(near)
 
 
 @settings(max_examples=40, deadline=None)
@@ -193,74 +158,45 @@ def test_small_sets_without_labels_keep_near_and_far_apart(n, sampling, seed) ->
         nearness = {i: rank for rank, i in enumerate(order)}
         assert a not in drawn[a]
         farthest = max(nearness[p] for p in drawn[a, :, 0])
-        assert farthest < min(N_POSITIVES, *(nearness[i] for i in drawn[a, :, 1]))
+        assert farthest < min(10, *(nearness[i] for i in drawn[a, :, 1]))
 
 
-def test_an_image_alone_in_its_class_takes_its_nearest_as_positives() -> None:
-    n = 60
-    embeddings = points(n)
-    labels = [99] + [i % 2 for i in range(n - 1)]
-    one = sampler(embeddings, labels, triplets=800)
-    assert alone(np.array(labels)).tolist() == [True] + [False] * (n - 1)
-    drawn = one.draw(np.array([0]))
-    near = oracles.nearest(embeddings, 0, range(n), N_POSITIVES)
-    assert set(drawn[0, :, 0]) == set(near)
-    assert set(drawn[0, :, 1]) == set(range(1, n)) - set(near)
+def every_triplet(embeddings: np.ndarray, labels, a: int) -> list[tuple[int, int]]:
+    """What "all" is the mean over, also of an image alone in its class and without labels."""
+    n = len(embeddings)
+    if labels is not None and labels.count(labels[a]) > 1:
+        return oracles.every_triplet(labels, a)
+    near = oracles.nearest(embeddings, a, range(n), max(1, min(10, (n - 1) // 3)))
+    far = near
+    if labels is None:
+        far = oracles.nearest(embeddings, a, range(n), max(1, min(100, (n - 1) // 2)))
+    return [(p, o) for p in near for o in range(n) if o != a and o not in far]
 
 
-@pytest.mark.parametrize("labels", [None, [0, 0, 1], [0, 1, 2]])
-@pytest.mark.parametrize("sampling", DRAWN)
-def test_three_images_are_enough(sampling, labels) -> None:
-    drawn = sampler(points(3), labels, sampling=sampling, triplets=4).draw(np.arange(3))
-    for a in range(3):
-        assert {a, *drawn[a].ravel()} == {0, 1, 2}
+def check_exact_mean(embeddings: np.ndarray, labels, anchors: list[int], atol: float) -> None:
+    one = sampler(embeddings, labels, sampling="all")
+    got, counts = one.mean_difference(np.array(anchors))
+    for row, a in enumerate(anchors):
+        every = every_triplet(embeddings, labels, a)
+        assert counts[row] == len(every)
+        expected = oracles.mean_cotangent(embeddings, every)
+        np.testing.assert_allclose(2 * got[row], expected, atol=atol)
+        alone, count = one.mean_difference(np.array([a]))
+        np.testing.assert_array_equal(alone[0], got[row])
+        assert count[0] == counts[row]
 
 
 @settings(max_examples=40, deadline=None)
 @given(collections())
 def test_the_exact_mean_is_the_loop_over_every_triplet(given_) -> None:
-    embeddings, labels = given_
-    n = len(labels)
-    got, counts = sampler(embeddings, labels, sampling="all").mean_difference(np.arange(n))
-    for a in range(n):
-        every = oracles.every_triplet(labels, a)
-        if labels.count(labels[a]) == 1:
-            near = oracles.nearest(embeddings, a, range(n), max(1, min(10, (n - 1) // 3)))
-            every = [(p, o) for p in near for o in range(n) if o != a and o not in near]
-        assert counts[a] == len(every)
-        np.testing.assert_allclose(2 * got[a], oracles.mean_cotangent(embeddings, every), atol=1e-5)
+    check_exact_mean(*given_, list(range(len(given_[1]))), 1e-5)
 
 
-@pytest.mark.parametrize("n", [3, 20, 230])
-def test_the_exact_mean_without_labels_is_the_loop(n) -> None:
-    embeddings = points(n)
-    one = sampler(embeddings, None, sampling="all")
-    anchors = np.array([0, 2, n - 1])
-    got, counts = one.mean_difference(anchors)
-    for row, a in enumerate(anchors.tolist()):
-        near = oracles.nearest(embeddings, a, range(n), max(1, min(10, (n - 1) // 3)))
-        far = oracles.nearest(embeddings, a, range(n), max(1, min(100, (n - 1) // 2)))
-        rest = [i for i in range(n) if i != a and i not in far]
-        every = [(p, o) for p in near for o in rest]
-        assert counts[row] == len(every)
-        np.testing.assert_allclose(
-            2 * got[row], oracles.mean_cotangent(embeddings, every), atol=1e-5
-        )
-
-
-def test_the_exact_mean_does_not_depend_on_its_company_or_a_large_offset() -> None:
-    rng = np.random.default_rng(0)
-    embeddings = rng.normal(1000.0, 1.0, (30, 3)).astype(np.float32)
-    labels = [i % 4 for i in range(29)] + [7]
-    one = sampler(embeddings, labels, sampling="all")
-    whole, counts = one.mean_difference(np.arange(30))
-    for a in range(30):
-        alone, count = one.mean_difference(np.array([a]))
-        np.testing.assert_array_equal(alone[0], whole[a])
-        assert count[0] == counts[a]
-    for a in range(29):
-        wanted = oracles.mean_cotangent(embeddings, oracles.every_triplet(labels, a))
-        np.testing.assert_allclose(2 * whole[a], wanted, atol=1e-6)
+def test_the_exact_mean_is_the_loop_without_labels_and_at_a_large_offset() -> None:
+    for n in (3, 20, 230):
+        check_exact_mean(points(n), None, [0, 2, n - 1], 1e-5)
+    embeddings = np.random.default_rng(0).normal(1000.0, 1.0, (30, 3)).astype(np.float32)
+    check_exact_mean(embeddings, [i % 4 for i in range(29)] + [7], list(range(30)), 1e-6)
 
 
 @settings(max_examples=40, deadline=None)
@@ -269,24 +205,17 @@ def test_a_satisfied_hinge_is_not_counted(given_, margin) -> None:
     embeddings, labels = given_
     drawn = sampler(embeddings, labels, triplets=6).draw(np.arange(len(labels)))
     got = active(np.arange(len(labels)), drawn, embeddings, margin)
-    for a in range(len(labels)):
-        for s in range(6):
-            p, n = drawn[a, s]
-            assert got[a, s] == (
-                not oracles.hinge_is_satisfied(embeddings[a], embeddings[p], embeddings[n], margin)
-            )
-
-
-def test_a_hinge_exactly_at_its_border_is_satisfied() -> None:
-    embeddings = np.array([[0.0], [1.0], [2.0]], np.float32)  # D = 1 and 4
-    triplets = np.array([0]), np.array([[[1, 2]]])
-    assert active(*triplets, embeddings, 3.0).tolist() == [[False]]
-    assert active(*triplets, embeddings, 3.25).tolist() == [[True]]
+    for a, row in enumerate(embeddings):
+        for (p, n), counted in zip(drawn[a], got[a], strict=True):
+            assert counted != oracles.hinge_is_satisfied(row, embeddings[p], embeddings[n], margin)
+    # Exactly at its border it is satisfied: D = 1 and 4.
+    line, triplet = np.array([[0.0], [1.0], [2.0]], np.float32), np.array([[[1, 2]]])
+    assert not active(np.array([0]), triplet, line, 3.0)
+    assert active(np.array([0]), triplet, line, 3.25)
 
 
 def test_labels_become_codes_and_missing_ones_classes_of_their_own() -> None:
     codes = label_codes(["b", None, "a", "b", None])
-    assert codes is not None
     assert codes[0] == codes[3]
     assert len(set(codes.tolist())) == 4
     assert label_codes([None, None]) is None
@@ -294,8 +223,7 @@ def test_labels_become_codes_and_missing_ones_classes_of_their_own() -> None:
 
 def test_a_digest_tells_given_triplets_apart_and_not_their_type() -> None:
     pairs = np.arange(40000 * 2).reshape(20000, 2, 2)
-    assert pairs_digest(pairs) == pairs_digest(pairs.astype(np.int32))
-    assert pairs_digest(pairs) == pairs_digest(np.asfortranarray(pairs))
+    assert pairs_digest(pairs) == pairs_digest(np.asfortranarray(pairs.astype(np.int32)))
     assert pairs_digest(pairs) != pairs_digest(pairs.reshape(10000, 4, 2))
     other = pairs.copy()
     other[-1, 1, 1] += 1
@@ -305,41 +233,26 @@ def test_a_digest_tells_given_triplets_apart_and_not_their_type() -> None:
 @pytest.mark.parametrize(
     ("pairs", "says"),
     [
-        (np.zeros((3, 1, 2), int), r"shape \[3, 1, 2\]; expected \[4 S 2\]"),
-        (np.zeros((4, 0, 2), int), r"shape \[4, 0, 2\]; expected \[4 S 2\]"),
-        (np.zeros((4, 2), int), r"shape \[4, 2\]; expected \[4 S 2\]"),
-        (np.zeros((4, 1, 3), int), r"shape \[4, 1, 3\]; expected \[4 S 2\]"),
-        (np.full((4, 1, 2), 4), "whole numbers from 0 to 3"),
-        (np.full((4, 1, 2), -1), "whole numbers from 0 to 3"),
-        (np.full((4, 1, 2), 0.5), "whole numbers from 0 to 3"),
-        (np.tile([[0, 3]], (4, 1, 1)), "image 0 has a triplet that names one image twice; name"),
-        (
-            np.array([[[1, 2]], [[0, 2]], [[3, 3]], [[0, 1]]]),
-            "image 2 has a triplet that names one",
-        ),
+        *((np.zeros(shape, int), re.escape(f"shape {list(shape)}; expected [4 S 2]"))
+          for shape in ((3, 1, 2), (4, 0, 2), (4, 2), (4, 1, 3))),
+        *((np.full((4, 1, 2), value), "whole numbers from 0 to 3") for value in (4, -1, 0.5)),
+        (np.array([[[1, 2]], [[0, 2]], [[3, 3]], [[0, 1]]]), "image 2 .* names one image twice"),
     ],
-)
+)  # fmt: skip
 def test_given_triplets_that_cannot_be_used(pairs, says) -> None:
     with pytest.raises(InputError, match=says):
         check_given(pairs, 4)
 
 
 @pytest.mark.parametrize("sampling", [*DRAWN, "all"])
-def test_a_single_class_gets_a_sentence(sampling) -> None:
-    with pytest.raises(InputError) as caught:
+def test_a_single_class_and_too_few_images_get_a_sentence(sampling) -> None:
+    says = "^all 5 images have one label, so .* no negatives.*two labels.*without labels.*'centred'"
+    with pytest.raises(InputError, match=says):
         sampler(points(5), [3] * 5, sampling=sampling)
-    message = str(caught.value)
-    assert message.startswith("all 5 images have one label, so there are no negatives")
-    assert "at least two labels" in message
-    assert "without labels" in message
-    assert "'centred'" in message
-
-
-@pytest.mark.parametrize("n", [0, 1, 2])
-@pytest.mark.parametrize("labelled", [True, False])
-def test_too_few_images_get_a_sentence(n, labelled) -> None:
-    with pytest.raises(InputError, match=rf"^{n} images are too few for triplets.*at least 3"):
-        sampler(points(n), list(range(n)) if labelled else None)
+    for n in range(3):
+        for labels in (list(range(n)), None):
+            with pytest.raises(InputError, match=f"^{n} images are too few .*at least 3"):
+                sampler(points(n), labels, sampling=sampling)
 
 
 @pytest.mark.parametrize("choices", [{}, {"target": "centred"}, {"sampling": "given"}], ids=str)
@@ -354,7 +267,6 @@ def test_the_nearest_others_are_the_loops_also_among_duplicates() -> None:
     rows[7:19] = rows[3]  # more copies than neighbours asked for
     for k in (1, 5, 23):
         found = NearestOthers(rows)(np.arange(24), k)
-        assert found.shape == (24, k)
         for a in range(24):
             assert len({a, *found[a].tolist()}) == k + 1
             near = oracles.nearest(rows, a, range(24), k)
@@ -376,8 +288,6 @@ def test_among_many_images_an_inverted_file_finds_them_the_same_in_any_company()
     for at, anchor in enumerate(anchors.tolist()):
         assert len({anchor, *found[at].tolist()}) == 11
         assert finder(anchors[at : at + 1], 10).tolist() == found[at : at + 1].tolist()
-    again = NearestOthers(rows, exact=1000)(anchors[::-1], 10)[::-1]
-    np.testing.assert_array_equal(found, again)
     literal = [apart(rows, a, oracles.nearest(rows, a, range(3000), 10)) for a in anchors[:10]]
     own = [apart(rows, a, found[at]) for at, a in enumerate(anchors[:10])]
     assert (np.array(own) == np.array(literal)).mean() > 0.9

@@ -1,6 +1,5 @@
 """What holds for every method of the zoo, parametrised from the registry."""
 
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -10,45 +9,26 @@ import torch
 import zoo_cases
 from build_samples import inputs, pictures, toy
 from PIL import Image
+from test_methods_laws import ORACLES
 from zoo_cases import made
 
-from embedcam import (
-    METHODS,
-    Coordinate,
-    EmbeddingNetwork,
-    PairContribution,
-    Recipe,
-    Similarity,
-    cam_for,
-)
+from embedcam import METHODS, EmbeddingNetwork, PairContribution, Recipe, Similarity, cam_for
 from embedcam.errors import EmbedcamError, InputError, NetworkError, RecipeError
 from embedcam.methods import MethodWarning
 from embedcam.recipe.registry import MapMethod, find_method, storable_methods
 from embedcam.render import overlay
 
-FAMILIES = sorted(path.stem for path in Path(__file__).parent.glob("zoo_*.py"))
 UNTRAINED = [name for name, method in METHODS.items() if not method.trained]
 
 
-def oracles() -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for family in FAMILIES:
-        found |= getattr(import_module(family), "ORACLES", {})
-    return found
-
-
 def test_every_method_has_an_oracle() -> None:
-    assert set(oracles()) == set(METHODS)
+    assert set(ORACLES) == set(METHODS)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_is_there_documented_and_of_a_type_that_says_whether_it_is_stored(
-    name: str,
-) -> None:
+def test_every_method_is_of_a_type_that_says_whether_it_is_stored(name: str) -> None:
     method = METHODS[name]
-    function = method.load()
-    assert function.__doc__
-    assert method.title
+    assert method.load().__doc__
     assert method.source
     assert isinstance(method, MapMethod) != method.storable
     assert (name in storable_methods()) == method.storable
@@ -60,19 +40,13 @@ def test_every_method_is_there_documented_and_of_a_type_that_says_whether_it_is_
         assert f"the nearest method that can is {method.nearest!r}" in str(refused.value)
 
 
-@pytest.mark.parametrize(
-    ("given", "found"),
-    [("Grad-CAM", "gradcam"), ("Smooth Grad-CAM++", "smoothgradcam++"), ("LFI-CAM", "lficam")],
-)
-def test_methods_are_found_as_they_are_printed(given: str, found: str) -> None:
-    assert find_method(given).name == found
-
-
-def test_an_unknown_method_is_told_its_neighbours() -> None:
+def test_methods_are_found_as_they_are_printed_and_others_are_told_their_neighbours() -> None:
+    for name in ("gradcam", "smoothgradcam++", "lficam", "integratedgradcam"):
+        assert find_method(METHODS[name].title) is METHODS[name]
     with pytest.raises(InputError, match="method = 'scorcam' is unknown; did you mean 'scorecam'"):
         find_method("scorcam")
     with pytest.raises(InputError, match="method = 3 is unknown; known: cam, gradcam"):
-        find_method(3)  # type: ignore[arg-type]
+        find_method(3)
 
 
 @pytest.mark.parametrize("name", UNTRAINED)
@@ -125,22 +99,15 @@ COUNT = "give a whole number from 1 to 1,000,000"
         ("smoothgradcam++", {"sigma": -0.1}, r"sigma = -0\.1; give a number of at least 0"),
         ("integratedgradcam", {"steps": 2.5}, rf"steps = 2\.5; {COUNT}"),
         ("layercam", {"shallow": ["features"]}, r"which of several layers .*; give layers= too"),
-        (
-            "layercam",
-            {"layers": LAYERS, "shallow": ["features.4"]},
-            "some of the layers 'features.1'",
-        ),
+        ("layercam", {"layers": LAYERS, "shallow": ["features.4"]}, "some of the layers 'feat"),
         ("layercam", {"layers": LAYERS, "shallow": "features"}, "shallow = 'features'; give a"),
         ("zoomcam", {"layers": "features"}, "layers = 'features'; give a list of names"),
         ("zoomcam", {"layers": []}, r"give a list of layers, such as \['layer3', 'layer4'\]"),
         ("zoomcam", {"layers": ["features"] * 2}, "given twice among features, features"),
-        ("groupcam", {"groups": 0}, f"groups = 0; {COUNT}"),
         ("groupcam", {"clustering": "spectral"}, "'spectral' is unknown; known: contiguous, k"),
         ("groupcam", {"percentile": 100}, "percentile = 100; give a number of at least 0 and"),
         ("clustercam", {"n_clusters": 2.0}, f"n_clusters = 2.0; {COUNT}"),
         ("clustercam", {"clustering": "ward"}, "'ward' is unknown; known: kmeans, spectral"),
-        ("clustercam", {"view": None}, "view = None; give a text"),
-        ("clustercam", {"weighing": "x"}, "weighing = 'x' is unknown; known: equal, scored"),
         ("polycam", {"layers": None}, "draws from several layers and layers = None; give"),
         ("polycam", {"layers": []}, r"layers = \(\); give their names, such as layers=\['layer1'"),
         ("polycam", {"variant": "+"}, r"variant = '\+' is unknown; known: plus, minus, both"),
@@ -149,9 +116,7 @@ COUNT = "give a whole number from 1 to 1,000,000"
         ("scorecam", {"weights": "softmax", "temperature": 0}, "= 0; give a number above 0"),
         ("scorecam", {"temperature": 2.0}, "give weights='softmax' with it"),
         ("rise", {"masks": 1}, "masks = 1; give a whole number from 2"),
-        ("rise", {"cells": 2.5}, "cells = 2.5; give a whole number from 1 to 256"),
         ("rise", {"probability": 1}, "probability = 1; give a number between 0 and 1"),
-        ("lime", {"segments": 0}, f"segments = 0; {COUNT}"),
         ("lime", {"kernel": 0.0}, "kernel = 0.0; give a number above 0"),
         ("lime", {"ridge": "1"}, "ridge = '1'; give a number above 0"),
         ("lime", {"superpixels": "quickshift"}, "known: grid, slic"),
@@ -163,9 +128,7 @@ COUNT = "give a whole number from 1 to 1,000,000"
         ("sbsm", {"stride": (1, 2, 3)}, r"give \(height, width\)"),
     ],
 )
-def test_an_option_that_cannot_be_is_refused(
-    name: str, options: dict[str, Any], message: str
-) -> None:
+def test_an_option_that_cannot_be_is_refused(name, options, message) -> None:
     case = zoo_cases.make()
     with pytest.raises(InputError, match=message):
         made(name, case.network, case.image, case.target, **options)
@@ -181,11 +144,7 @@ def test_a_method_that_ignores_the_target_says_so(name: str) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"target": 3}, "target is 3; give one such as Similarity"),
-        ({"target": Similarity}, "target is <class"),
         ({"target": Similarity(np.ones(5))}, r"embeds in 3 numbers, so give \[3\]"),
-        ({"target": Similarity(np.ones((5, 3)))}, r"\[1 D\], one for each of the 1 images"),
-        ({"target": Coordinate(3)}, "coordinate 3 of an embedding of 3 numbers; give 0 to 2"),
         ({"target": lambda f: f.sum(1) * np.nan}, "the target returned a NaN or an infinity"),
         ({"norm": "beside"}, "norm = 'beside' is unknown; known: through, around"),
         ({"batch_size": 0}, "batch_size = 0; give a whole number of at least 1"),
@@ -193,7 +152,6 @@ def test_a_method_that_ignores_the_target_says_so(name: str) -> None:
         ({"size": "x"}, "size = 'x'; give"),
         ({"size": (0, 3)}, r"size = \(0, 3\); give"),
         ({"seed": -1}, "seed = -1; give a whole number from 0"),
-        ({"fill": "pink"}, "fill = 'pink' is unknown; use mean, black, blur, a number, a tensor"),
         ({"images": np.zeros((0, 3, 12, 18))}, "holds no input; give at least one"),
         ({"images": np.zeros((12, 18, 3))}, "floats with channels last; give the network's input"),
     ],
@@ -220,23 +178,19 @@ def test_a_picture_goes_through_the_networks_own_preprocessing(tmp_path: Path) -
         cam_for(case.network, picture, case.target)
 
 
-def test_a_map_is_short_in_print_and_draws_itself(tmp_path: Path) -> None:
+def test_a_map_draws_itself(tmp_path: Path) -> None:
     network, source = toy("affine").network, pictures(tmp_path)
     path = tmp_path / source.items[0].path
     target = Similarity(np.arange(5) + 1.0)
-    for name, words in (("gradcam", "Grad-CAM, 16 x 16 from 4 x 4, 8"), ("rise", "RISE, 16 x 16")):
-        found = cam_for(network, path, target, name, progress=False)
-        assert repr(found).startswith(f"<MethodMap: {words}")
-        assert repr(found).endswith(" channel weights>")
-        with Image.open(path) as picture:
-            picture = picture.convert("RGB")
-        assert found.save(tmp_path / "map.png", path) == tmp_path / "map.png"
-        with Image.open(tmp_path / "map.png") as written:
-            np.testing.assert_array_equal(written, overlay(picture, found.cam))
-        half = (0.0, 0.0, picture.width / 2, float(picture.height))
-        np.testing.assert_array_equal(found.plot(picture, half), overlay(picture, found.cam, half))
-        assert found.plot().size == (16, 16)
-    assert repr(found).endswith(", no channel weights>")
+    found = cam_for(network, path, target, "rise", progress=False)
+    assert repr(found) == "<MethodMap: RISE, 16 x 16 from 16 x 16, no channel weights>"
+    picture = Image.open(path).convert("RGB")
+    assert found.save(tmp_path / "map.png", path) == tmp_path / "map.png"
+    with Image.open(tmp_path / "map.png") as written:
+        np.testing.assert_array_equal(written, overlay(picture, found.cam))
+    half = (0.0, 0.0, picture.width / 2, float(picture.height))
+    np.testing.assert_array_equal(found.plot(picture, half), overlay(picture, found.cam, half))
+    assert found.plot().size == (16, 16)
     batch = cam_for(network, [path, path], target, "gradcam", progress=False)
     with pytest.raises(InputError, match=r"the map is \[2, 16, 16\], and one \[H W\] is drawn"):
         batch.save(tmp_path / "map.png")
@@ -256,11 +210,10 @@ def test_the_norms_other_way_is_refused_where_there_is_no_gradient(name: str) ->
 
 def test_contributions_of_a_pair_need_the_vector_before_its_norm() -> None:
     case = zoo_cases.make("pooled")
-    head = case.module.head
-    normal = torch.nn.Sequential(head, torch.nn.LayerNorm(3, elementwise_affine=False))
+    normal = torch.nn.LayerNorm(3, elementwise_affine=False)
     network = EmbeddingNetwork.from_parts(
         case.module.features,
-        lambda maps: torch.nn.functional.normalize(normal(maps)),
+        lambda maps: torch.nn.functional.normalize(normal(case.module.head(maps))),
         module=case.module,
         input_size=zoo_cases.SIZE,
     )
@@ -275,26 +228,19 @@ def test_every_error_of_the_zoo_is_one_of_ours() -> None:
             made(name, case.network, case.image[:, :, :0], case.target)
 
 
-class Views(torch.nn.Module):
-    """Takes a view of its input as it lies in memory, as `x.view(len(x), -1)` does."""
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        flat = images.view(len(images), -1)
-        return flat.view(images.shape)
-
-
 def test_masked_pictures_reach_a_module_that_needs_contiguous_memory() -> None:
     case, found, formats = zoo_cases.make("curved"), [], []
-    for before in (torch.nn.Identity(), Views()):
+    for views in (False, True):
         asked: list[bool] = []
 
-        def trunk(images: torch.Tensor, before: Any = before, asked: Any = asked) -> torch.Tensor:
+        def trunk(images: torch.Tensor, views: Any = views, asked: Any = asked) -> torch.Tensor:
             asked.append(images.is_contiguous())
-            return case.module.features(before(images))
+            if views:
+                images = images.view(len(images), -1).view(images.shape)
+            return case.module.features(images)
 
-        network = EmbeddingNetwork.from_parts(
-            trunk, case.module.head, module=case.module, input_size=zoo_cases.SIZE
-        )
+        own = {"module": case.module, "input_size": zoo_cases.SIZE}
+        network = EmbeddingNetwork.from_parts(trunk, case.module.head, **own)
         found.append(made("scorecam", network, case.image, case.target).cam)
         formats.append(asked)
     # Channels last, where convolutions are faster; the second gives up after one attempt.

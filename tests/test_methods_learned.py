@@ -1,6 +1,7 @@
 """LFI-CAM and ABN beside literal loops, as networks that are trained, saved and explained."""
 
 import copy
+from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 import zoo_cases
 import zoo_learned as oracle
+import zoo_perturbation
 from oracles import cam
 from PIL import Image
 from torch import nn
@@ -39,13 +41,9 @@ def off(found: Any, expected: Any) -> float:
 
 
 @pytest.mark.parametrize("name", ["lficam", "abn"])
-def test_a_branch_has_an_opinion_and_costs_one_pass(name: str) -> None:
-    output, subject = zoo_cases.run(oracle.CASES[name](), name)
+def test_a_branch_costs_one_pass(name: str) -> None:
+    _, subject = zoo_cases.run(oracle.CASES[name](), name)
     assert vars(subject.passes) == dict(forwards=1, heads=0, head_backwards=0, full_backwards=0)
-    if name == "lficam":
-        assert output.weights.max() > 1.5 / 6
-    else:
-        assert np.ptp(output.maps.numpy()) > 0.1
 
 
 @pytest.mark.parametrize("signed", [False, True])
@@ -86,10 +84,9 @@ def test_every_step_of_abn_is_the_formulas() -> None:
 
 def test_autocast_is_the_networks_own_whatever_surrounds_the_call() -> None:
     case = oracle.lfi_case()
-    module = copy.deepcopy(case.module).float()
-    image = case.image.float()
-    plain = EmbeddingNetwork(module, "trunk", input_size=(12, 18))
-    half = EmbeddingNetwork(module, "trunk", input_size=(12, 18), autocast=torch.bfloat16)
+    module, image = case.module.float(), case.image.float()
+    plain = EmbeddingNetwork(module, "trunk")
+    half = EmbeddingNetwork(module, "trunk", autocast=torch.bfloat16)
     expected = drawn("lficam", plain, image).weights
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert np.array_equal(drawn("lficam", plain, image).weights, expected)
@@ -121,21 +118,15 @@ def test_where_all_is_flat_attention_is_zero_and_gradients_are_finite(value: flo
 
 
 @pytest.mark.parametrize("name", ["lficam", "abn"])
-@pytest.mark.parametrize("target", ["similarity", "triplets"])
-def test_other_methods_work_at_the_same_layer(name: str, target: str) -> None:
-    case = oracle.CASES[name](target)
+def test_other_methods_work_at_the_same_layer(name: str) -> None:
+    case = oracle.CASES[name]("triplets")
     case.network.check()
-    activations, gradient = case.gradient(case.image)
+    _, gradient = case.gradient(case.image)
     found, _ = zoo_cases.run(case, "gradcam")
     assert off(found.weights[0], gradient.mean((1, 2))) < TOLERANCE
     # Ablation-CAM puts many activations through the head beside one picture.
-    drops, whole = [], case.score_of_image(case.image)
-    for k in range(6):
-        cut = torch.from_numpy(activations.copy())
-        cut[k] = 0
-        with torch.no_grad():
-            drops.append(whole - float(case.score(case.head(cut))))
-    assert off(zoo_cases.run(case, "ablationcam")[0].weights[0], drops) < TOLERANCE
+    expected = zoo_perturbation.ablationcam(case)
+    assert zoo_cases.distance(expected, zoo_cases.run(case, "ablationcam")[0]) < TOLERANCE
 
 
 def test_gradients_reach_every_parameter_of_the_branches() -> None:
@@ -161,7 +152,6 @@ def test_a_stage_at_stride_one_keeps_its_numbers_and_the_positions() -> None:
         assert made(x).shape == (1, 8, 6, 10)
         # A convolution at stride 2 is every other place of the one at stride 1.
         assert torch.allclose(made[0].conv1(x)[..., ::2, ::2], stage[0].conv1(x), atol=1e-6)
-        assert stage(x).shape == (1, 8, 3, 5)
         for parameter in made.parameters():
             parameter.zero_()
     assert all(torch.equal(before[k], v) for k, v in stage.state_dict().items())
@@ -184,15 +174,17 @@ def test_networks_without_the_branch_are_told_what_to_do() -> None:
 
 def test_a_layer_that_is_not_weighed_is_refused_by_lficam() -> None:
     case = oracle.lfi_case()
-    network = EmbeddingNetwork(case.module, "trunk.0", input_size=(12, 18))
-    with (
-        pytest.warns(MethodWarning),
-        pytest.raises(NetworkError, match=r"explains layer 'trunk.0'"),
-    ):
+    network = EmbeddingNetwork(case.module, "trunk.0")
+    said = "explains layer 'trunk.0'"
+    with pytest.warns(MethodWarning), pytest.raises(NetworkError, match=said):
         cam_for(network, case.image, Coordinate(0), "lficam", progress=False)
-    last = EmbeddingNetwork(case.module, "trunk.4", input_size=(12, 18))
+    last = EmbeddingNetwork(case.module, "trunk.4")
     expected = drawn("lficam", case.network, case.image)
     assert np.array_equal(drawn("lficam", last, case.image).cam, expected.cam)
+    # A wrapper that hands images on is looked through.
+    wrapper = nn.Sequential(OrderedDict(module=case.module)).eval()
+    wrapped = EmbeddingNetwork(wrapper, "trunk", input_size=(12, 18))
+    assert np.array_equal(drawn("lficam", wrapped, case.image).cam, expected.cam)
 
 
 def test_abn_draws_the_same_whatever_layer_is_explained() -> None:
@@ -203,32 +195,14 @@ def test_abn_draws_the_same_whatever_layer_is_explained() -> None:
     assert (found.passes.forwards, expected.passes.forwards) == (2, 1)
 
 
-def test_wrappers_that_hand_images_on_are_looked_through() -> None:
-    class Wrapper(nn.Module):
-        def __init__(self, module: nn.Module) -> None:
-            super().__init__()
-            self.module = module
-
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return self.module(images)
-
-    case = oracle.lfi_case()
-    network = EmbeddingNetwork(Wrapper(case.module).eval(), "trunk", input_size=(12, 18))
-    expected = drawn("lficam", case.network, case.image)
-    assert np.array_equal(drawn("lficam", network, case.image).weights, expected.weights)
-
-
-def test_sizes_that_do_not_fit_are_refused() -> None:
+def test_channels_that_are_not_the_trunks_and_stages_that_shrink_are_refused() -> None:
+    images = torch.zeros(1, 3, 12, 18)
     with pytest.raises(InputError, match="n_channels = 0"):
         LFINetwork(trunk(), Pooled(), 0)
-    with pytest.raises(InputError, match="embedding_size = 0"):
-        ABNetwork(trunk(), nn.Identity(), Pooled(), 6, 0)
-    images = torch.zeros(1, 3, 12, 18)
     with pytest.raises(NetworkError, match=r"is \[1, 6, 4, 6\]; expected \[B 5 H W\]"):
         LFINetwork(trunk(), Pooled(), 5)(images)
-    shrinks = ABNetwork(trunk(), nn.MaxPool2d(2), Pooled(), 6, 4)
     with pytest.raises(NetworkError, match=r"makes \[3, 5\] of the trunk's \[4, 6\] positions"):
-        shrinks(images)
+        ABNetwork(trunk(), nn.MaxPool2d(2), Pooled(), 6, 4)(images)
     own = ABNetwork(trunk(), nn.MaxPool2d(2), Pooled(), 6, 4, branch=nn.Identity())
     assert own(images).shape == (1, 3)
 
@@ -247,10 +221,8 @@ def test_training_lowers_the_loss_and_the_maps_are_the_branchs(name: str) -> Non
     assert losses[-5:].mean() < 0.9 * losses[:5].mean()
     again = copy.deepcopy(untrained)
     assert torch.equal(script.train(again, SMALL, progress=False), losses)
-    scenes = script.held_out(SMALL)[:2]
     network = script.explained(module, SMALL)
-    network.check()
-    pictures = [Image.fromarray(scene.pixels) for scene in scenes]
+    pictures = [Image.fromarray(scene.pixels) for scene in script.held_out(SMALL)[:2]]
     images = torch.from_numpy(np.stack([network.preprocess(one) for one in pictures]))
     with torch.no_grad():
         a, second, third = module.attend(images)
@@ -265,16 +237,11 @@ def test_training_lowers_the_loss_and_the_maps_are_the_branchs(name: str) -> Non
         top = found.grid_cam.max((1, 2), keepdims=True)
         low = found.grid_cam.min((1, 2), keepdims=True)
         assert off((found.grid_cam - low) / (top - low), third) < 1e-4
-    plain = cam_for(network, images, Coordinate(0), "gradcam", progress=False)
-    assert np.isfinite(plain.cam).all()
 
 
-def test_the_script_writes_weights_and_a_picture(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_script_writes_weights_and_a_picture(tmp_path: Path, capsys) -> None:
     script.run(tmp_path, replace(SMALL, steps=2, n_query=10, n_train=20), 2, progress=False)
     said = capsys.readouterr().out
     assert [line.split()[0] for line in said.splitlines()[1:3]] == ["lficam", "abn"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "abn.safetensors", "attention.png", "lfi.safetensors",
-    ]  # fmt: skip
+    names = ["abn.safetensors", "attention.png", "lfi.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names

@@ -1,5 +1,6 @@
 """Decomposition and perturbation against their oracles, and the laws they must keep."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import scipy.sparse.linalg
 import torch
 import zoo_perturbation as zoo
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor, nn
@@ -17,20 +18,17 @@ from zoo_cases import CHANNELS, SIZE, WIDTH, Case, distance, make, run, run_on
 
 from embedcam import EmbeddingNetwork
 from embedcam.errors import InputError, NetworkError
-from embedcam.methods import MethodOutput, Subject, gradients, run_method
+from embedcam.methods import Subject, gradients, run_method
 from embedcam.methods import masking as pixels
-from embedcam.methods.masking import fill_like, unit_masks
+from embedcam.methods.masking import fill_like
 from embedcam.recipe.registry import METHODS
-from embedcam.targets import Coordinate, Direction, NegativeDistance, Similarity
+from embedcam.targets import Coordinate, NegativeDistance, Similarity
 
 
-@pytest.mark.parametrize(("channels", "side"), [(300, 7), (64, 14), (20, 20), (150, 14), (400, 11)])
+@pytest.mark.parametrize(("channels", "side"), [(300, 7), (64, 14), (20, 20), (400, 11)])
 @pytest.mark.parametrize("signed", [False, True])
-def test_the_truncated_decomposition_is_the_full_one(
-    channels: int, side: int, signed: bool
-) -> None:
-    generator = torch.Generator().manual_seed(0)
-    maps = torch.randn(2, channels, side, side + 1, generator=generator)
+def test_the_truncated_decomposition_is_the_full_one(channels, side, signed, monkeypatch) -> None:
+    maps = torch.randn(2, channels, side, side + 1, generator=torch.Generator().manual_seed(0))
     matrices = (maps if signed else maps.clamp(min=0)).flatten(2).mT
     found = gradients._first_direction(matrices)
     assert torch.equal(found, gradients._first_direction(matrices))
@@ -38,25 +36,21 @@ def test_the_truncated_decomposition_is_the_full_one(
     full = full * torch.sign((matrices.double() @ full[..., None]).sum((1, 2)))[:, None]
     torch.testing.assert_close(found.double(), full, rtol=0, atol=1e-4 if signed else 1e-5)
 
-
-def test_a_decomposition_where_nothing_is_dominant_or_nothing_is_there() -> None:
-    assert not gradients._first_direction(torch.zeros(1, 150, 150)).any()
-    even = torch.eye(150)[None]
-    found = gradients._first_direction(even)[0]
-    torch.testing.assert_close(torch.linalg.vector_norm(found), torch.tensor(1.0))
-
-
-def test_a_decomposition_that_does_not_converge_is_made_directly(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    matrices = torch.randn(1, 150, 120, generator=torch.Generator().manual_seed(1))
-    expected = gradients._first_direction(matrices)
-
     def gives_up(*_: Any, **__: Any) -> None:
         raise scipy.sparse.linalg.ArpackError(-9)
 
     monkeypatch.setattr(scipy.sparse.linalg, "eigsh", gives_up)
-    torch.testing.assert_close(gradients._first_direction(matrices), expected)
+    torch.testing.assert_close(gradients._first_direction(matrices), found, rtol=0, atol=2e-4)
+
+
+def test_decompositions_of_nothing_of_anything_and_of_any_scale() -> None:
+    assert not gradients._first_direction(torch.zeros(1, 150, 150)).any()
+    found = gradients._first_direction(torch.eye(150)[None])[0]
+    torch.testing.assert_close(torch.linalg.vector_norm(found), torch.tensor(1.0))
+    matrix = torch.rand(1, 12, 5, generator=torch.Generator().manual_seed(0))
+    for scale in (1e-30, 1e30):
+        scaled = gradients._first_direction(matrix * scale)
+        torch.testing.assert_close(scaled, gradients._first_direction(matrix))
 
 
 @given(
@@ -72,34 +66,11 @@ def test_the_sign_that_comes_back_does_not_matter(maps: np.ndarray, vectors: np.
     assert bool(((matrices @ first[..., None]).sum((1, 2)) >= 0).all())
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e30])
-def test_eigencam_knows_no_scale_in_single_precision(scale: float) -> None:
-    maps = torch.rand(1, 5, 3, 4, generator=torch.Generator().manual_seed(0))
-    matrix = maps.flatten(2).mT
-    torch.testing.assert_close(
-        gradients._first_direction(matrix * scale), gradients._first_direction(matrix)
-    )
-
-
 def test_behind_average_pooling_the_weights_of_eigengradcam_draw_its_map() -> None:
     case = make()
     found = run(case, "eigengradcam")[0]
     drawn = (found.weights[0, :, None, None] * case.trunk(case.image)).sum(0).clamp(min=0)
-    torch.testing.assert_close(drawn.detach(), found.maps[0])  # type: ignore[index]
-    curved = run(make("curved"), "eigengradcam")[0]
-    approximate = (curved.weights[0, :, None, None] * make("curved").trunk(case.image)).sum(0)
-    assert (approximate.clamp(min=0) - curved.maps[0]).abs().max() > 1e-3 * curved.maps.max()  # type: ignore[index,union-attr]
-
-
-def test_evidence_against_is_drawn_like_evidence_for_by_eigengradcam() -> None:
-    case = make()
-    against = Direction(-case.target.reference)  # type: ignore[attr-defined]
-    towards = Direction(case.target.reference)  # type: ignore[attr-defined]
-    first, second = (
-        run_on(case.network, case.image[None], target, "eigengradcam")[0].maps
-        for target in (towards, against)
-    )
-    torch.testing.assert_close(first, second)
+    torch.testing.assert_close(drawn.detach(), found.maps[0])
 
 
 class FlatChannels(nn.Module):
@@ -118,13 +89,10 @@ class FlatChannels(nn.Module):
 
 def flat_case(head: str = "curved", dtype: torch.dtype = torch.float64) -> Case:
     case = make(head, signed=True)
-    module = nn.Sequential()
-    module.add_module("features", FlatChannels(case.module.features))
-    module.add_module("head", case.module.head)
-    module.to(dtype).eval()
-    return Case(
-        EmbeddingNetwork(module, "features"), module, case.image.to(dtype), case.target, case.scores
-    )
+    case.module.features = FlatChannels(case.module.features)
+    module = case.module.to(dtype).eval()
+    network = EmbeddingNetwork(module, "features")
+    return Case(network, module, case.image.to(dtype), case.target, case.scores)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -140,67 +108,34 @@ def test_a_flat_channel_gets_no_weight_and_costs_no_pass(dtype: torch.dtype) -> 
             assert float(weights.sum()) == pytest.approx(1)
 
 
-@settings(max_examples=30)
-@given(
-    value=st.floats(-1e6, 1e6, width=32),
-    size=st.tuples(st.integers(1, 30), st.integers(1, 30)),
-)
-def test_a_flat_map_is_a_mask_of_zeros(value: float, size: tuple[int, int]) -> None:
-    # Resizing 0.1 to other sizes gives several numbers near 0.1: not a mask.
-    for dtype in (torch.float32, torch.float64):
-        masks = unit_masks(torch.full((2, 4, 6), value, dtype=dtype), size)
-        assert masks.shape == (2, *size)
-        assert not masks.any()
-
-
 @pytest.mark.parametrize("head", ["pooled", "curved"])
 def test_a_dead_channel_is_not_ablated(head: str) -> None:
     case = flat_case(head)
     output, subject = run(case, "ablationcam")
-    weights = output.weights
-    assert weights[0, 0] == 0
-    assert bool((weights[0, 1:] != 0).all())
+    assert output.weights[0, 0] == 0
+    assert bool((output.weights[0, 1:] != 0).all())
     assert subject.passes.heads == (0 if head == "pooled" else CHANNELS - 1)
     # The trunk runs once more beside the one piece of activations.
     assert subject.passes.forwards == (1 if head == "pooled" else 2)
-    assert distance(zoo.ablationcam(case), MethodOutput(weights)) < 1e-9
-
-
-def test_the_rank_one_update_is_the_head_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make("pooled", "triplets", signed=True)
-    quick = run(case, "ablationcam")[0].weights
-    monkeypatch.setattr("embedcam.methods.masking._affine_head", lambda subject: None)
-    slow, subject = run(case, "ablationcam")
-    assert subject.passes.heads == CHANNELS
-    torch.testing.assert_close(quick, slow.weights)
+    assert distance(zoo.ablationcam(case), output) < 1e-9
 
 
 def test_ablation_does_not_flip_where_the_score_is_not_positive() -> None:
     # -|f - r|^2 = 2 f . r - 2 is never positive: the paper's division would turn its map around.
     case = make("curved")
-    reference = torch.as_tensor(case.target.reference)  # type: ignore[attr-defined]
-    target, cosines = NegativeDistance(reference), run(case, "ablationcam")[0].weights
+    target, cosines = NegativeDistance(case.target.reference), run(case, "ablationcam")[0].weights
     distances = run_on(case.network, case.image[None], target, "ablationcam")[0].weights
-    torch.testing.assert_close(distances, 2 * cosines)  # type: ignore[operator]
-
-
-def test_an_embedding_that_vanishes_with_its_channel_scores_nothing() -> None:
-    module = nn.Sequential()
-    module.add_module("features", nn.Conv2d(3, 1, 1))
-    module.add_module("pool", nn.AdaptiveAvgPool2d(1))
-    module.add_module("flat", nn.Flatten())
-    network = EmbeddingNetwork(module.double().eval(), "features")
-    image = torch.rand(1, 3, 5, 6, dtype=torch.float64)
-    found = run_on(network, image, Similarity([1.0]), "ablationcam")[0].weights
-    assert found.abs().tolist() == [[1.0]]
+    torch.testing.assert_close(distances, 2 * cosines)
 
 
 class Unsteady(nn.Module):
     """z = p / |p|: NaN where nothing is left; `limit`: infinity where p is short."""
 
-    def __init__(self, limit: float = 0.0) -> None:
+    def __init__(self, limit: float, alive: int) -> None:
         super().__init__()
-        self.features, self.limit = nn.Conv2d(3, 3, 1), limit
+        self.features, self.limit = nn.Conv2d(3, 3, 1, bias=False), limit
+        self.features.weight.data[:alive] = 1
+        self.features.weight.data[alive:] = 0
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = self.features(x).abs().mean((-2, -1))
@@ -209,11 +144,7 @@ class Unsteady(nn.Module):
 
 
 def unsteady(limit: float = 0.0, alive: int = 3) -> tuple[EmbeddingNetwork, Tensor]:
-    module = Unsteady(limit).double().eval()
-    with torch.no_grad():
-        module.features.weight.fill_(1.0)
-        module.features.bias.zero_()
-        module.features.weight[alive:] = 0
+    module = Unsteady(limit, alive).double().eval()
     image = torch.rand(1, 3, 5, 6, generator=torch.Generator().manual_seed(0)).double()
     return EmbeddingNetwork(module, "features"), image
 
@@ -248,38 +179,26 @@ def literal_drops(score: Callable[[Tensor], Tensor], maps: Tensor) -> list[float
     return drops
 
 
-def counted_parts(head: nn.Module, trunk: nn.Module, wrap: Callable[[Tensor], Any]) -> Any:
-    """A network of two functions, and how many inputs each was given."""
-    seen: dict[str, list[int]] = {"trunk": [], "head": []}
-
-    def first(x: Tensor) -> Any:
-        seen["trunk"].append(len(x))
-        return wrap(trunk(x))
-
-    def second(made: Any) -> Tensor:
-        maps = made if isinstance(made, Tensor) else made[0]
-        seen["head"].append(len(maps))
-        return head(maps)
-
-    module = nn.ModuleList([trunk, head]).eval()
-    return EmbeddingNetwork.from_parts(first, second, module=module), seen
-
-
 @pytest.mark.parametrize("plain", [True, False])
-def test_a_head_given_as_a_function_needs_no_trunk(
-    plain: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    case = make("curved", "triplets", signed=True)
-    wrap: Callable[[Tensor], Any] = (lambda t: t) if plain else (lambda t: (t, "more"))
-    network, seen = counted_parts(case.module.head, case.module.features, wrap)
+def test_a_head_given_as_a_function_needs_no_trunk(plain: bool) -> None:
+    case, seen = make("curved", "triplets", signed=True), []
+
+    def trunk(x: Tensor) -> Any:
+        seen.append(len(x))
+        return case.module.features(x) if plain else (case.module.features(x), "more")
+
+    def head(made: Any) -> Tensor:
+        return case.module.head(made if plain else made[0])
+
+    network = EmbeddingNetwork.from_parts(trunk, head, module=case.module)
     assert not network.head_kind.affine
     with Subject(network, case.image[None], case.target) as subject:
         assert subject.activations.shape == (1, CHANNELS, 4, 6)
-        seen["trunk"].clear()
+        seen.clear()
         found = run_method(subject, METHODS["ablationcam"])
     assert distance(zoo.ablationcam(case), found) < 1e-9
     # What comes beside the activations is had from the trunk.
-    assert seen["trunk"] == ([] if plain else [1])
+    assert seen == ([] if plain else [1])
     assert subject.passes.forwards == (1 if plain else 2)
     assert subject.passes.heads == CHANNELS
 
@@ -293,9 +212,8 @@ def test_a_head_given_as_a_function_gets_its_class_token_from_the_trunk() -> Non
         near = (tokens[:, 1:] * tokens[:, :1]).sum(-1, keepdim=True).softmax(1)
         return tokens[:, 0] + (near * tokens[:, 1:]).sum(1)
 
-    network = EmbeddingNetwork.from_parts(
-        trunk, head, module=nn.Linear(1, 1).double().eval(), normalize=False
-    )
+    module = nn.Linear(1, 1).double().eval()
+    network = EmbeddingNetwork.from_parts(trunk, head, module=module, normalize=False)
     image = torch.rand(1, 3, 12, 16, generator=torch.Generator().manual_seed(0)).double()
     found = run_on(network, image, Coordinate(1), "ablationcam")[0].weights
     assert network.layout == "btk"
@@ -308,14 +226,12 @@ def test_a_head_given_as_a_function_gets_its_class_token_from_the_trunk() -> Non
 
 
 @pytest.mark.parametrize(("pieces", "numbers"), [(1, 1 << 24), (3, 2 * CHANNELS * 24), (6, 1)])
-def test_ablated_activations_are_cut_by_their_size(
-    pieces: int, numbers: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ablated_activations_are_cut_by_their_size(pieces, numbers, monkeypatch) -> None:
     monkeypatch.setattr("embedcam.methods.masking._AT_ONCE", numbers)
     case = make("curved", "triplets", signed=True)
     assert case.network.head_kind is not None
     seen: list[int] = []
-    handle = case.module.features.register_forward_hook(lambda *a: seen.append(len(a[2])))
+    case.module.features.register_forward_hook(lambda *a: seen.append(len(a[2])))
     for batch_size in (1, 100):
         seen.clear()
         found, subject = run(case, "ablationcam", batch_size=batch_size)
@@ -323,7 +239,6 @@ def test_ablated_activations_are_cut_by_their_size(
         assert seen == [1] * (1 + pieces)
         assert subject.passes.forwards == 1 + pieces
         assert distance(zoo.ablationcam(case), found) < 1e-9
-    handle.remove()
 
 
 def test_where_pictures_are_repeated_they_are_at_most_a_batch() -> None:
@@ -362,11 +277,6 @@ def test_ablation_refuses_patch_tokens_that_reach_nothing() -> None:
     pictures = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with pytest.raises(NetworkError, match=rf"patch tokens of layer 'encoder.ln' .*{VIT_LAYER}"):
         run_on(network, pictures, Coordinate(0), "ablationcam")
-    fine = EmbeddingNetwork(seeded(small_vit), VIT_LAYER, input_size=(64, 64))
-    for spent in (5, 4):  # the check runs one input, once a network
-        output, subject = run_on(fine, pictures, Coordinate(0), "ablationcam")
-        assert bool((output.weights != 0).all())
-        assert subject.passes.forwards == spent
 
 
 def test_a_network_that_the_probe_does_not_fit_is_ablated_through_its_head() -> None:
@@ -396,15 +306,13 @@ def test_a_network_that_the_probe_does_not_fit_is_ablated_through_its_head() -> 
 
 @pytest.mark.parametrize("name", ["eigencam", "ablationcam"])
 def test_over_positions(name: str) -> None:
-    module = nn.Sequential()
-    module.add_module("features", nn.Sequential(nn.Conv1d(2, 5, 3, padding=1), nn.ReLU()))
-    module.add_module("pool", nn.AdaptiveMaxPool1d(2))
-    module.add_module("flat", nn.Flatten())
-    module.add_module("head", nn.Linear(10, WIDTH))
-    network = EmbeddingNetwork(module.double().eval(), "features", layout="bkl", normalize=False)
+    features = nn.Sequential(nn.Conv1d(2, 5, 3, padding=1), nn.ReLU())
+    head = (nn.AdaptiveMaxPool1d(2), nn.Flatten(), nn.Linear(10, WIDTH))
+    module = nn.Sequential(features, *head).double().eval()
+    network = EmbeddingNetwork(module, "0", layout="bkl", normalize=False)
     signals = torch.randn(2, 2, 9, dtype=torch.float64)
     found = run_on(network, signals, Coordinate(2), name)[0].weights
-    maps = module.features(signals).detach()
+    maps = module[0](signals).detach()
     for row in range(2):
         if name == "eigencam":
             expected = zoo.first_vector(maps[row].T.numpy())
@@ -423,24 +331,12 @@ def test_masked_pictures_go_at_most_a_batch_at_a_time() -> None:
     assert sizes == [1, 4, 2, 1, 1, 4, 4, 2]
 
 
-def test_only_windows_cover_what_they_cover() -> None:
-    case = make("curved", "triplets")
-    maps = run(case, "sbsm", window=(2, 2), stride=(5, 6))[0].maps
-    covered = torch.zeros(SIZE, dtype=torch.bool)
-    for y in (0, 1, 5, 6, 10, 11):
-        for x in (0, 1, 6, 7, 12, 13, 16, 17):
-            covered[y, x] = True
-    assert not maps[0][~covered].any()
-    assert maps[0][covered].any()
-
-
-def test_superpixels_of_a_grid() -> None:
+def test_superpixels_are_a_grid_or_given() -> None:
     image = torch.zeros(3, 4, 6)
     labels = pixels.superpixels_of(image, "grid", 6)
     assert labels.tolist() == [[0, 0, 1, 1, 2, 2]] * 2 + [[3, 3, 4, 4, 5, 5]] * 2
     assert int(pixels.superpixels_of(image, "grid", 1000).max()) == 23
-    given_labels = torch.tensor([[5] * 6, [5] * 6, [9] * 6, [7] * 6])
-    named = pixels.superpixels_of(image, given_labels, 2)
+    named = pixels.superpixels_of(image, torch.tensor([[5] * 6, [5] * 6, [9] * 6, [7] * 6]), 2)
     assert named[:, 0].tolist() == [0, 0, 2, 1]
 
 
@@ -454,39 +350,32 @@ def test_slic_follows_the_picture() -> None:
     case = make("curved", "triplets")
     options: dict[str, Any] = {"samples": 60, "superpixels": "slic", "segments": 12}
     assert distance(zoo.lime(case, **options), run(case, "lime", **options)[0]) < 1e-9
-    grey = pixels.superpixels_of(image[:1], "slic", 6)
-    assert grey.shape == (20, 30)
+    assert pixels.superpixels_of(image[:1], "slic", 6).shape == (20, 30)
 
 
 def test_slic_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "skimage.segmentation", None)
-    with pytest.raises(InputError, match=r"pip install embedcam\[lime\], or .*'grid'"):
-        pixels.superpixels_of(torch.zeros(3, 4, 6), "slic", 6)
     case = make()
-    with pytest.raises(InputError, match=r"superpixels = 'slic' needs scikit-image, which is not"):
-        run(case, "lime", superpixels="slic")[0]
+    with pytest.raises(InputError, match=r"'slic' needs scikit-image, .*embedcam\[lime\], or .*'g"):
+        run(case, "lime", superpixels="slic")
     # The default asks for nothing, and says the same with and without the library.
     missing = run(case, "lime", samples=20)[0].maps
     monkeypatch.undo()
-    assert torch.equal(missing, run(case, "lime", samples=20)[0].maps)  # type: ignore[arg-type]
-    assert torch.equal(missing, run(case, "lime", samples=20, superpixels="grid")[0].maps)  # type: ignore[arg-type]
+    assert torch.equal(missing, run(case, "lime", samples=20)[0].maps)
 
 
 def test_fills() -> None:
     image = torch.rand(3, 5, 6)
-    assert fill_like(image, torch.tensor([1.0, 2.0, 3.0])[:, None, None])[2, 0, 0] == 3
-    with pytest.raises(InputError, match=r"fill has shape \[2, 9\], .* \[3, 5, 6\]; give a number"):
-        fill_like(image, torch.zeros(2, 9))
     colour = np.array([1.0, 2.0, 3.0])[:, None, None]
-    assert torch.equal(fill_like(image, colour), fill_like(image, torch.from_numpy(colour)))
+    colour.setflags(write=False)
+    filled = fill_like(image, colour)
+    assert filled.dtype == image.dtype
+    assert filled[2, 0, 0] == 3
+    assert torch.equal(filled, fill_like(image, torch.tensor(colour)))
     for number in (np.float64(0.5), np.float32(0.5), np.array(0.5), torch.tensor(0.5), 0.5):
         assert torch.equal(fill_like(image, number), torch.full_like(image, 0.5))
-    assert torch.equal(fill_like(image, np.int64(2)), torch.full_like(image, 2))
-    colour.setflags(write=False)
-    colour = fill_like(image, colour)
-    assert colour.dtype == image.dtype
+    with pytest.raises(InputError, match=r"fill has shape \[2, 9\], .* \[3, 5, 6\]; give a number"):
+        fill_like(image, torch.zeros(2, 9))
 
 
 NOT_FINITE = r"fill holds NaN or infinity in torch\.float32; give finite"

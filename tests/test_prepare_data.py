@@ -20,19 +20,15 @@ def picture(path: Path, size: tuple[int, int], mode: str = "RGB") -> None:
 def birds(tmp_path: Path) -> Path:
     root = tmp_path / "CUB_200_2011"
     classes = ["001.Albatross", "002.Auklet", "003.Bobolink"]
-    picture(root / "images" / classes[0] / "a_1.jpg", (500, 335))
-    picture(root / "images" / classes[1] / "b_1.jpg", (200, 400))
-    picture(root / "images" / classes[2] / "c_1.jpg", (100, 80))
+    names = [f"{name}/{letter}_1.jpg" for name, letter in zip(classes, "abc", strict=True)]
+    for name, size in zip(names, ((500, 335), (200, 400), (100, 80)), strict=True):
+        picture(root / "images" / name, size)
     tables = {
         "classes": [f"{i} {name}" for i, name in enumerate(classes, 1)],
-        "images": [f"1 {classes[0]}/a_1.jpg", f"2 {classes[1]}/b_1.jpg", f"3 {classes[2]}/c_1.jpg"],
+        "images": [f"{i} {name}" for i, name in enumerate(names, 1)],
         "image_class_labels": ["1 1", "2 2", "3 3"],
         "train_test_split": ["1 0", "2 1", "3 1"],
-        "bounding_boxes": [
-            "1 60.0 27.0 325.0 304.0",
-            "2 10.0 20.0 500.0 40.0",
-            "3 1.0 2.0 30.0 40.0",
-        ],
+        "bounding_boxes": ["1 60.0 27.0 325.0 304.0", "2 10.0 20.0 500.0 40.0", "3 1 2.0 30 40.0"],
     }
     for name, lines in tables.items():
         (root / f"{name}.txt").write_text("\n".join(lines) + "\n")
@@ -54,9 +50,8 @@ def objects(tmp_path: Path) -> Path:
     annotate(annotations / "crab" / "annotation_0001.mat", [21, 40, 11, 30], square)
     # Twice the size allowed: 640 x 320 is written as 320 x 160.
     picture(images / "airplanes" / "image_0001.jpg", (640, 320))
-    annotate(
-        annotations / "Airplanes_Side_2" / "annotation_0001.mat", [101, 200, 201, 400], square * 5
-    )
+    plane = annotations / "Airplanes_Side_2" / "annotation_0001.mat"
+    annotate(plane, [101, 200, 201, 400], square * 5)
     picture(images / "BACKGROUND_Google" / "image_0001.jpg", (50, 50))
     return root
 
@@ -74,10 +69,8 @@ def test_birds(birds: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert script.main(["birds", str(birds), str(out), "--quiet"]) == 0
     first, second, third = table(out)
-    assert first["path"] == "images/001.Albatross/a_1.jpg"
-    assert (first["label"], first["split"], first["width"], first["height"]) == (
-        "001.Albatross", "test", "320", "214",
-    )  # fmt: skip
+    assert (first["path"], first["label"]) == ("images/001.Albatross/a_1.jpg", "001.Albatross")
+    assert (first["split"], first["width"], first["height"]) == ("test", "320", "214")
     # 60 * 0.64, 27 * 214 / 335, 385 * 0.64, 331 * 214 / 335
     assert box(first) == [38.4, 17.2, 246.4, 211.4]
     # Clipped to the picture.
@@ -85,28 +78,20 @@ def test_birds(birds: Path, tmp_path: Path) -> None:
     assert box(second) == [8.0, 16.0, 160.0, 48.0]
     # Never enlarged.
     assert box(third) == [1.0, 2.0, 31.0, 42.0]
-    with Image.open(out / third["path"]) as image:
-        assert image.size == (100, 80)
-    with Image.open(out / first["path"]) as image:
-        assert image.size == (320, 214)
+    assert np.asarray(Image.open(out / first["path"])).shape == (214, 320, 3)
+    assert np.asarray(Image.open(out / third["path"])).shape == (80, 100, 3)
     assert list(out.rglob("*.part")) == []
 
 
 @pytest.mark.parametrize(
     ("wanted", "labels"),
     [
-        (["002"], ["002.Auklet"]),
-        (["001-002"], ["001.Albatross", "002.Auklet"]),
-        (["003.Bobolink", "001"], ["001.Albatross", "003.Bobolink"]),
+        (["003.Bobolink", "001-002"], ["001.Albatross", "002.Auklet", "003.Bobolink"]),
         (["@classes.txt"], ["002.Auklet", "003.Bobolink"]),
     ],
 )
 def test_classes(
-    birds: Path,
-    tmp_path: Path,
-    wanted: list[str],
-    labels: list[str],
-    monkeypatch: pytest.MonkeyPatch,
+    birds: Path, tmp_path: Path, wanted: list[str], labels: list[str], monkeypatch
 ) -> None:
     out = tmp_path / "out"
     monkeypatch.chdir(tmp_path)
@@ -121,8 +106,7 @@ def test_objects(objects: Path, tmp_path: Path) -> None:
     plane, crab = table(out)
     assert list(crab) == ["path", "label", "x0", "y0", "x1", "y1", "width", "height", "mask"]
     assert box(crab) == [10.0, 20.0, 30.0, 40.0]
-    with Image.open(out / crab["path"]) as image:
-        assert image.mode == "L"
+    assert np.asarray(Image.open(out / crab["path"])).ndim == 2
     mask = np.asarray(Image.open(out / crab["mask"]))
     expected = np.zeros((80, 100), np.uint8)
     expected[20:40, 10:30] = 255
@@ -150,8 +134,7 @@ def test_a_second_run_keeps_and_repairs(objects: Path, tmp_path: Path) -> None:
     assert cut.read_bytes() == whole
     assert (out / "annotations.csv").read_bytes() == before
     script.main([*run, "--max-side", "50"])
-    with Image.open(kept) as image:
-        assert image.size == (50, 40)
+    assert np.asarray(Image.open(kept)).shape[:2] == (40, 50)
     assert box(table(out)[1]) == [5.0, 10.0, 15.0, 20.0]
 
 
@@ -163,13 +146,11 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return message
 
 
-def test_errors_are_one_sentence(
-    birds: Path,
-    objects: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_errors_are_one_sentence(birds: Path, objects: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "out"
+    (birds / "images/002.Auklet/b_1.jpg").write_bytes(b"")
+    assert "b_1.jpg: cannot be read as an image" in fails(capsys, "birds", birds, out)
+    assert not (out / "annotations.csv").exists()
     assert "no images.txt" in fails(capsys, "birds", tmp_path / "none", out)
     assert "no class 'owl'" in fails(capsys, "birds", birds, out, "--classes", "owl")
     (birds / "bounding_boxes.txt").write_text("1 60.0 27.0 325.0 304.0\n")
@@ -179,13 +160,3 @@ def test_errors_are_one_sentence(
     assert "not an annotation" in fails(capsys, "objects", objects, out)
     annotation.unlink()
     assert "no such annotation" in fails(capsys, "objects", objects, out)
-    assert not out.exists()
-
-
-def test_an_unreadable_picture_is_named(
-    birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (birds / "images/002.Auklet/b_1.jpg").write_bytes(b"")
-    message = fails(capsys, "birds", birds, tmp_path / "out")
-    assert "b_1.jpg: cannot be read as an image" in message
-    assert not (tmp_path / "out" / "annotations.csv").exists()

@@ -11,18 +11,13 @@ from hypothesis.extra import numpy as hnp
 from embedcam.recipe import NORMS
 from embedcam.targets import centred_cotangent, head_cotangent, margin_cotangent, through_norm
 
-RNG = np.random.default_rng(0)
 WIDTH = st.shared(st.integers(2, 6), key="D")
-VECTORS = WIDTH.flatmap(
-    lambda d: hnp.arrays(np.float64, (3, d), elements=st.floats(-4, 4, width=32))
-)
+FLOATS = st.floats(-4, 4, width=32)
+VECTORS = WIDTH.flatmap(lambda d: hnp.arrays(np.float64, (3, d), elements=FLOATS))
 
 
-@pytest.fixture(autouse=True)
-def _fresh_numbers() -> None:
-    """Every test draws the same numbers, whichever ran before it."""
-    global RNG
-    RNG = np.random.default_rng(0)
+def numbers(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=shape)
 
 
 def unit(vector: np.ndarray) -> np.ndarray:
@@ -31,47 +26,32 @@ def unit(vector: np.ndarray) -> np.ndarray:
 
 @settings(max_examples=50, deadline=None)
 @given(VECTORS)
-def test_the_margins_cotangent_is_its_numerical_gradient(vectors) -> None:
-    a, p, n = vectors
-    np.testing.assert_allclose(margin_cotangent(p, n), oracles.margin_gradient(a, p, n), atol=1e-6)
-
-
-@settings(max_examples=50, deadline=None)
-@given(VECTORS)
-def test_the_margins_cotangent_is_minus_the_losss_gradient(vectors) -> None:
-    """The sign: a step along the cotangent lowers the triplet loss, wherever it is not yet zero."""
+def test_the_margins_cotangent_is_its_numerical_gradient_and_minus_the_losss(vectors) -> None:
     a, p, n = vectors
     c = margin_cotangent(p, n)
+    np.testing.assert_allclose(c, oracles.margin_gradient(a, p, n), atol=1e-6)
+    # The sign: a step along the cotangent lowers the triplet loss, wherever it is not yet zero.
     step = 1e-3 * c
     delta = 1.0 + oracles.margin(a, p, n) + 100 * float(c @ step)
-    before, after = (
-        oracles.triplet_loss(a, p, n, delta),
-        oracles.triplet_loss(a + step, p, n, delta),
-    )
+    before, after = (oracles.triplet_loss(x, p, n, delta) for x in (a, a + step))
     if np.linalg.norm(c) > 1e-3:
         assert after < before
     assert before - after == pytest.approx(float(c @ step), abs=1e-9)
 
 
 def test_the_margins_cotangent_is_linear_in_the_triplets() -> None:
-    p, n = RNG.normal(size=(50, 7)), RNG.normal(size=(50, 7))
-    np.testing.assert_allclose(
-        margin_cotangent(p, n).mean(0), margin_cotangent(p.mean(0), n.mean(0)), atol=1e-14
-    )
-    table = np.concatenate([p, n])
-    triplets = [(i, 50 + i) for i in range(50)]
-    np.testing.assert_allclose(
-        margin_cotangent(p.mean(0), n.mean(0)), oracles.mean_cotangent(table, triplets), atol=1e-14
-    )
+    p, n = numbers(2, 50, 7)
+    mean, triplets = margin_cotangent(p.mean(0), n.mean(0)), [(i, 50 + i) for i in range(50)]
+    np.testing.assert_allclose(margin_cotangent(p, n).mean(0), mean, atol=1e-14)
+    expected = oracles.mean_cotangent(np.concatenate([p, n]), triplets)
+    np.testing.assert_allclose(mean, expected, atol=1e-14)
 
 
 def test_the_centred_cotangent_is_the_loop() -> None:
-    embeddings = RNG.normal(size=(9, 4))
+    embeddings = numbers(9, 4)
+    expected = [oracles.centred_target(embeddings, i) for i in range(9)]
     got = centred_cotangent(embeddings, embeddings.mean(0))
-    np.testing.assert_allclose(
-        got, [oracles.centred_target(embeddings, i) for i in range(9)], atol=1e-14
-    )
-    np.testing.assert_allclose(got.sum(0), 0, atol=1e-13)
+    np.testing.assert_allclose(got, expected, atol=1e-14)
 
 
 @settings(max_examples=50, deadline=None)
@@ -102,16 +82,16 @@ def test_through_the_norm_nothing_is_left_along_the_embedding(vectors, length) -
     got = through_norm(c, f, length)
     assert float(got @ f) == pytest.approx(0, abs=1e-10)
     # Linear in the cotangent, and shorter for a longer z.
-    np.testing.assert_allclose(
-        through_norm(2 * c + d, f, length), 2 * got + through_norm(d, f, length), atol=1e-10
-    )
+    both = 2 * got + through_norm(d, f, length)
+    np.testing.assert_allclose(through_norm(2 * c + d, f, length), both, atol=1e-10)
     np.testing.assert_allclose(through_norm(c, f, 2 * length), got / 2, atol=1e-12)
 
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("normalized", [True, False])
 def test_the_heads_cotangent_goes_the_way_that_was_named(norm, normalized) -> None:
-    f, c, length = unit(RNG.normal(size=4)), RNG.normal(size=4), np.asarray(3.0)
+    (f, c), length = numbers(2, 4), np.asarray(3.0)
+    f = unit(f)
     got = head_cotangent(c, f, length, norm, normalized)
     if normalized and norm == "through":
         assert not np.allclose(got, c)
@@ -121,7 +101,7 @@ def test_the_heads_cotangent_goes_the_way_that_was_named(norm, normalized) -> No
 
 
 def test_tensors_and_batches_give_what_arrays_and_rows_give() -> None:
-    z, c = RNG.normal(size=(3, 5, 4)), RNG.normal(size=(3, 5, 4))
+    z, c = numbers(2, 3, 5, 4)
     length = np.linalg.norm(z, axis=-1)
     f = z / length[..., None]
     got = through_norm(c, f, length)
@@ -129,6 +109,5 @@ def test_tensors_and_batches_give_what_arrays_and_rows_give() -> None:
         np.testing.assert_allclose(got[i], through_norm(c[i], f[i], length[i]), atol=1e-14)
     tensors = through_norm(*(torch.from_numpy(x) for x in (c, f, length)))
     np.testing.assert_allclose(tensors.numpy(), got, atol=1e-14)
-    np.testing.assert_array_equal(
-        margin_cotangent(torch.from_numpy(z), torch.from_numpy(c)).numpy(), margin_cotangent(z, c)
-    )
+    tensors = margin_cotangent(torch.from_numpy(z), torch.from_numpy(c))
+    np.testing.assert_array_equal(tensors.numpy(), margin_cotangent(z, c))

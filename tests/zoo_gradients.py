@@ -54,9 +54,7 @@ def _plus_plus(A: Array, m1: Array, m2: Array, m3: Array) -> float:
     return total
 
 
-def smooth_gradcam_plus_plus(
-    case: Case, *, samples: int = 25, sigma: float = 0.15, seed: int = 0
-) -> Expected:
+def smooth_gradcam_plus_plus(case: Case, samples=25, sigma=0.15, seed=0) -> Expected:
     """Omeiza et al. 2019: moments of G over noisy images, A of the clean one, triplets apart."""
     spread = sigma * float(case.image.max() - case.image.min())
     generator = torch.Generator().manual_seed(seed)
@@ -125,9 +123,7 @@ def gradients_at(case: Case, layers: Sequence[str]) -> list[tuple[Array, Array]]
     return found
 
 
-def layercam(
-    case: Case, *, layers: Sequence[str] | None = None, shallow: Sequence[str] = ()
-) -> Expected:
+def layercam(case: Case, layers: Sequence[str] | None = None, shallow=()) -> Expected:
     """ReLU(sum_k ReLU(G) A) (Jiang et al. 2021, eq. 6-7); several fused by eq. 9 and a maximum."""
     if layers is None:
         A, G = case.gradient(case.image)

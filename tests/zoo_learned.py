@@ -1,7 +1,4 @@
-"""Oracles of the trained attention branches: every convolution a loop over single numbers.
-
-The shared cases have no branch to ask, so these methods have cases of their own: `CASES`.
-"""
+"""Oracles of the trained attention branches, with cases of their own: `CASES`."""
 
 from __future__ import annotations
 
@@ -62,9 +59,8 @@ def case_of(
     case = make("pooled", target, **choices)
     seed, signed = choices.get("seed", 0), choices.get("signed", False)
     module = lively(lambda: build(signed), seed).double()
-    network = EmbeddingNetwork(
-        module, "trunk", normalize=case.network.normalize, input_size=(12, 18)
-    )
+    normalize = case.network.normalize
+    network = EmbeddingNetwork(module, "trunk", normalize=normalize, input_size=(12, 18))
     return kind(network, module, case.image, case.target, case.scores)
 
 

@@ -47,9 +47,7 @@ def eigengradcam(case: Case) -> Expected:
     return Expected(weights=means * v, map=np.maximum(projected, 0))
 
 
-def scorecam(
-    case: Case, weights: str = "raw", temperature: float = 1.0, fill: float = 0.0
-) -> Expected:
+def scorecam(case: Case, weights="raw", temperature=1.0, fill=0.0) -> Expected:
     """f(X * N(U(A_k))) - f(X_b), one channel at a time."""
     A = case.trunk(case.image).detach().numpy()
     size = tuple(case.image.shape[1:])
@@ -79,11 +77,9 @@ def ablationcam(case: Case) -> Expected:
     return Expected(weights=np.array(found))
 
 
-def rise_masks(
-    size: tuple[int, int], masks: int, cells: int, probability: float, seed: int = 0
-) -> Iterator[Array]:
+def rise_masks(size: tuple[int, int], masks, cells, probability) -> Iterator[Array]:
     """The masks of the paper, from the same random numbers."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     drawn = (torch.rand(masks, cells, cells, generator=generator) < probability).double().numpy()
     ch, cw = math.ceil(size[0] / cells), math.ceil(size[1] / cells)
     rows = torch.randint(ch, (masks,), generator=generator).tolist()
@@ -93,9 +89,7 @@ def rise_masks(
         yield large[y : y + size[0], x : x + size[1]]
 
 
-def rise(
-    case: Case, masks: int = 2000, cells: int = 7, probability: float = 0.5, fill: float = 0.0
-) -> Expected:
+def rise(case: Case, masks=2000, cells=7, probability=0.5, fill=0.0) -> Expected:
     """sum_i (f(X M_i) - mean f) M_i / (n p), negative values cut."""
     every = list(rise_masks(tuple(case.image.shape[1:]), masks, cells, probability))
     scores = [case.score_of_image(under_mask(case.image, mask, fill)) for mask in every]
@@ -123,9 +117,7 @@ def slic_labels(image: Tensor, segments: int) -> Array:
 
     pixels = np.moveaxis(image.numpy(), 0, -1)
     pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min())
-    labels = slic(
-        pixels, n_segments=segments, sigma=1, convert2lab=True, channel_axis=-1, start_label=0
-    )
+    labels = slic(pixels, segments, sigma=1, convert2lab=True, channel_axis=-1, start_label=0)
     names = sorted(set(labels.ravel().tolist()))
     return np.vectorize(names.index)(labels)
 
@@ -150,13 +142,7 @@ def weighted_ridge(X: Array, y: Array, weights: Array, penalty: float) -> Array:
 
 
 def lime(
-    case: Case,
-    samples: int = 1000,
-    superpixels: str = "grid",
-    segments: int = 50,
-    kernel: float = 0.25,
-    ridge: float = 1.0,
-    fill: float = 0.0,
+    case: Case, samples=1000, superpixels="grid", segments=50, kernel=0.25, ridge=1.0, fill=0.0
 ) -> Expected:
     """A ridge regression of scores on the presence of superpixels, negative values cut."""
     if superpixels == "slic":
@@ -180,12 +166,7 @@ def starts(side: int, window: int, stride: int) -> list[int]:
     return inside if inside[-1] == side - window else [*inside, side - window]
 
 
-def sbsm(
-    case: Case,
-    window: tuple[int, int] | None = None,
-    stride: tuple[int, int] | None = None,
-    fill: float = 0.0,
-) -> Expected:
+def sbsm(case: Case, window=None, stride=None, fill=0.0) -> Expected:
     """sum_i max(d_i - d, 0) (1 - M_i) / sum_i (1 - M_i), d = -y."""
     H, W = case.image.shape[1:]
     h, w = window or (max(1, round(H * 50 / 224)), max(1, round(W * 50 / 224)))

@@ -29,24 +29,22 @@ def pooled_model(
     """
     state = {key: value.numpy() for key, value in network.module.state_dict().items()}
     images, activations, embedding = names
+    node, z = helper.make_node, "z" if unit else embedding
     nodes = [
-        helper.make_node("Conv", [images, "w", "b"], ["conv"], strides=[4, 4], pads=[2, 2, 2, 2]),
-        helper.make_node("Relu", ["conv"], [activations]),
-        helper.make_node("GlobalAveragePool", [activations], ["mean"]),
-        helper.make_node("Flatten", ["mean"], ["pooled"]),
-        helper.make_node(
-            "Gemm", ["pooled", "m", "c"], ["z" if unit else embedding], transB=1
-        ),
-    ]  # fmt: skip
+        node("Conv", [images, "w", "b"], ["conv"], strides=[4, 4], pads=[2, 2, 2, 2]),
+        node("Relu", ["conv"], [activations]),
+        node("GlobalAveragePool", [activations], ["mean"]),
+        node("Flatten", ["mean"], ["pooled"]),
+        node("Gemm", ["pooled", "m", "c"], [z], transB=1),
+    ]
     if unit:
-        nodes.append(helper.make_node("LpNormalization", ["z"], [embedding], axis=1, p=2))
-    weights = {"w": scale * state["conv.weight"], "b": scale * state["conv.bias"],
-               "m": state["linear.weight"], "c": state["linear.bias"]}  # fmt: skip
+        nodes.append(node("LpNormalization", ["z"], [embedding], axis=1, p=2))
+    weights = {"w": scale * state["conv.weight"], "b": scale * state["conv.bias"]}
+    weights |= {"m": state["linear.weight"], "c": state["linear.bias"]}
     grid = SIDE // 4
     outputs = [(activations, [batch, CHANNELS, grid, grid]), (embedding, [batch, WIDTH])]
-    return model_of(
-        nodes, [(images, [batch, 3, SIDE, SIDE])], outputs, weights=weights, props=props
-    )
+    inputs = [(images, [batch, 3, SIDE, SIDE])]
+    return model_of(nodes, inputs, outputs, weights=weights, props=props)
 
 
 def model_of(
@@ -58,16 +56,14 @@ def model_of(
     props: Mapping[str, str] | None = None,
     kind: int = TensorProto.FLOAT,
 ) -> onnx.ModelProto:
-    graph = helper.make_graph(
-        nodes,
-        "graph",
-        [helper.make_tensor_value_info(name, kind, shape) for name, shape in inputs],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in outputs],
-        [
-            numpy_helper.from_array(np.asarray(value, np.float32), name)
-            for name, value in (weights or {}).items()
-        ],
-    )
+    info = helper.make_tensor_value_info
+    held = [
+        numpy_helper.from_array(np.asarray(value, np.float32), name)
+        for name, value in (weights or {}).items()
+    ]
+    given = [info(name, kind, shape) for name, shape in inputs]
+    made = [info(name, TensorProto.FLOAT, shape) for name, shape in outputs]
+    graph = helper.make_graph(nodes, "graph", given, made, held)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
     helper.set_model_props(model, dict(props or {}))
     return model

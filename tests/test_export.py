@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from photo_samples import SQUASH, Flat, Pooled, build, network_of, picture
+from photo_samples import DENSE, SQUASH, Flat, Pooled, build, network_of, picture
 from test_network import assert_same_state, state_of
 from torch import Tensor, nn
 from torchvision import models
+from torchvision.ops import Permute
 from toys import seeded
 
 import embedcam
@@ -23,8 +25,6 @@ from embedcam.errors import IndexFormatError, InputError, NetworkError, NetworkM
 from embedcam.export import export_onnx
 from embedcam.index.identity import NetworkWarning
 from embedcam.onnx import OnnxNetwork
-
-DENSE = Recipe(encoding="dense", dtype="float32")
 
 
 class Deep(nn.Module):
@@ -41,67 +41,49 @@ class Deep(nn.Module):
         return self.linear(self.relu(coarse).mean((2, 3)))
 
 
-class ChannelsLast(nn.Module):
+class Swinlike(nn.Module):
     """Activations `[B H W K]`, as Swin has them."""
 
-    def forward(self, images: Tensor) -> Tensor:
-        return images.permute(0, 2, 3, 1)
-
-
-class Swinlike(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.last = nn.Conv2d(3, 8, 4, 4), ChannelsLast()
-        self.linear = nn.Linear(8, 5)
+        self.conv, self.linear = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 5)
+        self.last = Permute([0, 2, 3, 1])
 
     def forward(self, images: Tensor) -> Tensor:
         return self.linear(self.last(self.conv(images)).mean((1, 2)))
 
 
-def frozen() -> EmbeddingNetwork:
+def wrapped(build: Callable[[], nn.Module], layer: str, **settings: Any) -> EmbeddingNetwork:
+    return EmbeddingNetwork(seeded(build), layer, preprocess=SQUASH, **settings)
+
+
+def parts() -> EmbeddingNetwork:
     trunk = seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 5, 4, 2), nn.ReLU()))
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
     return EmbeddingNetwork.from_parts(trunk, head, preprocess=SQUASH)
 
 
-def transformer() -> EmbeddingNetwork:
-    vit = seeded(lambda: models.VisionTransformer(32, 16, 2, 2, 12, 24, num_classes=6))
-    torch.nn.init.normal_(vit.heads.head.weight, generator=torch.Generator().manual_seed(3))
-    layer = "encoder.layers.encoder_layer_1.ln_1"
-    return EmbeddingNetwork(vit, layer, preprocess=SQUASH)
+def vit() -> nn.Module:
+    made = models.VisionTransformer(32, 16, 2, 2, 12, 24, num_classes=6)
+    nn.init.normal_(made.heads.head.weight)
+    return made
 
 
+FINE = Recipe(method="polycam", layers=("fine", "relu"))
 CASES: dict[str, tuple[Callable[[], EmbeddingNetwork], Recipe, str]] = {
     "affine": (network_of, Recipe(), "affine"),
     "not normalised": (lambda: network_of(Flat, normalize=False), DENSE, "other"),
-    "pooled vector": (frozen, Recipe(), "identity"),
-    "tokens": (transformer, DENSE, "other"),
-    "channels last": (
-        lambda: EmbeddingNetwork(seeded(Swinlike), "last", layout="bhwk", preprocess=SQUASH),
-        Recipe(),
-        "affine",
-    ),
-    "several layers": (
-        lambda: EmbeddingNetwork(seeded(Deep), "relu", preprocess=SQUASH),
-        Recipe(method="polycam", layers=("fine", "relu")),
-        "affine",
-    ),
+    "pooled vector": (parts, Recipe(), "identity"),
+    "tokens": (lambda: wrapped(vit, "encoder.layers.encoder_layer_1.ln_1"), DENSE, "other"),
+    "channels last": (lambda: wrapped(Swinlike, "last", layout="bhwk"), Recipe(), "affine"),
+    "several layers": (lambda: wrapped(Deep, "relu"), FINE, "affine"),
 }
-
-
 ONE_SIZE = ("tokens", "not normalised")
-"""Their networks take pictures of one height and width."""
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 @pytest.fixture(scope="module", params=CASES)
-def case(
-    request: pytest.FixtureRequest, photos: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, EmbeddingNetwork, Path, Path]:
+def case(request, photos, tmp_path_factory) -> tuple[str, EmbeddingNetwork, Path, Path]:
     make, recipe, _ = CASES[request.param]
     network = make()
     folder = tmp_path_factory.mktemp("case")
@@ -110,27 +92,21 @@ def case(
     return request.param, network, index, folder / "network.onnx"
 
 
-def test_it_computes_what_torch_does_for_batches_of_any_size(
-    case: tuple[str, EmbeddingNetwork, Path, Path],
-) -> None:
+def test_it_computes_what_torch_does_for_batches_of_any_size(case) -> None:
     name, network, _, path = case
     file = OnnxNetwork(path)
-    side = network.probe_images().shape[-1]
     layers = list(file.layers)
     for batch in (1, 2, 5):
-        images = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(batch))
+        images = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(batch))
         expected, found = network.embed(images, layers), file.embed(images, layers)
-        for mine, torchs in zip(
-            [found.embedding, *found.activations],
-            [expected.embedding, *expected.activations],
-            strict=True,
-        ):
+        assert len(found.activations) == len(layers)
+        both = [(one.embedding, *one.activations) for one in (found, expected)]
+        for mine, torchs in zip(*both, strict=True):
             assert mine.shape == torchs.shape
             assert mine.dtype == np.float32
             np.testing.assert_allclose(mine, torchs, rtol=1e-4, atol=1e-5)
-        known = name in ("not normalised", "pooled vector")
-        assert (found.norm is not None) == known
-        if known:
+        assert (found.norm is not None) == (name in ("not normalised", "pooled vector"))
+        if found.norm is not None:
             np.testing.assert_allclose(found.norm, expected.norm, rtol=1e-5)
 
 
@@ -154,30 +130,26 @@ def test_an_explainer_draws_the_same_maps(case: tuple[str, EmbeddingNetwork, Pat
     assert np.abs(mine.signed_cam - plain).max() > 1e-2 * scale
 
 
-def test_it_says_what_the_manifest_says(case: tuple[str, EmbeddingNetwork, Path, Path]) -> None:
+def test_it_says_what_the_manifest_says(case) -> None:
     name, network, index, path = case
     model = onnx.load(str(path))
     props = {entry.key: entry.value for entry in model.metadata_props}
     assert props["embedcam.version"] == embedcam.__version__
     with Index.open(index) as opened:
         stored = opened.manifest.to_dict()["network"]
-    assert json.loads(props["embedcam.network"]) == {
-        key: value for key, value in stored.items() if key != "loading"
-    }
+    stored.pop("loading", None)
+    assert json.loads(props["embedcam.network"]) == stored
     several = name == "several layers"
     assert json.loads(props["embedcam.layers"]) == [network.layer, *(["fine"] if several else [])]
     outputs = [one.name for one in model.graph.output]
     assert outputs == ["activations", *(["activations_1"] if several else []), "embedding"]
     (entry,) = model.graph.input
     sides = [dim.dim_param or dim.dim_value for dim in entry.type.tensor_type.shape.dim]
-    fixed = network.probe_images().shape[2:]
-    assert sides == ["batch", 3, *(fixed if name in ONE_SIZE else ("height", "width"))]
+    assert sides == ["batch", 3, *((32, 32) if name in ONE_SIZE else ("height", "width"))]
     assert json.loads(props["embedcam.head"])["kind"] == CASES[name][2]
 
 
-def test_the_head_s_bias_makes_the_embedding_of_the_pooled_activations(
-    case: tuple[str, EmbeddingNetwork, Path, Path],
-) -> None:
+def test_the_head_s_bias_makes_the_embedding_of_the_pooled_activations(case) -> None:
     """z = W p + b, with W as the index keeps it and b as the file says it."""
     name, network, index, path = case
     head = OnnxNetwork(path).head
@@ -199,32 +171,22 @@ def test_the_head_s_bias_makes_the_embedding_of_the_pooled_activations(
     np.testing.assert_allclose(z, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_report_says_what_was_written(photos: Path, tmp_path: Path) -> None:
-    network = network_of()
-    index = build(photos, tmp_path / "index", network)
-    target = tmp_path / "network.onnx"
+def test_a_half_precision_network_is_left_as_it_was(photos: Path, tmp_path: Path) -> None:
+    network, target = network_of(autocast=torch.bfloat16), tmp_path / "network.onnx"
     target.write_text("what was there before")
-    with Index.open(index) as opened:
+    before, rng = state_of(network.module), torch.get_rng_state()
+    with Index.open(build(photos, tmp_path / "index", network)) as opened:
         report = export_onnx(opened, network, str(target))
         assert len(opened) == 12  # still open
+    assert network.autocast == torch.bfloat16
+    assert_same_state(before, state_of(network.module))
+    assert torch.equal(torch.get_rng_state(), rng)
     assert (report.path, report.bytes) == (target, target.stat().st_size)
     assert (report.layers, report.head) == (("relu",), "affine")
     assert 0 < report.difference < 1e-5
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["index", "network.onnx"]
-
-
-def test_a_half_precision_network_is_left_as_it_was_and_its_file_admitted_with_a_warning(
-    photos: Path, tmp_path: Path
-) -> None:
-    network = network_of(autocast=torch.bfloat16)
-    index = build(photos, tmp_path / "index", network)
-    before, rng = state_of(network.module), torch.get_rng_state()
-    export_onnx(index, network, tmp_path / "network.onnx")
-    assert network.autocast == torch.bfloat16
-    assert_same_state(before, state_of(network.module))
-    assert torch.equal(torch.get_rng_state(), rng)
     with pytest.warns(NetworkWarning, match=r"\(bfloat16\) in the index, .* \(float32\) given"):
-        Explainer(index, onnx=tmp_path / "network.onnx").index.close()
+        Explainer(tmp_path / "index", onnx=target).index.close()
 
 
 @pytest.fixture(scope="module")
@@ -248,17 +210,14 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(built: Path, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_computes_something_else_is_removed(
-    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_computes_something_else_is_removed(built, tmp_path, monkeypatch) -> None:
     right = exporting.onnx_model
 
     def wrong(*given: Any) -> Any:
         model = right(*given)
-        for one in model.graph.initializer:
-            if list(one.dims) == [5]:  # the head's bias
-                values = np.frombuffer(one.raw_data, np.float32) * np.float32(1.01)
-                one.raw_data = values.tobytes()
+        (bias,) = (one for one in model.graph.initializer if list(one.dims) == [5])
+        values = np.frombuffer(bias.raw_data, np.float32) * np.float32(1.01)
+        bias.raw_data = values.tobytes()
         return model
 
     monkeypatch.setattr(exporting, "onnx_model", wrong)
@@ -271,56 +230,43 @@ def test_a_file_that_computes_something_else_is_removed(
 
 
 class Counting(Pooled):
-    """Asks for the batch as a number, which no exported file can follow."""
-
     def forward(self, images: Tensor) -> Tensor:
-        return super().forward(images).reshape(len(images), -1)
+        return super().forward(images).reshape(len(images), -1)  # the batch as a number
 
 
 class Deciding(Pooled):
-    """Looks at numbers to decide what to compute."""
-
     def forward(self, images: Tensor) -> Tensor:
-        z = super().forward(images)
-        return z if float(images.sum()) > -1e9 else -z
+        return super().forward(images) * (1 if float(images.sum()) > -1e9 else -1)
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
+def test_networks_that_cannot_be_followed(built: Path, tmp_path: Path) -> None:
+    for kind, message in (
         (Counting, r"fixes the number of pictures in a batch.*x\.shape\[0\] where it says len"),
         (Deciding, r"torch cannot follow the network into ONNX \(.+\); give a module of tensor"),
-    ],
-)
-def test_networks_that_cannot_be_followed(
-    kind: type[nn.Module], message: str, built: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(NetworkError, match=message) as caught:
-        export_onnx(built, network_of(kind), tmp_path / "network.onnx")
-    assert "\n" not in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
+    ):
+        with pytest.raises(NetworkError, match=message) as caught:
+            export_onnx(built, network_of(kind), tmp_path / "network.onnx")
+        assert "\n" not in str(caught.value)
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_networks_that_no_file_of_one_piece_holds() -> None:
-    half = network_of()
+    half, large = network_of(), network_of()
     half.module.to(torch.bfloat16)
-    with pytest.raises(NetworkError, match="computes in bfloat16, and ONNX files are written in"):
-        exporting._refuse_unexportable(half)
-    large = network_of()
     large.module.register_buffer("table", torch.zeros(1).expand(1 << 30))
-    with pytest.raises(NetworkError, match=r"holds 4\.3 GB of parameters; one ONNX file holds at"):
-        exporting._refuse_unexportable(large)
-    signals = network_of(layout="bkl")
-    with pytest.raises(NetworkError, match="takes no pictures and cannot be exported"):
-        exporting._refuse_unexportable(signals)
+    for network, message in (
+        (half, "computes in bfloat16, and ONNX files are written in"),
+        (large, r"holds 4\.3 GB of parameters; one ONNX file holds at"),
+        (network_of(layout="bkl"), "takes no pictures and cannot be exported"),
+    ):
+        with pytest.raises(NetworkError, match=message):
+            exporting._refuse_unexportable(network)
 
 
-def test_missing_packages_are_named(
-    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_packages_are_named(built, tmp_path, monkeypatch) -> None:
     for name in ("onnx", "onnxscript", "onnxruntime"):
         with monkeypatch.context() as patch:
-            patch.setitem(__import__("sys").modules, name, None)
+            patch.setitem(sys.modules, name, None)
             with pytest.raises(NetworkError, match=rf'{name}, which .*"embedcam\[onnx\]"'):
                 export_onnx(built, network_of(), tmp_path / "network.onnx")
     monkeypatch.setattr(torch, "__version__", "2.4.1+cpu")
@@ -328,9 +274,7 @@ def test_missing_packages_are_named(
         export_onnx(built, network_of(), tmp_path / "network.onnx")
 
 
-def test_a_full_disk_leaves_nothing(
-    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_nothing(built, tmp_path, monkeypatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from toys import images
 
 from embedcam.errors import InputError, NetworkError
 from embedcam.network import EmbeddingNetwork
@@ -26,7 +27,6 @@ def networks() -> dict[str, tuple[Callable[[Tensor], Tensor], bool, bool, bool]]
     """Head, and whether it is pooled, affine, the identity."""
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(D, K, generator=generator)
-    v = torch.randn(3, D, generator=generator)
     b = 10 * torch.randn(D, generator=generator)
     norm = nn.BatchNorm1d(K).eval()
     norm.running_mean.normal_(generator=generator)
@@ -35,12 +35,9 @@ def networks() -> dict[str, tuple[Callable[[Tensor], Tensor], bool, bool, bool]]
     near[0, 1] = 0.01
     return {
         "mean": (mean, True, True, True),
-        "mean, constant": (lambda a: mean(a) + 3, True, True, True),
         "linear": (lambda a: F.linear(mean(a), w), True, True, False),
         "linear, bias": (lambda a: F.linear(mean(a), w, b), True, True, False),
-        "batch norm, two linears": (
-            lambda a: F.linear(F.linear(norm(mean(a)), w, b), v), True, True, False,
-        ),
+        "batch norm, linear": (lambda a: F.linear(norm(mean(a)), w, b), True, True, False),
         "linear, then mean": (lambda a: mean(F.conv2d(a, w[:, :, None, None])), True, True, False),
         "sum": (lambda a: a.sum((2, 3)), True, True, False),
         "nearly the identity": (lambda a: F.linear(mean(a), near), True, True, False),
@@ -54,7 +51,6 @@ def networks() -> dict[str, tuple[Callable[[Tensor], Tensor], bool, bool, bool]]
         "GeM": (gem, False, False, False),
         "max": (lambda a: a.amax((2, 3)), False, False, False),
         "mean and max": (lambda a: mean(a) + 0.01 * a.amax((2, 3)), False, False, False),
-        "standard deviation": (lambda a: a.std((2, 3)), False, False, False),
         "flatten": (lambda a: a.flatten(1)[:, :7], False, False, False),
         "centre": (lambda a: a[:, :, 1:3, 1:3].mean((2, 3)), False, False, False),
         "constant": (lambda a: 0 * mean(a) + 1, False, False, False),
@@ -64,14 +60,12 @@ def networks() -> dict[str, tuple[Callable[[Tensor], Tensor], bool, bool, bool]]
 HEADS = networks()
 
 
-def parts(head: Callable[[Tensor], Tensor], **settings: object) -> EmbeddingNetwork:
+def parts(
+    head: Callable[[Tensor], Tensor], dtype: torch.dtype = torch.float32, **settings: object
+) -> EmbeddingNetwork:
     torch.manual_seed(1)
-    trunk = nn.Conv2d(3, K, 4, 4).eval()
+    trunk = nn.Conv2d(3, K, 4, 4).eval().to(dtype)
     return EmbeddingNetwork.from_parts(trunk, head, input_size=(16, 20), **settings)
-
-
-def images(batch: int = 2) -> Tensor:
-    return torch.randn(batch, 3, 16, 20, generator=torch.Generator().manual_seed(2))
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -105,7 +99,7 @@ def test_the_derivative_from_pooled_vectors_is_that_of_a_head_pass(name: str) ->
     if name == "sum":  # behind a sum, a grid of one cell is another head, but affine all the same
         assert network.head_kind.affine
     assert network.pooled_replay
-    made = network.head_pass(images(3))
+    made = network.head_pass(images(3, 16, 20))
     width = made.features.embedding.shape[1]
     cotangents = torch.randn(3, 5, width)
     expected = torch.stack([made.vjp(cotangents[:, s]).sum((2, 3)) for s in range(5)], 1)
@@ -117,60 +111,41 @@ def test_the_derivative_from_pooled_vectors_is_that_of_a_head_pass(name: str) ->
 
 
 class Hooked(nn.Module):
-    """A head that no one gave as a function, in a module that looks at its batch."""
+    """A head that no one gave as a function, in a module that insists on its batch."""
 
-    def __init__(self, fixed_batch: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, K, 4, 4)
-        self.linear = nn.Linear(2 * K, D)
-        self.fixed_batch = fixed_batch
+        self.conv, self.linear = nn.Conv2d(3, K, 4, 4), nn.Linear(2 * K, D)
 
     def forward(self, images: Tensor) -> Tensor:
-        batch, a = len(images), self.conv(images)
-        pooled = a.mean((2, 3))
-        if self.fixed_batch:
-            pooled = pooled.view(batch, K)  # fails for activations of another batch
+        pooled = self.conv(images).mean((2, 3)).view(len(images), K)
         return self.linear(torch.cat([pooled, images.mean((1, 2, 3))[:, None].expand(-1, K)], 1))
 
 
-def test_a_module_that_insists_on_its_batch_is_asked_with_one() -> None:
-    torch.manual_seed(0)
-    network = EmbeddingNetwork(Hooked(True).eval(), "conv", input_size=(16, 20))
-    kind = network.head_kind
-    assert kind.affine
-    expected = network.module.linear.weight[:, :K].detach()
-    np.testing.assert_allclose(kind.matrix, expected, rtol=1e-4, atol=1e-5)
-
-
-class Gated(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, K, 4, 4)
-
+class Gated(Hooked):
     def forward(self, images: Tensor) -> Tensor:
         return self.conv(images).mean((2, 3)) * images.mean((1, 2, 3))[:, None].exp()
 
 
 def test_a_matrix_that_depends_on_the_picture_is_no_matrix() -> None:
-    kind = EmbeddingNetwork(Gated().eval(), "conv", input_size=(16, 20)).head_kind
-    assert (kind.pooled, kind.affine) == (True, False)
+    torch.manual_seed(0)
+    hooked, gated = (
+        EmbeddingNetwork(kind().eval(), "conv", input_size=(16, 20)) for kind in (Hooked, Gated)
+    )
+    expected = hooked.module.linear.weight[:, :K].detach()
+    np.testing.assert_allclose(hooked.head_kind.matrix, expected, rtol=1e-4, atol=1e-5)
+    assert (gated.head_kind.pooled, gated.head_kind.affine) == (True, False)
 
 
 def test_pooled_heads_that_cannot_be_replayed_say_so() -> None:
-    module = nn.Sequential(
-        nn.Conv2d(3, K, 4, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(K)
-    ).eval()
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(K))
+    module = nn.Sequential(nn.Conv2d(3, K, 4, 4), *head).eval()
     # The right head as a function is replayed, a wrong one not believed.
-    for head, replayed in (
-        (None, False),
-        (module[1:], True),
-        (lambda a: mean(a), False),
-        (lambda a: a[:, :, 2], False),
-    ):
-        network = EmbeddingNetwork(module, "0", head=head, input_size=(16, 20))
+    for given in (None, head, mean, lambda a: a[:, :, 2]):
+        network = EmbeddingNetwork(module, "0", head=given, input_size=(16, 20))
         assert network.head_kind.pooled
-        assert network.pooled_replay == replayed
-        if not replayed:
+        assert network.pooled_replay == (given is head)
+        if given is not head:
             with pytest.raises(NetworkError, match=r"'0' is not a function of the pooled.*head_pa"):
                 network.pooled_vjp(torch.ones(1, K), torch.ones(1, K))
 
@@ -189,20 +164,15 @@ def test_tokens_that_are_averaged_are_pooled_unless_the_class_token_counts() -> 
 
 
 def test_modules_that_normalise_by_themselves_are_noticed() -> None:
-    assert parts(HEADS["L2 norm"][0]).already_normalized
     assert parts(lambda a: F.normalize(gem(a))).already_normalized
-    assert not parts(HEADS["mean"][0]).already_normalized
-    assert not parts(HEADS["layer norm"][0]).already_normalized
+    for name in ("L2 norm", "mean", "layer norm"):
+        assert parts(HEADS[name][0]).already_normalized == (name == "L2 norm")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_modules_are_told_apart_too(dtype: torch.dtype) -> None:
-    trunk = nn.Conv2d(3, K, 4, 4).eval().to(dtype)
     for name, expected in (("linear, bias", True), ("GeM", False), ("ReLU, mean", False)):
-        head = HEADS[name][0]
-        network = EmbeddingNetwork.from_parts(
-            trunk, lambda a, head=head: head(a.float()).to(dtype), input_size=(16, 20)
-        )
+        network = parts(lambda a, head=HEADS[name][0]: head(a.float()).to(dtype), dtype)
         assert network.head_kind.pooled is expected
 
 
@@ -212,7 +182,7 @@ def test_a_network_that_the_probe_does_not_fit_asks_for_its_size() -> None:
         _ = EmbeddingNetwork(module, "0").head_kind
     assert not EmbeddingNetwork(module, "0", input_size=(16, 20)).head_kind.pooled
     seen = EmbeddingNetwork(module, "0")
-    seen.forward(images())
+    seen.forward(images(2, 16, 20))
     assert not seen.head_kind.pooled
 
 

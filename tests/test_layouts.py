@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from embedcam.errors import NetworkError
-from embedcam.network import EmbeddingNetwork
 from embedcam.network.layers import Layout, choose_embedding, replace_first, resolve
 
 Pair = namedtuple("Pair", "embedding other")
@@ -25,9 +24,8 @@ def found(shape: tuple[int, ...], size: tuple[int, int], **given: Any) -> Layout
     return resolve(torch.zeros(shape), torch.zeros(shape[0], 3, *size), **given)
 
 
-@pytest.mark.parametrize(
-    ("shape", "size", "kind"),
-    [
+def test_four_dimensions_are_told_apart_by_the_inputs_aspect() -> None:
+    for shape, size, kind in (
         ((2, 512, 7, 7), (224, 224), "bkhw"),
         ((2, 7, 7, 768), (224, 224), "bhwk"),
         ((2, 96, 7, 10), (224, 320), "bkhw"),
@@ -35,17 +33,12 @@ def found(shape: tuple[int, ...], size: tuple[int, int], **given: Any) -> Layout
         ((2, 2048, 1, 1), (64, 64), "bkhw"),
         ((2, 8, 8, 8), (64, 64), "bkhw"),  # cannot be told apart: the usual one
         ((2, 16, 13, 13), (224, 224), "bkhw"),  # 13 = 224 / 17 and a bit
-    ],
-)
-def test_four_dimensions_are_told_apart_by_the_inputs_aspect(
-    shape: tuple[int, ...], size: tuple[int, int], kind: str
-) -> None:
-    assert found(shape, size).kind == kind
+    ):
+        assert found(shape, size).kind == kind
 
 
-@pytest.mark.parametrize(
-    ("tokens", "size", "grid", "prefix"),
-    [
+def test_tokens_find_their_grid() -> None:
+    for tokens, size, grid, prefix in (
         (197, (224, 224), (14, 14), 1),
         (196, (224, 224), (14, 14), 0),
         (261, (224, 224), (16, 16), 5),  # DINOv2: class token and four registers
@@ -53,13 +46,9 @@ def test_four_dimensions_are_told_apart_by_the_inputs_aspect(
         (1 + 28 * 14, (448, 224), (28, 14), 1),
         (1 + 37 * 27, (518, 378), (37, 27), 1),
         (1 + 16 * 21, (230, 300), (16, 21), 1),  # 14 px patches, the rest of the input unused
-    ],
-)
-def test_tokens_find_their_grid(
-    tokens: int, size: tuple[int, int], grid: tuple[int, int], prefix: int
-) -> None:
-    layout = found((2, tokens, 32), size)
-    assert (layout.kind, layout.grid, layout.prefix) == ("btk", grid, prefix)
+    ):
+        layout = found((2, tokens, 32), size)
+        assert (layout.kind, layout.grid, layout.prefix) == ("btk", grid, prefix)
 
 
 def test_a_given_grid_or_prefix_is_believed_if_it_fits() -> None:
@@ -80,17 +69,16 @@ def test_a_given_grid_or_prefix_is_believed_if_it_fits() -> None:
         resolve(torch.zeros(5, 2, 8), torch.zeros(2, 3, 32, 32))
 
 
-@pytest.mark.parametrize(
-    "layout", [Layout("bkhw", (2, 3)), Layout("bhwk", (2, 3)), Layout("btk", (2, 3), 2)]
-)
-def test_maps_go_to_the_layers_layout_and_back(layout: Layout) -> None:
+PLACES = [("bkhw", (1, 3, 1, 2)), ("bhwk", (1, 1, 2, 3)), ("btk", (1, 2 + 1 * 3 + 2, 3))]
+
+
+@pytest.mark.parametrize(("kind", "place"), PLACES)
+def test_maps_go_to_the_layers_layout_and_back(kind: str, place: tuple[int, ...]) -> None:
+    layout = Layout(kind, (2, 3), 2 if kind == "btk" else 0)
     maps = torch.arange(2 * 4 * 2 * 3.0).reshape(2, 4, 2, 3)
-    like = torch.full((2, 8, 4), -1.0) if layout.kind == "btk" else maps
-    raw = layout.to_raw(maps, like)
+    raw = layout.to_raw(maps, torch.full((2, 8, 4), -1.0) if kind == "btk" else maps)
     assert torch.equal(layout.to_maps(raw), maps)
-    # Row by row: cell (1, 2) of channel 3 of image 1.
-    cell = {"bkhw": lambda: raw[1, 3, 1, 2], "bhwk": lambda: raw[1, 1, 2, 3]}
-    assert cell.get(layout.kind, lambda: raw[1, 2 + 1 * 3 + 2, 3])() == maps[1, 3, 1, 2]
+    assert raw[place] == maps[1, 3, 1, 2]
 
 
 def test_the_embedding_in_what_a_network_returns() -> None:
@@ -110,22 +98,20 @@ def test_the_embedding_in_what_a_network_returns() -> None:
         assert torch.equal(choose_embedding(output, choice, 2), z)
 
 
-@pytest.mark.parametrize(
-    ("output", "choice", "message"),
-    [
-        (Output(torch.ones(2, 4, 5), torch.ones(2, 5)), None, r"Output with hidden, pooled; say"),
-        ({"a": torch.ones(2, 5), "b": torch.ones(2, 5)}, None, r"output='a'"),
-        ({"last_hidden_state": torch.ones(2, 7, 5), "z": torch.ones(2, 5)}, None, r"output='z'"),
-        ({"a": torch.ones(2, 5)}, "b", r"output='b' is not in .* with a\)"),
-        ((torch.ones(2, 5),), 4, r"output=4 is beyond the 1 values"),
-        (torch.ones(2, 7, 5), None, r"\[2, 7, 5\] for a batch of 2.*last_hidden_state"),
+def test_outputs_without_one_embedding() -> None:
+    z, tokens = torch.ones(2, 5), torch.ones(2, 7, 5)
+    for output, choice, message in (
+        (Output(tokens, z), None, r"Output with hidden, pooled; say"),
+        ({"a": z, "b": z}, None, r"output='a'"),
+        ({"last_hidden_state": tokens, "z": z}, None, r"output='z'"),
+        ({"a": z}, "b", r"output='b' is not in .* with a\)"),
+        ((z,), 4, r"output=4 is beyond the 1 values"),
+        (tokens, None, r"\[2, 7, 5\] for a batch of 2.*last_hidden_state"),
         (torch.ones(3, 5), None, r"\[3, 5\] for a batch of 2"),
         (("text",), None, r"returned str; expected the embedding"),
-    ],
-)
-def test_outputs_without_one_embedding(output: Any, choice: Any, message: str) -> None:
-    with pytest.raises(NetworkError, match=message):
-        choose_embedding(output, choice, 2)
+    ):
+        with pytest.raises(NetworkError, match=message):
+            choose_embedding(output, choice, 2)
 
 
 def test_what_a_layer_returned_keeps_its_kind() -> None:
@@ -135,33 +121,3 @@ def test_what_a_layer_returned_keeps_its_kind() -> None:
     assert pair == (new, "rest")
     assert replace_first({"text": "x", "a": torch.zeros(1)}, new) == {"text": "x", "a": new}
     assert replace_first([torch.zeros(1), 2], new) == [new, 2]
-
-
-class Tokens(nn.Module):
-    """Patches as tokens behind one class token, given on in a tuple; the mean of all embeds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(3, 4, 8, 8)
-        self.block = Block()
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        tokens = self.patches(images).flatten(2).transpose(1, 2)
-        tokens, _ = self.block(torch.cat([tokens.mean(1, keepdim=True), tokens], 1))
-        return {"z": tokens.pow(2).mean(1), "tokens": tokens}
-
-
-class Block(nn.Module):
-    def forward(self, tokens: Tensor) -> tuple[Tensor, None]:
-        return tokens * 2, None
-
-
-def test_tokens_of_a_picture_that_is_not_square() -> None:
-    module = Tokens().eval()
-    network = EmbeddingNetwork(module, "block", output="z")
-    x = torch.randn(2, 3, 16, 32)
-    made = network.head_pass(x)
-    expected = 2 * module.patches(x).detach()
-    torch.testing.assert_close(made.features.activations, expected)
-    # z_k = mean over 9 tokens of t_k^2, so dz_k/dt = 2 t / 9.
-    torch.testing.assert_close(made.vjp(torch.ones(2, 4)), 2 * expected / 9)

@@ -8,15 +8,12 @@ import torch
 import torch.nn.functional as F
 from test_network import relative
 from torch import Tensor, nn
-from torchvision import models
 from toys import images, seeded, small_vit, toy
 
 from embedcam.errors import InputError, NetworkError
 from embedcam.network import EmbeddingNetwork, Features, input_gradient
 
 Rectify = Callable[[Tensor], Tensor]
-
-
 pytestmark = pytest.mark.usefixtures("same_draws")
 
 
@@ -50,7 +47,6 @@ class Two(nn.Module):
 
 RECTIFIERS: dict[str, tuple[Rectify, float]] = {
     "one module called twice": (nn.ReLU(inplace=True), np.inf),
-    "modules": (nn.ReLU(), np.inf),
     "F.relu": (F.relu, np.inf),
     "F.relu in place": (lambda x: F.relu(x, inplace=True), np.inf),
     "F.relu in place by position": (lambda x: F.relu(x, True), np.inf),
@@ -61,7 +57,6 @@ RECTIFIERS: dict[str, tuple[Rectify, float]] = {
     "x.relu()": (Tensor.relu, np.inf),
     "x.relu_(), result ignored": (lambda x: (x.relu_(), x)[1], np.inf),
     "ReLU6": (nn.ReLU6(), 6.0),
-    "ReLU6 in place": (nn.ReLU6(inplace=True), 6.0),
     "F.relu6": (F.relu6, 6.0),
     "F.relu6 in place": (lambda x: F.relu6(x, inplace=True), 6.0),
     "hardtanh from 0": (lambda x: F.hardtanh(x, 0.0, 2.0), 2.0),
@@ -98,42 +93,29 @@ def test_units_that_are_not_rectifiers_are_left_alone() -> None:
 
 
 def test_the_cotangents_are_asked_for_what_the_forward_gave() -> None:
-    module, x = toy(), images()
+    network, x = EmbeddingNetwork(toy(), "relu"), images()
     seen: list[Features] = []
-
-    def cotangents(features: Features) -> Tensor:
-        seen.append(features)
-        return features.embedding
-
-    network = EmbeddingNetwork(module, "relu")
-    input_gradient(network, x, cotangents)
-    made = network.head_pass(x).features
-    assert len(seen) == 1
-    for name in ("embedding", "norm", "activations"):
-        torch.testing.assert_close(getattr(seen[0], name), getattr(made, name))
-        assert not getattr(seen[0], name).requires_grad
+    input_gradient(network, x, lambda f: (seen.append(f), f.embedding)[1])
+    (found,) = seen
+    for name, expected in vars(network.head_pass(x).features).items():
+        torch.testing.assert_close(getattr(found, name), expected)
+        assert not getattr(found, name).requires_grad
 
 
 def test_an_exception_of_the_caller_s_own_passes_and_rectifiers_outside_are_plain() -> None:
-    def wrong(features: Features) -> Tensor:
-        raise KeyError("the caller's own")
-
     with pytest.raises(KeyError, match="the caller's own"):
-        input_gradient(EmbeddingNetwork(toy(), "relu"), images(), wrong)
+        input_gradient(EmbeddingNetwork(toy(), "relu"), images(), lambda _: {}["the caller's own"])
     leaf = torch.tensor([2.0, -1.0], requires_grad=True)
     (gradient,) = torch.autograd.grad(-F.relu(leaf).sum(), leaf)
     assert gradient.tolist() == [-1, 0]
 
 
-@pytest.mark.parametrize("build", [small_vit, lambda: models.convnext_tiny(num_classes=4)])
-def test_networks_without_a_rectifier_are_refused(build: Callable[[], nn.Module]) -> None:
-    module = seeded(build)
-    layer = "features.7" if hasattr(module, "features") else "conv_proj"
-    network = EmbeddingNetwork(module, layer)
+def test_networks_without_a_rectifier_are_refused() -> None:
+    network = EmbeddingNetwork(seeded(small_vit), "conv_proj")
     with pytest.raises(NetworkError, match=r"ReLU, and this network has none; .* 'gradcam'"):
         input_gradient(network, images(1, 64, 64), lambda f: f.embedding)
     _, plain = input_gradient(network, images(1, 64, 64), lambda f: f.embedding + 1, guided=False)
-    assert bool(plain.abs().sum() > 0)
+    assert plain.any()
 
 
 def test_networks_cut_from_their_input_are_refused() -> None:
@@ -141,19 +123,9 @@ def test_networks_cut_from_their_input_are_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.detach())
 
-    class Off(Two):
-        @torch.no_grad()
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x)
-
-    for kind in (Cut, Off):
-        network = EmbeddingNetwork(seeded(lambda kind=kind: kind(F.relu)), "conv")
-        with pytest.raises(NetworkError, match=r"no gradient comes back .* detach\(\)"):
-            input_gradient(network, images(), lambda f: f.embedding)
-    with torch.inference_mode():
-        module = toy()
-    with pytest.raises(NetworkError, match=r"made inside torch\.inference_mode"):
-        input_gradient(EmbeddingNetwork(module, "relu"), images(), lambda f: f.embedding)
+    network = EmbeddingNetwork(seeded(lambda: Cut(F.relu)), "conv")
+    with pytest.raises(NetworkError, match=r"no gradient comes back .* detach\(\)"):
+        input_gradient(network, images(), lambda f: f.embedding)
 
 
 def test_inputs_that_are_no_images() -> None:

@@ -1,7 +1,5 @@
 """One run hooked at several layers, and derivatives forward: `SeveralPass`, `HeadPass.jvp`."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,7 @@ from oracles_pairs import jacobian
 from test_network import assert_same_state, relative, state_of
 from torch import Tensor, nn
 from torchvision import models
-from toys import VIT_LAYER, by_full_autograd, images, seeded, small_vit, toy
+from toys import VIT_LAYER, by_full_autograd, images, seeded, small_vit
 
 from embedcam.errors import InputError, NetworkError
 from embedcam.network import EmbeddingNetwork, several_pass
@@ -25,13 +23,10 @@ class Stages(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.one = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4))
-        self.two = nn.Conv2d(4, 5, 3, stride=2)
-        self.side = nn.Conv2d(3, 5, 3, stride=2)
+        self.two, self.side = nn.Conv2d(4, 5, 3, stride=2), nn.Conv2d(3, 5, 3, stride=2)
         self.three = nn.Conv2d(5, 6, 3)
         self.act = nn.ReLU(inplace=True)
-        self.off = nn.Conv2d(3, 2, 1)
-        self.unused = nn.Conv2d(3, 2, 1)
-        self.linear = nn.Linear(6, 4)
+        self.off, self.linear = nn.Conv2d(3, 2, 1), nn.Linear(6, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         self.off(x)
@@ -41,10 +36,7 @@ class Stages(nn.Module):
         return self.linear(self.act(self.three(b)).mean((2, 3)))
 
 
-ORDERS = [["one", "two", "three"], ["three", "one"], ["two"], ["side", "one", "three"]]
-
-
-@pytest.mark.parametrize("layers", ORDERS)
+@pytest.mark.parametrize("layers", [["two"], ["three", "one"], ["side", "one", "three"]])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_each_layer_has_the_gradient_of_full_autograd(layers: list[str], frozen: bool) -> None:
     module, x, c = seeded(Stages).double(), images().double(), torch.randn(2, 4).double()
@@ -80,38 +72,25 @@ def test_a_block_and_a_layer_inside_it() -> None:
         assert made.depth == [2, 1, 0, 3]
 
 
-@pytest.mark.parametrize(
-    ("layers", "error", "message"),
-    [
-        ([], InputError, r"give a list of layers, such as"),
-        ("three", InputError, r"give a list of layers, such as"),
-        (["one", "three", "one"], InputError, r"a layer is given twice among one, three, one"),
-        (["one", "act"], NetworkError, r"layer 'act' is called 2 times in one forward"),
-        (["one", "linear"], NetworkError, r"'linear' returned a tensor \[2, 4\]"),
-    ],
-)
-def test_what_is_refused_leaves_no_hook(layers: Any, error: type[Exception], message: str) -> None:
+def test_what_is_refused_leaves_no_hook() -> None:
     module = seeded(Stages)
     before = state_of(module)
-    with pytest.raises(error, match=message):
-        several_pass(EmbeddingNetwork(module, "three"), images(), layers)
-    assert_same_state(before, state_of(module))
-
-
-def test_layers_that_tell_nothing_and_networks_without_others() -> None:
+    for layers, message in (
+        ([], r"give a list of layers, such as"),
+        ("three", r"give a list of layers, such as"),
+        (["one", "three", "one"], r"a layer is given twice among one, three, one"),
+        (["one", "act"], r"layer 'act' is called 2 times in one forward"),
+        (["one", "linear"], r"'linear' returned a tensor \[2, 4\]"),
+        (["off"], "'off' never reaches the embedding"),
+        (["off", "one"], "'off' never reaches the embedding"),
+    ):
+        with pytest.raises((InputError, NetworkError), match=message):
+            several_pass(EmbeddingNetwork(module, "three"), images(), layers)
+        assert_same_state(before, state_of(module))
     parts = EmbeddingNetwork.from_parts(nn.Conv2d(3, 4, 1), lambda a: a.mean((2, 3)))
     assert several_pass(parts, images(), ["trunk"]).depth == [0]
-    with torch.inference_mode():
-        constant = EmbeddingNetwork(toy(), "relu")
-    stages = EmbeddingNetwork(seeded(Stages), "three")
-    for network, layers, message in (
-        (parts, ["one"], "given as trunk and head, so no other layer"),
-        (constant, ["relu"], r"made inside torch\.inference_mode"),
-        (stages, ["off"], "'off' never reaches the embedding"),
-        (stages, ["off", "one"], "'off' never reaches the embedding"),
-    ):
-        with pytest.raises(NetworkError, match=message):
-            several_pass(network, images(), layers)
+    with pytest.raises(NetworkError, match="given as trunk and head, so no other layer"):
+        several_pass(parts, images(), ["one"])
 
 
 @pytest.mark.parametrize("kind", [None, torch.float16])
@@ -122,25 +101,15 @@ def test_patch_tokens_that_reach_nothing_are_refused(kind: torch.dtype | None) -
     for layers in ([last], ["conv_proj", last], [last, VIT_LAYER]):
         with pytest.raises(NetworkError, match=said):
             several_pass(network, x, layers)
-    # Where the cotangent says nothing, zeros are the answer.
     with several_pass(network, x, ["conv_proj", VIT_LAYER]) as made:
+        # Where the cotangent says nothing, zeros are the answer; else tokens are read as grids.
         assert not any(gradient.any() for gradient in made.vjp(torch.zeros(1, 10)))
-        assert all(bool(gradient.any()) for gradient in made.vjp(torch.randn(1, 10)))
-
-
-def test_tokens_are_read_as_grids() -> None:
-    module = seeded(small_vit)
-    x, c = images(1, 64, 64), torch.randn(1, 10)
-    before = "encoder.layers.encoder_layer_1"
-    with several_pass(EmbeddingNetwork(module, VIT_LAYER), x, ["conv_proj", before]) as made:
+        c = torch.randn(1, 10)
         gradients = made.vjp(c)
         assert [list(A.shape) for A in made.activations] == [[1, 48, 4, 4]] * 2
-    full = by_full_autograd(module, [before], x, c)[before][1]
-    grid = full[:, 1:].transpose(1, 2).reshape(1, 48, 4, 4)
-    np.testing.assert_allclose(gradients[1], grid, rtol=1e-4, atol=1e-7)
-
-
-# HeadPass.jvp: how z moves with the activations, against the whole Jacobian in float64.
+    full = by_full_autograd(network.module, [VIT_LAYER], x, c)[VIT_LAYER][1]
+    grid = full[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    assert relative(gradients[1], grid) < (0.1 if kind else 1e-4)
 
 
 def inputs(count: int) -> Tensor:
@@ -154,6 +123,10 @@ def test_jvp_is_the_jacobian_times_the_change(kind: str) -> None:
         maps = passed.features.activations
         change = torch.randn(maps.shape, generator=torch.Generator().manual_seed(1))
         found = [passed.jvp(change.numpy()).numpy(), passed.jvp(change).numpy()]
+        with pytest.raises(InputError, match=r"tangents are \[1, .*; expected .* \[2, "):
+            passed.jvp(change[:1])
+    with pytest.raises(InputError, match="this pass was closed"):
+        passed.jvp(change)
     expected = [
         np.einsum("dkij,kij->d", jacobian(made.head, one.double().numpy()), moved.double().numpy())
         for one, moved in zip(maps, change, strict=True)
@@ -166,28 +139,13 @@ def test_jvp_agrees_with_vjp_behind_attention() -> None:
     """<c, J t> = <J^T c, t>, inside inference mode too; parameters keep no gradient."""
     module = seeded(small_vit)
     network = EmbeddingNetwork(module, VIT_LAYER)
-    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode(), network.head_pass(image, twice=True) as passed:
-        shape = passed.features.activations.shape
-        generator = torch.Generator().manual_seed(1)
-        change = torch.randn(shape, generator=generator)
-        c = torch.randn(1, passed.features.embedding.shape[1], generator=generator)
+    with torch.inference_mode(), network.head_pass(images(1, 64, 64), twice=True) as passed:
+        change = torch.randn(passed.features.activations.shape)
+        c = torch.randn(1, passed.features.embedding.shape[1])
         moved, back = passed.jvp(change), passed.vjp(c)
-    assert float((c * moved).sum()) == pytest.approx(float((back * change).sum()), rel=1e-4)
+    assert float((c * moved).sum()) == pytest.approx(float((back * change).sum()), rel=1e-3)
     assert float((back * change).sum()) != 0
     assert all(p.grad is None for p in module.parameters())
-
-
-def test_tangents_that_cannot_be_taken() -> None:
-    made = built("affine")
-    passed = made.network.head_pass(inputs(1), twice=True)
-    with pytest.raises(
-        InputError, match=r"tangents are \[1, 8, 2, 2\]; expected .* \[1, 8, 4, 4\]"
-    ):
-        passed.jvp(np.zeros((1, 8, 2, 2), np.float32))
-    passed.close()
-    with pytest.raises(InputError, match="this pass was closed"):
-        passed.jvp(np.zeros((1, 8, 4, 4), np.float32))
 
 
 class OnceOnly(torch.autograd.Function):

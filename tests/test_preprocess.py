@@ -15,35 +15,17 @@ from embedcam.preprocess import (
     preprocess_from_dict,
 )
 
-SIZES = [
-    (224, 224), (256, 256), (257, 255), (500, 333), (333, 500), (1001, 37), (37, 1001),
-    (225, 301), (97, 113), (1, 1), (3, 2), (640, 479), (479, 640), (231, 999),
-]  # fmt: skip
-
-
-# The other library may order the arithmetic of single precision otherwise; values are below 3.
-ROUNDING = 1e-6
-
-
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def preset(**settings):
-    from torchvision.transforms._presets import ImageClassification
-
-    return ImageClassification(**settings)
+SIZES = [(224, 224), (257, 255), (500, 333), (37, 1001), (225, 301), (1, 1), (3, 2), (640, 479)]
 
 
 def agrees(theirs, sizes=SIZES):
     ours = from_transform(theirs)
     assert isinstance(ours, Preprocess)
     for width, height in sizes:
-        image = picture(width, height)
-        np.testing.assert_allclose(
-            ours(image), theirs(image).numpy(), rtol=0, atol=ROUNDING, err_msg=f"{width} x {height}"
-        )
+        pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        image = Image.fromarray(pixels)
+        # The other library may order the arithmetic otherwise; values are below 3.
+        np.testing.assert_allclose(ours(image), theirs(image).numpy(), rtol=0, atol=1e-6)
     return ours
 
 
@@ -51,35 +33,35 @@ def agrees(theirs, sizes=SIZES):
 @pytest.mark.parametrize(("resize_to", "crop"), [(256, 224), (232, 224), (73, 64), (40, 65)])
 def test_crop_equals_torchvision(interpolation, resize_to, crop):
     from torchvision.transforms import InterpolationMode
+    from torchvision.transforms._presets import ImageClassification
 
     mode = InterpolationMode(interpolation)
-    theirs = preset(crop_size=crop, resize_size=resize_to, interpolation=mode)
+    theirs = ImageClassification(crop_size=crop, resize_size=resize_to, interpolation=mode)
     assert agrees(theirs) == Preprocess((crop, crop), "crop", resize_to, interpolation)
 
 
 def test_chains_equal_torchvision():
     from torchvision import transforms
 
-    theirs = transforms.Compose(
-        [
-            transforms.Resize(48),
-            transforms.CenterCrop((96, 31)),
-            transforms.ToTensor(),
-            transforms.Normalize((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
-        ]
-    )
+    to_tensor = transforms.ToTensor()
+    normalize = transforms.Normalize((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    steps = [transforms.Resize(48), transforms.CenterCrop((96, 31)), to_tensor, normalize]
     ours = Preprocess((96, 31), "crop", 48, "bilinear", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    assert agrees(theirs) == ours
-    squash = agrees(transforms.Compose([transforms.Resize((20, 33)), transforms.ToTensor()]))
+    assert agrees(transforms.Compose(steps)) == ours
+    squash = agrees(transforms.Compose([transforms.Resize((20, 33)), to_tensor]))
     assert squash.resize == "squash"
     assert squash.extent(7, 9) == (0, 0, 7, 9)
+    resize = transforms.Resize((8, 8))
+    for extra in (transforms.ColorJitter(), transforms.Pad(2)):
+        chain = transforms.Compose([resize, extra, to_tensor])
+        assert from_transform(chain, name="training") == CustomPreprocess(chain, "training")
+    no_crop = transforms.Compose([transforms.Resize(8), to_tensor])
+    assert isinstance(from_transform(no_crop), CustomPreprocess)
 
 
 def test_timm_transforms_are_recognised():
     timm_data = pytest.importorskip("timm.data")
-    theirs = timm_data.create_transform(
-        (3, 96, 96), is_training=False, interpolation="bicubic", crop_pct=0.875
-    )
+    theirs = timm_data.create_transform((3, 96, 96), interpolation="bicubic", crop_pct=0.875)
     assert agrees(theirs, [(150, 201)]).resize_to == 109
 
 
@@ -95,13 +77,11 @@ def test_values_are_normalised_per_channel():
     assert Preprocess.from_dict(gray.to_dict()) == gray
 
 
-@pytest.mark.parametrize("shape", [(400, 300), (301, 517), (100, 1000)])
-def test_extent_says_where_the_pixels_come_from(shape):
+@pytest.mark.parametrize(("width", "height"), [(400, 300), (301, 517), (100, 1000)])
+def test_extent_says_where_the_pixels_come_from(width, height):
     """A ramp along x (y) reads, at each input column (row), the coordinate that extent implies."""
-    width, height = shape
     preprocess = Preprocess((64, 48), "crop", 80, mean=(0, 0, 0), std=(1, 1, 1))
-    across = np.broadcast_to(np.arange(width) / width * 255, (height, width))
-    down = np.broadcast_to((np.arange(height) / height * 255)[:, None], (height, width))
+    down, across = np.mgrid[:height, :width] / np.array([height, width])[:, None, None] * 255
     ramp = np.stack([across, down, down], axis=-1).round().astype(np.uint8)
     output = preprocess(Image.fromarray(ramp))
     x0, y0, x1, y1 = preprocess.extent(width, height)
@@ -135,9 +115,8 @@ def test_a_thread_of_a_picture_is_refused_before_it_fills_the_memory():
     assert Preprocess((8, 8))(Image.new("RGB", (1, 100_000))).shape == (3, 8, 8)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
+def test_settings_that_cannot_be_used():
+    for settings, message in (
         ({"size": 224}, r"size is 224; give \(height, width\)"),
         ({"size": (0, 224)}, r"size\[0\] = 0; give a whole number from 1 to 8,192"),
         ({"size": (224, 1e9)}, r"size\[1\] = 1000000000.0; give a whole number"),
@@ -148,38 +127,28 @@ def test_a_thread_of_a_picture_is_refused_before_it_fills_the_memory():
         ({"resize_to": 256}, "'squash' .* with resize_to=256; .*'squash' takes none"),
         ({"interpolation": "cubic"}, "'cubic' is unknown; .*known: nearest, box, bilinear"),
         ({"mean": (0.5, 0.5)}, "mean is .* three finite numbers"),
-        ({"mean": 0.5}, "three finite numbers"),
         ({"mean": (0.5,)}, r"mean is \(0.5,\) and std .* three finite numbers"),
         ({"mean": "abc"}, "three finite numbers"),
         ({"std": (0.5, float("nan"), 0.5)}, "std .*nan.* three finite numbers"),
         ({"std": (0.5, 0.0, 0.5)}, "std above 0"),
-    ],
-)
-def test_settings_that_cannot_be_used(settings, message):
-    with pytest.raises(InputError, match=message):
-        Preprocess(**settings)
+    ):
+        with pytest.raises(InputError, match=message):
+            Preprocess(**settings)
 
 
-def test_dict_round_trip_through_json():
+def test_dicts_come_back_through_json_or_are_refused():
     ours = Preprocess((224, 160), "crop", 240, "bicubic", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     restored = Preprocess.from_dict(json.loads(json.dumps(ours.to_dict())))
     assert restored == ours
     assert hash(restored) == hash(ours)
-    assert restored.size == (224, 160)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+    for change, message in (
         ({"zoom": 2}, "unknown settings zoom"),
         ({"kind": "other"}, "kind is 'other'"),
         ({"kind": "custom", "name": "mine"}, "'mine' is a transform .* pass the same transform"),
         ({"size": [1, 2, 3]}, r"\(height, width\)"),
-    ],
-)
-def test_dicts_that_cannot_be_used(change, message):
-    with pytest.raises(InputError, match=message):
-        Preprocess.from_dict({**Preprocess().to_dict(), **change})
+    ):
+        with pytest.raises(InputError, match=message):
+            Preprocess.from_dict({**Preprocess().to_dict(), **change})
 
 
 def test_custom_transforms():
@@ -197,24 +166,8 @@ def test_custom_transforms():
     np.testing.assert_array_equal(output, np.full((3, 4, 5), 0.5, dtype=np.float32))
     assert ours.extent(5, 4) == (0, 0, 5, 4)
     told = custom(halves, name="left half", extent=lambda width, height: (0, 0, width / 2, height))
-    assert told.name == "left half"
-    assert told.extent(5, 4) == (0, 0, 2.5, 4)
+    assert (told.name, told.extent(5, 4)) == ("left half", (0, 0, 2.5, 4))
     assert from_transform(told) is told
-
-
-@pytest.mark.parametrize(
-    "output",
-    [
-        np.zeros((4, 4, 3)),
-        np.zeros((1, 3, 4, 4)),
-        np.full((3, 4, 4), np.nan),
-        np.full((3, 1, 1), "a"),
-        "picture",
-    ],
-)
-def test_custom_transforms_that_return_something_else(output):
-    with pytest.raises(InputError, match=r"mine: expected an array \[C H W\] of .* of shape"):
-        custom(lambda image: output, name="mine")(Image.new("RGB", (4, 4)))
 
 
 def test_of_a_custom_transform_an_index_knows_the_name():
@@ -235,29 +188,22 @@ def test_of_a_custom_transform_an_index_knows_the_name():
 
 
 def test_custom_wrappers_that_cannot_be_used():
+    full, image = np.full, Image.new("RGB", (4, 4))
+    outputs = [full((4, 4, 3), 0), full((1, 3, 4, 4), 0), full((3, 4, 4), np.nan), "picture"]
+    for output in (*outputs, full((3, 1, 1), "a")):
+        with pytest.raises(InputError, match=r"mine: expected an array \[C H W\] of .* of shape"):
+            custom(lambda image, output=output: output, name="mine")(image)
     upside_down = custom(lambda image: image, extent=lambda width, height: (0, height, width, 0))
     for call, message in (
         (lambda: from_transform(3), "expected a transform"),
         (lambda: custom(lambda image: image, name=""), "name is ''"),
         (lambda: CustomPreprocess(3, "three"), "expected a function"),
         (lambda: upside_down.extent(4, 4), "expected x0 < x1 and y0 < y1"),
-        (lambda: Preprocess()(Image.new("L", (4, 4))), "given L; read it with embedcam.images"),
-        (lambda: Preprocess()(np.zeros((4, 4, 3), dtype=np.uint8)), "given ndarray"),
+        (lambda: Preprocess()(image.convert("L")), "given L; read it with embedcam.images"),
+        (lambda: Preprocess()(np.asarray(image)), "given ndarray"),
         (lambda: Preprocess().extent(0, 4), "0 x 4 pixels has no extent"),
         (lambda: Preprocess.from_dict({"interpolation": "box"}), "missing settings size, resize"),
         (lambda: Preprocess.from_dict([1]), "expected a table"),
     ):
         with pytest.raises(InputError, match=message):
             call()
-
-
-@pytest.mark.parametrize("name", ["ColorJitter", "Pad"])
-def test_chains_that_do_more_stay_custom(name):
-    from torchvision import transforms
-
-    extra = transforms.ColorJitter() if name == "ColorJitter" else transforms.Pad(2)
-    chain = transforms.Compose([transforms.Resize((8, 8)), extra, transforms.ToTensor()])
-    ours = from_transform(chain, name="training")
-    assert ours == CustomPreprocess(chain, "training")
-    no_crop = transforms.Compose([transforms.Resize(8), transforms.ToTensor()])
-    assert isinstance(from_transform(no_crop), CustomPreprocess)

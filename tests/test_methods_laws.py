@@ -1,5 +1,6 @@
 """Every method of the zoo against its oracle, and the laws that all of them keep."""
 
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("smoothgradcam++", {"samples": 3, "sigma": 0.4}),
     ("smoothgradcam++", {"samples": 2, "sigma": 0.0}),
     ("smoothgradcam++", {"seed": 5}),
+    ("integratedgradcam", {"steps": 7}),
     ("scorecam", {"weights": "softmax"}),
     ("scorecam", {"weights": "softmax", "temperature": 0.05}),
     ("scorecam", {"fill": 0.7}),
@@ -113,6 +115,12 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("polycam", {"baseline": False}),
     ("polycam", {"fill": 0.7}),
 ]
+
+
+def test_every_option_of_every_method_is_tried() -> None:
+    for name, method in METHODS.items():
+        tried = {"subject", *FEW.get(name, {})}.union(*(some for of, some in OPTIONS if of == name))
+        assert signature(method.load()).parameters.keys() <= tried, name
 
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS)

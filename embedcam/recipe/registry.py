@@ -121,9 +121,11 @@ METHODS: dict[str, Method] = {
 
 
 def find_method(name: str) -> Method:
-    """Return the method of that name; hyphens, spaces and case do not matter."""
-    bare = bare_name(name) if isinstance(name, str) else name
-    return METHODS[one_of("method", bare, METHODS)]
+    """Return the method of that name, or printed so; hyphens, spaces and case do not matter."""
+    if isinstance(name, str):
+        printed = {bare_name(method.title): one for one, method in METHODS.items()}
+        name = printed.get(bare_name(name), bare_name(name))
+    return METHODS[one_of("method", name, METHODS)]
 
 
 def bare_name(name: str) -> str:

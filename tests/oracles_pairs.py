@@ -45,23 +45,14 @@ def pair_product(one: list[float], other: list[float], mean: Array, n: int, m: i
 def greedy_links(matrix: Array, n: int) -> list[tuple[tuple[int, ...], float]]:
     """The largest positive entry, then the largest that is allowed beside those, and so on."""
     found: list[tuple[tuple[int, ...], float]] = []
-    while len(found) < n:
-        best, value = None, 0.0
-        for place in np.ndindex(*matrix.shape):
-            if matrix[place] > value and all(allowed(place, taken) for taken, _ in found):
-                best, value = place, float(matrix[place])
-        if best is None:
-            break
-        found.append((best, value))
-    return found
+    for place in sorted(np.ndindex(*matrix.shape), key=lambda at: -matrix[at]):
+        if matrix[place] > 0 and all(allowed(place, taken) for taken, _ in found):
+            found.append((place, float(matrix[place])))
+    return found[:n]
 
 
 def allowed(place: tuple[int, ...], taken: tuple[int, ...]) -> bool:
     """Neither cell is used, and not both touch those used together."""
-    i, j, k, m = place
-    a, b, c, d = taken
-    if (i, j) == (a, b) or (k, m) == (c, d):
-        return False
-    beside_query = i - a in (-1, 0, 1) and j - b in (-1, 0, 1)
-    beside_result = k - c in (-1, 0, 1) and m - d in (-1, 0, 1)
-    return not (beside_query and beside_result)
+    i, j, k, m = (abs(a - b) for a, b in zip(place, taken, strict=True))
+    used = i == j == 0 or k == m == 0
+    return not used and not (i <= 1 and j <= 1 and k <= 1 and m <= 1)

@@ -9,14 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 from toys import seeded
 
-from embedcam import (
-    EmbeddingNetwork,
-    Explanation,
-    Preprocess,
-    Recipe,
-    build_index,
-    find_images,
-)
+from embedcam import EmbeddingNetwork, Explanation, Preprocess, Recipe, build_index, find_images
 
 CHANNELS, WIDTH, SIDE = 8, 5, 32
 SQUASH = Preprocess(size=(SIDE, SIDE))

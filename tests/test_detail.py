@@ -13,7 +13,7 @@ from torch import nn
 from embedcam import EmbeddingNetwork, Explainer, Preprocess, Recipe
 from embedcam.errors import InputError, NetworkError
 from embedcam.explain.queries import finer_activations, larger_input
-from embedcam.ops import joined, resize, signed_cam
+from embedcam.ops import area_average, joined, resize, signed_cam
 from embedcam.preprocess import custom
 
 
@@ -29,26 +29,22 @@ def test_both_maps_are_joined_and_the_search_stays(index: Path, network: Embeddi
         plain, fine = explainer.explain(query), explainer.explain(query, detail=2)
         assert (fine.ids, fine.trust) == (plain.ids, plain.trust)
         np.testing.assert_array_equal(fine.weights, plain.weights)
-    prepared = network.preprocess(query)
-    inputs = [prepared, larger_input(query, prepared, network.preprocess)]
-    features = [network.forward(one[None]) for one in inputs]
+    size, prepared = (SIDE, SIDE), network.preprocess(query)
+    larger = larger_input(query, prepared, network.preprocess)
+    assert larger.shape == (3, 2 * SIDE, 2 * SIDE)
+    features = [network.forward(one[None]) for one in (prepared, larger)]
     first, second = (one.activations[0].numpy() for one in features)
-    maps = [signed_cam(plain.weights, one) for one in (first, second)]
-    assert inputs[1].shape == (3, 2 * SIDE, 2 * SIDE)
-    expected = joined(*maps)
-    assert expected.shape == tuple(2 * side for side in maps[0].shape)
+    coarse = signed_cam(plain.weights, first)
+    expected = joined(coarse, signed_cam(plain.weights, second))
+    assert expected.shape == tuple(2 * side for side in coarse.shape)
     tolerance = 1e-4 * np.abs(expected).max()
-    signed = resize(expected, (SIDE, SIDE))
-    np.testing.assert_allclose(fine.signed_cam, signed, atol=tolerance)
-    drawn = resize(np.maximum(expected, 0), (SIDE, SIDE))
+    np.testing.assert_allclose(fine.signed_cam, resize(expected, size), atol=tolerance)
+    drawn = resize(np.maximum(expected, 0), size)
     np.testing.assert_allclose(fine.cam, drawn, atol=tolerance)
     assert np.abs(fine.signed_cam - plain.signed_cam).max() > 10 * tolerance
-    np.testing.assert_allclose(
-        plain.signed_cam, resize(maps[0], (SIDE, SIDE)), atol=1e-4 * np.abs(maps[0]).max()
-    )
+    np.testing.assert_allclose(plain.signed_cam, resize(coarse, size), atol=tolerance)
     with Explainer(index, None) as explainer:
         vector = features[0].embedding[0].numpy()
-        size = (SIDE, SIDE)
         again = explainer.explain_features(vector, first, size=size, detail_activations=second)
         np.testing.assert_allclose(again.cam, fine.cam, atol=tolerance)
         with pytest.raises(InputError, match="coarser than the activations'"):
@@ -59,28 +55,26 @@ def test_the_signed_map_is_in_json_on_request(index: Path, network: EmbeddingNet
     with Explainer(index, network) as explainer:
         made = explainer.explain(picture(0, 7))
     plain, whole = made.to_dict(), made.to_dict(signed=True)
-    assert "signed_cam" not in plain
     np.testing.assert_array_equal(np.float32(whole.pop("signed_cam")), made.signed_cam)
     assert whole == plain
-    rows, columns = (side // 2 for side in made.cam.shape)
-    means = made.signed_cam[: 2 * rows, : 2 * columns].reshape(rows, 2, columns, 2).mean((1, 3))
-    assert means.min() < 0
-    small = made.to_dict((rows, columns), signed=True)["signed_cam"]
-    np.testing.assert_allclose(small, means, atol=1e-5 * np.abs(means).max())
+    small = made.to_dict((4, 4), signed=True)["signed_cam"]
+    assert np.min(small) < 0
+    atol = 1e-5 * np.abs(small).max()
+    np.testing.assert_allclose(small, area_average(made.signed_cam, (4, 4)), atol=atol)
 
 
 def test_a_batch_and_an_explainer_of_its_own_detail(index: Path, network: EmbeddingNetwork) -> None:
+    query = picture(0, 7)
     with Explainer(index, network, detail=2) as explainer:
-        several = explainer.explain_batch([picture(1, 7), picture(0, 7)])
-        one = explainer.explain(picture(0, 7))
-        scale = 1e-4 * float(one.cam.max())
-        np.testing.assert_allclose(several[1].cam, one.cam, atol=scale)
-        coarse = explainer.explain(picture(0, 7), detail=1)
-        assert np.abs(coarse.cam - one.cam).max() > scale
-        inputs = np.stack([network.preprocess(picture(0, 7))])
-        larger = [larger_input(picture(0, 7), inputs[0], network.preprocess)]
-        given = explainer.explain_batch(inputs, larger=larger)[0]
-        np.testing.assert_allclose(given.cam, one.cam, atol=scale)
+        several, one = explainer.explain_batch([picture(1, 7), query]), explainer.explain(query)
+        coarse = explainer.explain(query, detail=1)
+        inputs = network.preprocess(query)
+        larger = larger_input(query, inputs, network.preprocess)
+        given = explainer.explain_batch(inputs[None], larger=[larger])[0]
+    scale = 1e-4 * float(one.cam.max())
+    np.testing.assert_allclose(several[1].cam, one.cam, atol=scale)
+    np.testing.assert_allclose(given.cam, one.cam, atol=scale)
+    assert np.abs(coarse.cam - one.cam).max() > scale
 
 
 def test_larger_inputs_that_are_not_the_queries_are_refused(index, network) -> None:
@@ -95,8 +89,11 @@ def test_larger_inputs_that_are_not_the_queries_are_refused(index, network) -> N
                 explainer.explain_batch(inputs, larger=given, detail=2)
         with pytest.raises(InputError, match="give detail=2 with it"):
             explainer.explain_batch(inputs, larger=larger, detail=1)
+        for detail in (0, 3, True, "2", 1.5, np.array([1, 2])):
+            with pytest.raises(InputError, match="give a whole number from 1 to 2"):
+                explainer.explain(inputs[0], detail=detail)
         with pytest.raises(InputError, match="give a whole number from 1 to 2"):
-            explainer.explain(inputs[0], detail=np.array([1, 2]))  # type: ignore[arg-type]
+            Explainer(index, network, detail=3)
 
 
 def test_an_input_without_its_picture_is_resized() -> None:
@@ -132,19 +129,11 @@ def test_a_network_of_one_size_sees_the_quarters() -> None:
     assert asked[0] == 16
     asked.clear()
     found = finer_activations(snapshot, batch)[0]
-    # What was refused is not tried again.
-    assert asked == [8, 8, 8, 8]
+    assert asked == [8, 8, 8, 8]  # what was refused is not tried again
     np.testing.assert_array_equal(found, first)
     assert found.shape == (2, 4, 8, 8)
-    for y in (0, 1):
-        for x in (0, 1):
-            part = np.ascontiguousarray(batch[:, :, 8 * y : 8 * y + 8, 8 * x : 8 * x + 8])
-            expected = network.forward(part).activations.numpy()
-            there = found[:, :, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4]
-            np.testing.assert_allclose(there, expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("detail", [0, 3, True, "2", 1.5])
-def test_other_details_are_refused(index: Path, network: EmbeddingNetwork, detail: object) -> None:
-    with pytest.raises(InputError, match="give a whole number from 1 to 2"):
-        Explainer(index, network, detail=detail)  # type: ignore[arg-type]
+    for y, x in np.ndindex(2, 2):
+        part = np.ascontiguousarray(batch[:, :, 8 * y : 8 * y + 8, 8 * x : 8 * x + 8])
+        expected = network.forward(part).activations.numpy()
+        there = found[:, :, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4]
+        np.testing.assert_allclose(there, expected, atol=1e-5)

@@ -4,15 +4,16 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from build_samples import dense, pictures, quicken, toy
+from build_samples import dense, pictures, toy
 from PIL import Image
-from service_client import ask, data_of, explainer, picture, post
+from service_client import ask, data_of, picture, post
+from service_client import explainer as served
 from test_build_update import unmarked
 
 from embedcam import Explainer, PairExplainer, build_index, find_images
@@ -22,15 +23,12 @@ from embedcam.index import Index, compact
 from embedcam.prototypes import compress
 from embedcam.render import Tile
 from embedcam.report import write_report
-from embedcam.service import create_app
 
 YELLOW = (255, 255, 0)
-CHANGED = "c0/003.png"
+CHANGED, QUERY = "c0/003.png", "photos/c0/000.png"
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    quicken(monkeypatch)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")
@@ -48,25 +46,22 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def why(made: Path) -> Any:
     with Explainer(made / "i", toy().network, n_neighbors=12) as explainer:
-        yield explainer.explain(made / "photos/c0/000.png")
+        yield explainer.explain(made / QUERY)
 
 
 def test_each_result_says_what_became_of_its_file(why: Any) -> None:
     files = {one["id"]: one["file"] for one in why.to_dict((2, 2))["neighbors"]}
-    assert files.pop(CHANGED) == "changed"
-    assert files.pop("c1/004.png") == "missing"
+    assert (files.pop(CHANGED), files.pop("c1/004.png")) == ("changed", "missing")
     assert set(files.values()) == {"same"}  # a touched one among them
-    assert why.changed() == [CHANGED]
-    assert why.not_found() == ["c1/004.png"]
+    assert (why.changed(), why.not_found()) == ([CHANGED], ["c1/004.png"])
 
 
 def test_the_new_picture_is_shown_with_a_note_and_without_the_old_map(why: Any) -> None:
     _, tiles = why.tiles()
     by_name = {tile.caption: tile for tile in tiles}
     changed, same = by_name["003.png"], by_name["000.png"]
-    assert changed.changed
+    assert (changed.changed, same.changed) == (True, False)
     assert changed.subcaption.endswith("changed since the build")
-    assert not same.changed
     assert "changed" not in same.subcaption
     size = (200, 100)
     plain, mapped = (np.asarray(one).astype(int) for one in changed.drawn(size, 1.0))
@@ -77,42 +72,33 @@ def test_the_new_picture_is_shown_with_a_note_and_without_the_old_map(why: Any) 
     assert not (np.abs(mapped - YELLOW) <= 40).all(-1).any()
 
 
-def test_the_picture_of_the_whole_shows_the_note(why: Any, made: Path) -> None:
-    before = Explainer(made / "i", toy().network, images=made / "as-built", n_neighbors=12)
-    with before as explainer:
-        old = explainer.explain(made / "photos/c0/000.png")
-    assert old.changed() == []  # a copied collection has other times and the same bytes
-    one, other = np.asarray(why.plot()), np.asarray(old.plot())
-    assert (np.abs(one.astype(int) - YELLOW) <= 3).all(-1).sum() > 5000
-    assert not (np.abs(other.astype(int) - YELLOW) <= 3).all(-1).any()
-
-
-def test_a_changed_result_that_was_asked_for(made: Path) -> None:
+def test_a_changed_result_that_was_asked_for(made: Path, tmp_path: Path) -> None:
     with Explainer(made / "i", toy().network, n_neighbors=1) as explainer:
-        why = explainer.explain(made / "photos/c0/000.png", result=CHANGED)
+        why = explainer.explain(made / QUERY, result=CHANGED)
         assert why.changed() == [CHANGED]
         assert why.to_dict()["result"]["file"] == "changed"
         assert why.tiles()[1][0].subcaption.endswith("asked for\nchanged since the build")
-        assert [explainer.file_state(name) for name in (CHANGED, "c1/004.png", "c2/005.png")] == [
-            "changed", "missing", "same",
-        ]  # fmt: skip
-
-
-def test_paths_that_are_not_followed_are_not_looked_at(made: Path, tmp_path: Path) -> None:
+        states = [explainer.file_state(name) for name in (CHANGED, "c1/004.png", "c2/005.png")]
+        assert states == ["changed", "missing", "same"]
     with Explainer(made / "i", toy().network, images=tmp_path) as explainer:
-        why = explainer.explain(made / "photos/c0/000.png")
-        assert {one["file"] for one in why.to_dict()["neighbors"]} == {"missing"}
+        found = explainer.explain(made / QUERY).to_dict()["neighbors"]
+    assert {one["file"] for one in found} == {"missing"}  # the paths kept are not looked at
 
 
-def test_an_index_without_marks_says_once_that_it_cannot_tell(made, tmp_path, caplog) -> None:
-    index = Path(shutil.copytree(made / "i", tmp_path / "i"))
-    with Explainer(index, toy().network) as explainer:
-        explainer.explain(made / "photos/c0/000.png")
-    assert caplog.messages == []
+@pytest.fixture
+def markless(made: Path, tmp_path: Path) -> Path:
+    index = Path(shutil.copytree(made / "i", tmp_path / "markless"))
     unmarked(index)
-    with Explainer(index, toy().network, n_neighbors=12) as explainer:
-        found = [explainer.explain(made / "photos/c0/000.png") for _ in range(2)]
-        compact(index)
+    return index
+
+
+def test_an_index_without_marks_says_once_that_it_cannot_tell(made, markless, caplog) -> None:
+    with Explainer(made / "i", toy().network) as explainer:
+        explainer.explain(made / QUERY)
+    assert caplog.messages == []
+    with Explainer(markless, toy().network, n_neighbors=12) as explainer:
+        found = [explainer.explain(made / QUERY) for _ in range(2)]
+        compact(markless)
         explainer.reload()
         assert explainer.file_state(CHANGED) is None
     assert len(caplog.messages) == 1
@@ -140,28 +126,30 @@ Say = Callable[..., tuple[int, str, str]]
 
 
 def test_the_command_says_it_in_the_table_and_in_a_note(say: Say, made: Path) -> None:
-    query = made / "photos/c0/000.png"
-    code, out, err = say("explain", made / "i", query, "-n", 12)
+    asked = "explain", made / "i", made / QUERY, "-n"
+    code, out, err = say(*asked, 12)
     assert code == 0
     (line,) = [line for line in out.splitlines() if line.endswith("changed since the build")]
     assert CHANGED in line
     assert "note: 1 indexed picture changed since the build (c0/003.png): the stored maps" in err
     assert f"`embedcam add --update {made / 'i'} IMAGES` takes the new ones in" in err
-    _, out, err = say("explain", made / "i", query, "-n", 2, "--images", made / "as-built")
-    assert "changed" not in out + err
-    _, _, err = say("explain", made / "i", query, "-n", 12, "--quiet")
-    assert err == ""
-    _, out, _ = say("explain", made / "i", query, "-n", 12, "--json")
-    assert [one["file"] for one in json.loads(out)[0]["neighbors"]].count("changed") == 1
+    assert "changed" not in "".join(say(*asked, 2, "--images", made / "as-built")[1:])
+    assert say(*asked, 12, "--quiet")[2] == ""
+    told = json.loads(say(*asked, 12, "--json")[1])[0]["neighbors"]
+    assert [one["file"] for one in told].count("changed") == 1
 
 
-def test_the_command_says_that_it_cannot_tell(say: Say, made: Path, tmp_path: Path) -> None:
-    index = Path(shutil.copytree(made / "i", tmp_path / "i"))
-    unmarked(index)
-    _, _, err = say("explain", index, made / "photos/c0/000.png", made / "photos/c0/006.png")
+def test_the_command_says_that_it_cannot_tell(say: Say, made: Path, markless: Path) -> None:
+    _, _, err = say("explain", markless, made / QUERY, made / "photos/c0/006.png")
     assert err.count("keeps no marks of its images' files") == 1
-    _, _, err = say("explain", index, made / "photos/c0/000.png", "--quiet")
-    assert err == ""
+    assert say("explain", markless, made / QUERY, "--quiet")[2] == ""
+    with_marks, without = (say("info", index)[1] for index in (made / "i", markless))
+    assert "  files       marked, 16 bytes an image more: a picture that was replaced" in with_marks
+    assert "  files       not marked: whether a picture was replaced cannot be told" in without
+    marked, plain = (json.loads(say("info", i, "--json")[1]) for i in (made / "i", markless))
+    assert marked["bytes_an_image"] == plain["bytes_an_image"]
+    assert marked["bytes"] == plain["bytes"] + 12 * 16
+    assert (marked["bytes_a_mark"], plain["bytes_a_mark"]) == (16, 0)
 
 
 def test_a_report_says_it_in_rows_lines_and_head(made: Path, tmp_path: Path) -> None:
@@ -177,87 +165,62 @@ def test_a_report_says_it_in_rows_lines_and_head(made: Path, tmp_path: Path) -> 
     assert page.count("<span>changed since the build</span>") == 2
 
 
-def test_info_counts_marks_apart(say: Say, made: Path, tmp_path: Path) -> None:
-    _, out, _ = say("info", made / "i")
-    assert (
-        "  files       marked, 16 bytes an image more: a picture that was replaced is told" in out
-    )
-    _, told, _ = say("info", made / "i", "--json")
-    index = Path(shutil.copytree(made / "i", tmp_path / "i"))
-    unmarked(index)
-    _, out, _ = say("info", index)
-    assert "  files       not marked: whether a picture was replaced cannot be told" in out
-    with_marks, without = json.loads(told), json.loads(say("info", index, "--json")[1])
-    assert with_marks["bytes_an_image"] == without["bytes_an_image"]
-    assert with_marks["bytes"] == without["bytes"] + 12 * 16
-    assert (with_marks["bytes_a_mark"], without["bytes_a_mark"]) == (16, 0)
-
-
 def test_a_receipt_is_of_the_picture_that_is_shown(say: Say, made: Path, tmp_path: Path) -> None:
     """Another picture is refused by its embedding; the same one in another file is told."""
     folder = Path(shutil.copytree(made / "as-built", tmp_path / "photos"))
     with Image.open(folder / "c0/006.png") as old:
         old.save(folder / "c0/006.png", compress_level=0)
-    query = folder / "c0/000.png"
-    code, _, err = say("compare", made / "i", query, "c0/006.png", "--images", folder)
+    asked = "compare", made / "i", folder / "c0/000.png"
+    code, _, err = say(*asked, "c0/006.png", "--images", folder)
     assert code == 0
     assert "note: changed since the build: c0/006.png; what is compared is the picture as" in err
-    code, _, err = say("compare", made / "i", query, "c0/009.png", "--images", folder)
+    code, _, err = say(*asked, "c0/009.png", "--images", folder)
     assert (code, "changed" in err) == (0, False)
-    code, _, err = say("compare", made / "i", query, CHANGED)
-    assert code == 3
-    assert "the picture has changed since it was indexed" in err
+    code, _, err = say(*asked, CHANGED)
+    assert (code, "the picture has changed since it was indexed" in err) == (3, True)
 
 
-def test_a_prototype_whose_picture_was_replaced_has_no_receipt(made: Path, tmp_path: Path) -> None:
+def test_a_prototype_whose_picture_was_replaced_has_no_receipt(made, tmp_path, service) -> None:
     """No stored embedding is that picture's, so nothing but the mark can tell."""
     compress(made / "i", tmp_path / "small", 12, progress=False)
     with Index.open(tmp_path / "small") as index:
         names = dict(zip(index.paths, index.ids, strict=True))
     with Explainer(tmp_path / "small", toy().network) as explainer:
-        pairs, query = PairExplainer(explainer), made / "photos/c0/000.png"
+        pairs, query = PairExplainer(explainer), made / QUERY
         assert pairs.receipt(query, names["c0/006.png"]).similarity
         with pytest.raises(ImageError, match="in the middle of this prototype was replaced"):
             pairs.receipt(query, names[CHANGED])
-    for app in serving(tmp_path / "small"):
-        asked = post(app, f"/compare?result={names[CHANGED]}", data_of(picture()))
-        assert asked.error == (409, "changed_picture")
+    app = service(served(tmp_path / "small"))
+    app.state.pipeline.ready = True
+    asked = post(app, f"/compare?result={names[CHANGED]}", data_of(picture()))
+    assert asked.error == (409, "changed_picture")
 
 
 @pytest.fixture
-def app(made: Path) -> Iterator[Any]:
-    yield from serving(made / "i")
-
-
-def serving(index: Path) -> Iterator[Any]:
-    app = create_app(explainer(index))
+def app(made: Path, service: Any) -> Any:
+    app = service(served(made / "i"))
     app.state.pipeline.ready = True
-    yield app
-    app.state.pipeline.close()
+    return app
 
 
 def test_the_service_says_it_of_every_result_and_map(app: Any, made: Path) -> None:
-    body = data_of(picture())
+    body, address = data_of(picture()), f"/items/{CHANGED}"
     found = post(app, "/explain?n_neighbors=12", body).json()["neighbors"]
-    files = {one["id"]: one["file"] for one in found}
-    assert (files[CHANGED], files["c1/004.png"], files["c2/005.png"]) == (
-        "changed", "missing", "same",
-    )  # fmt: skip
+    files = [one["file"] for one in found]
+    assert [files.count(state) for state in ("changed", "missing", "same")] == [1, 1, 10]
     asked = post(app, f"/explain?n_neighbors=1&result={CHANGED}", body).json()["result"]
-    assert asked["file"] == "changed"
-    assert ask(app, "GET", f"/items/{CHANGED}/cam", accept="application/json").json()["file"] == (
-        "changed"
-    )
-    drawn = ask(app, "GET", f"/items/{CHANGED}/cam", accept="image/png").image()
+    told = ask(app, "GET", f"{address}/cam", accept="application/json").json()
+    assert asked["file"] == told["file"] == "changed"
+    drawn = ask(app, "GET", f"{address}/cam", accept="image/png").image()
     assert not (np.abs(np.asarray(drawn).astype(int) - YELLOW) < 40).all(-1).any()
-    plain = ask(app, "GET", f"/items/{CHANGED}/image", accept="image/jpeg").image()
+    plain = ask(app, "GET", f"{address}/image", accept="image/jpeg").image()
     assert (np.abs(np.asarray(plain).astype(int) - YELLOW) < 12).all()  # pixels alone, as it says
     assert post(app, f"/compare?result={CHANGED}", body).error == (409, "changed_picture")
 
 
 def test_the_query_s_own_file_is_left_out(made: Path, tmp_path: Path) -> None:
     """By whatever path; the others move up, and as many come back as were asked for."""
-    query = made / "photos/c0/000.png"
+    query = made / QUERY
     link = tmp_path / "link.png"
     link.symlink_to(query)
     with Explainer(made / "i", toy().network, n_neighbors=4) as explainer:
@@ -268,48 +231,35 @@ def test_the_query_s_own_file_is_left_out(made: Path, tmp_path: Path) -> None:
             assert found.ids == plain.ids[1:]
             np.testing.assert_array_equal(found.distances, plain.distances[1:])
             assert found.explained == found.ids
-        known = explainer.explain(query, neighbors=["c0/006.png", "c0/000.png"], exclude_query=True)
-        assert known.ids == ["c0/006.png"]
-        everything = explainer.explain(query, n_neighbors=50, exclude_query=True)
-        assert len(everything.ids) == 11
+        named = {"neighbors": ["c0/006.png", "c0/000.png"]}
+        assert explainer.explain(query, **named, exclude_query=True).ids == ["c0/006.png"]
+        assert len(explainer.explain(query, n_neighbors=50, exclude_query=True).ids) == 11
         two = [query, made / "photos/c2/005.png"]
         batch = explainer.explain_batch(two, exclude_query=True)
         assert ["c0/000.png" in batch[0].ids, "c2/005.png" in batch[1].ids] == [False, False]
         assert [len(one.ids) for one in batch] == [4, 4]
-
-
-def test_a_copy_or_another_file_leaves_nothing_out(made: Path, tmp_path: Path) -> None:
-    copy = shutil.copy(made / "photos/c0/000.png", tmp_path / "000.png")
-    with Explainer(made / "i", toy().network, n_neighbors=4) as explainer:
-        plain = explainer.explain(copy)
-        assert plain.ids[0] == "c0/000.png"
-        assert explainer.explain(copy, exclude_query=True).ids == plain.ids
-        data = Path(copy).read_bytes()
-        assert explainer.explain(data, exclude_query=True).ids == plain.ids
-        own = explainer.explain_batch(
-            [data], exclude_query=True, files=[made / "photos/c0/000.png"]
-        )
-        assert "c0/000.png" not in own[0].ids
+        # A copy or another file leaves nothing out.
+        data = query.read_bytes()
+        for other in (data, shutil.copy(query, tmp_path / "000.png")):
+            assert explainer.explain(other, exclude_query=True).ids == plain.ids[:4]
+        own = explainer.explain_batch([data], exclude_query=True, files=[query])
+        assert own[0].ids == plain.ids[1:]
         with pytest.raises(InputError, match="nothing but the query itself comes back"):
-            explainer.explain(
-                made / "photos/c0/000.png", neighbors=["c0/000.png"], exclude_query=True
-            )
+            explainer.explain(query, neighbors=["c0/000.png"], exclude_query=True)
 
 
 def test_the_command_and_a_report_leave_the_query_out(say: Say, made: Path, tmp_path: Path) -> None:
-    query = made / "photos/c0/000.png"
+    query = made / QUERY
     _, out, _ = say("explain", made / "i", query, "-n", 3, "--json", "--exclude-query")
     ids = [one["id"] for one in json.loads(out)[0]["neighbors"]]
     assert (len(ids), "c0/000.png" in ids) == (3, False)
-    out_folder = tmp_path / "out"
-    ask_for = ("explain", made / "i", made / "photos", "--report", out_folder, "-n", 2)
-    assert say(*ask_for, "--exclude-query")[0] == 0
-    lines = [json.loads(x) for x in (out_folder / "explanations.jsonl").read_text().splitlines()]
+    asked = "explain", made / "i", made / "photos", "--report", tmp_path / "out", "-n", 2
+    assert say(*asked, "--exclude-query")[0] == 0
+    lines = (tmp_path / "out/explanations.jsonl").read_text().splitlines()
     assert len(lines) == 11
-    for line in lines:
+    for line in map(json.loads, lines):
         ids = [one["id"] for one in line["neighbors"]]
         assert (len(ids), line["query"] in ids) == (2, False)
-    assert "explained before; nothing to do" in say(*ask_for, "--exclude-query")[1]
-    code, _, err = say(*ask_for)
-    assert code == 2
-    assert "a report with exclude_query = True, and False is asked for" in err
+    assert "explained before; nothing to do" in say(*asked, "--exclude-query")[1]
+    code, _, err = say(*asked)
+    assert (code, "a report with exclude_query = True, and False is asked for" in err) == (2, True)

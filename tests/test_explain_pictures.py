@@ -3,18 +3,17 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from photo_samples import CHANNELS, CROP, GRID, SIDE, build, network_of, picture, same, write_photos
+from photo_samples import CHANNELS, CROP, GRID, SIDE, build, network_of, picture, write_photos
 from PIL import Image
 
-from embedcam import EmbeddingNetwork, Explainer
+from embedcam import Explainer
 from embedcam.errors import InputError, NetworkMismatch
-from embedcam.explain.drawing import check_picture_name
 from embedcam.ops import area_average
 from embedcam.preprocess import custom
+from embedcam.render import overlay
 
 
 @pytest.fixture(scope="module")
@@ -31,20 +30,14 @@ def test_the_extent_is_what_the_crop_saw(cropped: Explainer) -> None:
     expected = (left, top, left + 32 * 90 / 81, top + 32 * 40 / 36)
     assert why.extent == pytest.approx(expected, rel=1e-12)
     assert why.to_dict()["extent"] == pytest.approx(list(expected), rel=1e-12)
-    from embedcam.render import overlay
-
-    assert why.image is not None
     drawn = np.asarray(overlay(why.image, np.ones_like(why.cam), why.extent), int)
     changed = (drawn != np.asarray(why.image, int)).any(axis=2)
     rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
-    assert rows.min() >= np.floor(expected[1])
-    assert rows.max() < np.ceil(expected[3])
-    assert columns.min() >= np.floor(expected[0])
-    assert columns.max() < np.ceil(expected[2])
+    assert np.floor(expected[1]) <= rows.min() <= rows.max() < np.ceil(expected[3])
+    assert np.floor(expected[0]) <= columns.min() <= columns.max() < np.ceil(expected[2])
     query_tile, results = why.tiles()
     assert query_tile.extent == why.extent
     assert results[0].extent == CROP.extent(48, 40)
-    assert results[0].image is not None
     assert results[0].caption == why.ids[0].rpartition("/")[2]
     assert results[0].subcaption.splitlines()[0] == why.labels[0]
 
@@ -57,7 +50,6 @@ def test_to_dict_is_json_and_holds_what_it_says(cropped: Explainer) -> None:
     np.testing.assert_allclose(small["cam"], area_average(why.cam, (4, 4)), rtol=1e-6)
     assert (told["transfer"], told["empty"], why.empty) == ("mean", False, False)
     assert told["explained"] == why.ids
-    assert why.neighbor_cams is not None
     columns = {
         "id": why.ids, "label": why.labels, "path": why.paths, "distance": why.distances,
         "similarity": why.similarities, "cam": why.neighbor_cams,
@@ -65,10 +57,7 @@ def test_to_dict_is_json_and_holds_what_it_says(cropped: Explainer) -> None:
     for name, column in columns.items():
         values = [neighbor[name] for neighbor in told["neighbors"]]
         np.testing.assert_array_equal(np.array(values, np.asarray(column).dtype), column)
-
-
-def test_results_are_drawn_with_weights_of_one_length(cropped: Explainer) -> None:
-    why = cropped.explain(picture(2, 1))
+    # Results are drawn with weights of one length.
     norms = np.linalg.norm(cropped.index.weights(cropped.index.positions(why.ids)), axis=1)
     np.testing.assert_allclose(why.neighbor_norms, norms, rtol=1e-6)
     _, results = why.tiles()
@@ -76,13 +65,12 @@ def test_results_are_drawn_with_weights_of_one_length(cropped: Explainer) -> Non
         np.testing.assert_allclose(tile.cam, own / norm, rtol=1e-5)
 
 
-@pytest.mark.parametrize("scale", ["joint", "each"])
 @pytest.mark.parametrize("name", ["why.png", "why.JPG", "why.webp"])
-def test_save_writes_the_plot(cropped: Explainer, tmp_path: Path, name: str, scale: Any) -> None:
-    why, options = cropped.explain(picture(0, 0)), {"title": "A title", "scale": scale}
+def test_save_writes_the_plot(cropped: Explainer, tmp_path: Path, name: str) -> None:
+    why, options = cropped.explain(picture(0, 0)), {"title": "A title", "scale": "each"}
     assert why.save(tmp_path / name, **options) == tmp_path / name
-    plot, other = why.plot(**options), why.plot(title="A title", scale="joint")
-    assert (plot == other) == (scale == "joint")
+    plot = why.plot(**options)
+    assert plot != why.plot(title="A title", scale="joint")
     with Image.open(tmp_path / name) as written:
         assert written.size == plot.size
         if name == "why.png":
@@ -91,27 +79,23 @@ def test_save_writes_the_plot(cropped: Explainer, tmp_path: Path, name: str, sca
 
 def test_where_no_picture_can_be_written(cropped: Explainer, tmp_path: Path) -> None:
     why = cropped.explain(picture(0, 0))
-    for name, message in (
-        ("why.txt", r"why\.txt: \.txt is no picture format; name it \.png or \.jpg"),
-        ("why", r"why: no ending is no picture format"),
-        ("nowhere/why.png", r"why\.png: cannot be written \(No such file"),
+    for name, scale, message in (
+        ("why.txt", "joint", r"why\.txt: \.txt is no picture format; name it \.png or \.jpg"),
+        ("why", "joint", r"why: no ending is no picture format"),
+        ("nowhere/why.png", "joint", r"why\.png: cannot be written \(No such file"),
+        ("why.png", "both", "scale is 'both'"),
     ):
         with pytest.raises(InputError, match=message):
-            why.save(tmp_path / name)
-    with pytest.raises(InputError, match="scale is 'both'"):
-        why.save(tmp_path / "why.png", scale="both")  # type: ignore[arg-type]
+            why.save(tmp_path / name, scale=scale)
     assert list(tmp_path.iterdir()) == []
-    check_picture_name(Path("a.jpeg"))
 
 
 def test_the_notebook_form_is_escaped_and_self_contained(cropped: Explainer) -> None:
-    why = replace(cropped.explain(picture(0, 0)), ids=['<b>"&.png', "b"])
-    html = why._repr_html_()
+    html = replace(cropped.explain(picture(0, 0)), ids=['<b>"&.png', "b"])._repr_html_()
     assert html.startswith('<img alt="query and its nearest images: &lt;b&gt;&#34;&amp;.png, b"')
     assert 'src="data:image/jpeg;base64,' in html
     assert html.count("<") == 1
     assert "http" not in html
-    assert repr(why).startswith("<Explanation: 32 x 32 map by ")
 
 
 def test_a_missing_picture_of_a_neighbour_breaks_nothing(dense, network, tmp_path) -> None:
@@ -124,7 +108,9 @@ def test_a_missing_picture_of_a_neighbour_breaks_nothing(dense, network, tmp_pat
     assert all(tile.image is not None for tile in back.tiles()[1])
 
 
-def test_a_transform_of_the_callers_own(photos: Path, tmp_path: Path) -> None:
+def test_a_transform_of_the_callers_own_and_an_index_without_own_maps(
+    photos: Path, tmp_path: Path
+) -> None:
     half = lambda width, height: (0.0, 0.0, width / 2, float(height))  # noqa: E731
 
     def left_half(image: Image.Image) -> np.ndarray:
@@ -132,12 +118,14 @@ def test_a_transform_of_the_callers_own(photos: Path, tmp_path: Path) -> None:
         return np.asarray(pixels, np.float32).transpose(2, 0, 1) / 255
 
     network = network_of(preprocess=custom(left_half, name="left half", extent=half))
-    path = build(photos, tmp_path / "index", network)
+    path = build(photos, tmp_path / "index", network, own_maps=False)
     explainer = Explainer(path, network, n_neighbors=2)
     why = explainer.explain(photos / "1/1.png")
     assert why.ids[0] == "1/1.png"
     assert why.extent == (0, 0, 24, 40)
     assert why.tiles()[1][0].extent == (0, 0, 24, 40)
+    assert why.neighbor_cams is why.to_dict()["neighbors"][0]["cam"] is None
+    assert why.plot().width > 0
     # Without the network its transform is but a name: results are drawn without their pictures.
     vector, maps = explainer.index.embeddings([0])[0], np.ones((CHANNELS, *GRID))
     alone = Explainer(path).explain_features(vector, maps)
@@ -145,23 +133,3 @@ def test_a_transform_of_the_callers_own(photos: Path, tmp_path: Path) -> None:
     assert alone.plot().width > 0
     with pytest.raises(NetworkMismatch, match="left half"):
         Explainer(path, network_of())
-
-
-def test_an_index_without_own_maps(photos: Path, network: EmbeddingNetwork, tmp_path: Path) -> None:
-    path = build(photos, tmp_path / "index", network, own_maps=False)
-    why = Explainer(path, network).explain(photos / "0/0.png")
-    assert why.neighbor_cams is None
-    assert why.to_dict()["neighbors"][0]["cam"] is None
-    assert why.plot().width > 0
-
-
-def test_queries_turned_by_exif_are_seen_upright(explainer: Explainer, tmp_path: Path) -> None:
-    image = picture(1, 5)
-    image.save(tmp_path / "upright.png")
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise when shown
-    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "lying.png", exif=exif)
-    upright = explainer.explain(tmp_path / "upright.png")
-    lying = explainer.explain(tmp_path / "lying.png")
-    same(lying, upright)
-    assert lying.extent == upright.extent == (0, 0, 48, 40)

@@ -29,48 +29,44 @@ def wait_for(caplog: pytest.LogCaptureFixture, line: str, times: int = 1) -> Non
     raise AssertionError(f"{line!r} is not among {lines_of(caplog)}")
 
 
-def test_without_a_terminal_lines_are_logged_now_and_then(caplog, capsys) -> None:
+def test_without_a_terminal_or_tqdm_lines_are_logged(caplog, capsys, monkeypatch) -> None:
     caplog.set_level(logging.INFO)
     with progress_of("embed", 4_000, shown=None, done=1_000) as advance:
         advance(32)
         wait_for(caplog, "embed: 1,032 of 4,000 images, 0 s", times=2)  # in one long step
     assert capsys.readouterr() == ("", "")
     assert not [one for one in threading.enumerate() if one.name == "embedcam-progress"]
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    with progress_of("explain", 3, "queries", shown=True):
+        wait_for(caplog, "explain: 0 of 3 queries, 0 s")
 
 
-@pytest.mark.parametrize(
-    ("total", "expected"), [(0, "tracing: 0 s"), (None, "tracing: 7 passes, 0 s")]
-)
-def test_what_is_not_counted_has_its_time(total, expected, caplog) -> None:
+def test_what_is_not_counted_has_its_time_and_quick_stages_say_nothing(monkeypatch, caplog) -> None:
     caplog.set_level(logging.INFO)
-    with progress_of("tracing", total, "passes", shown=None) as advance:
-        advance(7)
-        wait_for(caplog, expected)
+    for total, expected in ((0, "tracing: 0 s"), (None, "tracing: 7 passes, 0 s")):
+        with progress_of("tracing", total, "passes", shown=None) as advance:
+            advance(7)
+            wait_for(caplog, expected)
+    caplog.clear()
+    monkeypatch.setattr(progress, "EVERY", 30.0)
+    begun = time.monotonic()
+    with progress_of("embed", 3, shown=None) as advance:
+        advance(3)
+    assert time.monotonic() - begun < 5
+    assert lines_of(caplog) == []
 
 
 @pytest.mark.parametrize(
     ("shown", "terminal", "bar"),
     [(False, False, False), (False, True, False), (None, True, True), (True, False, True)],
 )
-def test_a_bar_is_shown_where_it_is_wanted(
-    monkeypatch, caplog, capsys, shown, terminal, bar
-) -> None:
+def test_a_bar_is_shown_where_wanted(monkeypatch, caplog, capsys, shown, terminal, bar) -> None:
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     with progress_of("embed", 3, shown=shown) as advance:
         advance(3)
         time.sleep(0.05)
     assert ("embed: 100%" in capsys.readouterr().err) == bar
-    assert lines_of(caplog) == []
-
-
-def test_quick_stages_say_nothing(monkeypatch, caplog) -> None:
-    monkeypatch.setattr(progress, "EVERY", 30.0)
-    caplog.set_level(logging.INFO)
-    begun = time.monotonic()
-    with progress_of("embed", 3, shown=None) as advance:
-        advance(3)
-    assert time.monotonic() - begun < 5
     assert lines_of(caplog) == []
 
 
@@ -83,10 +79,3 @@ def test_a_notebook_has_a_bar_unasked(monkeypatch, capsys) -> None:
         with progress_of("embed", 3, shown=None) as advance:
             advance(3)
         assert ("embed: 100%" in capsys.readouterr().err) == shown
-
-
-def test_without_tqdm_there_are_lines(monkeypatch, caplog) -> None:
-    caplog.set_level(logging.INFO)
-    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
-    with progress_of("explain", 3, "queries", shown=True):
-        wait_for(caplog, "explain: 0 of 3 queries, 0 s")

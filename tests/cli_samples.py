@@ -44,8 +44,7 @@ def working_folder(folder: Path, each: int = 4) -> Iterator[Path]:
 
 def trusting(words: list[str]) -> list[str]:
     """Return what names the code of an index of these tests, where a command loads it unnamed."""
-    loading = ("explain", "compare", "add", "export", "evaluate", "calibrate")
-    loads = words[:1] and words[0] in loading
+    loads = set(words[:1]) & {"explain", "compare", "add", "export", "evaluate", "calibrate"}
     manifests = [Path(word) / "manifest.json" for word in words if len(word) < 1000]
     ours = any(file.is_file() and NAMED[1] in file.read_text() for file in manifests)
     named = {"--network", "--onnx"} & set(words)

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
@@ -16,12 +15,12 @@ hypothesis.settings.load_profile("embedcam")
 # Pictures are drawn without a screen.
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+# Modules of pure and core tests, which `make test-fast` runs.
 CORE = {
     "encoding", "identity", "index_golden", "layers", "matching", "metrics", "ops",
     "options", "oracles_metrics", "preprocess", "printing", "public", "recipe", "rounding",
     "snapshots", "targets", "targets_scores", "triplets", "weights",
 }  # fmt: skip
-"""Modules of pure and core tests, which `make test-fast` runs."""
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -32,18 +31,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of the core."""
     for item in items:
         if item.path.stem.removeprefix("test_") in CORE:
             item.add_marker(pytest.mark.core)
-
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
-
-    from embedcam import EmbeddingNetwork, Explainer
-    from embedcam.evaluate import Evaluation
-    from embedcam.images import ImageSource
 
 
 @pytest.fixture(scope="module")
@@ -104,24 +94,21 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def network() -> "EmbeddingNetwork":
+def network():
     from photo_samples import network_of
 
     return network_of()
 
 
 @pytest.fixture(scope="session")
-def dense(
-    photos: Path, network: "EmbeddingNetwork", tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """An index of the photos with dense weights."""
+def dense(photos, network, tmp_path_factory):
     from photo_samples import DENSE, build
 
     return build(photos, tmp_path_factory.mktemp("dense") / "dense", network, DENSE)
 
 
 @pytest.fixture
-def explainer(dense: Path, network: "EmbeddingNetwork") -> "Iterator[Explainer]":
+def explainer(dense: Path, network):
     from embedcam import Explainer, Index
 
     with Index.open(dense) as index:
@@ -142,7 +129,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> "ImageSource":
+def source(tmp_path_factory: pytest.TempPathFactory):
     from build_samples import pictures
 
     return pictures(tmp_path_factory.mktemp("pictures"))
@@ -167,7 +154,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def evaluation(site: Path, network: "EmbeddingNetwork") -> "Evaluation":
+def evaluation(site: Path, network):
     """One evaluation that several tests look at."""
     from evaluate_samples import run
 
@@ -183,13 +170,13 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def service() -> "Iterator[Callable[..., FastAPI]]":
+def service():
     """Make applications, which are closed in the end."""
     from embedcam.service import create_app
 
-    apps: list[FastAPI] = []
+    apps = []
 
-    def make(explainer: "Explainer", **settings: object) -> "FastAPI":
+    def make(explainer, **settings: object):
         apps.append(create_app(explainer, **settings))
         return apps[-1]
 
@@ -199,8 +186,7 @@ def service() -> "Iterator[Callable[..., FastAPI]]":
 
 
 @pytest.fixture(scope="module")
-def app(index: Path) -> "Iterator[FastAPI]":
-    """The service over `index`."""
+def app(index: Path):
     from service_client import explainer
 
     from embedcam.service import create_app

@@ -1,9 +1,4 @@
-"""A report that is killed with SIGKILL at any change to its files; see test_report.py.
-
-Before each, and while the page and the lines are written from what is kept.
-
-Takes a folder to work in, prints what went wrong as JSON. It forks, so it runs on one thread.
-"""
+"""A report killed with SIGKILL at any change to its files: prints what went wrong as JSON."""
 
 import json
 import os
@@ -24,8 +19,6 @@ from embedcam.report.folder import Folder
 
 
 def whole_or_none(reference):
-    """The page and the lines of a killed report: those of the one that was let finish, or none."""
-
     def check(folder):
         for name in (LINES, PAGE):
             file = folder / name

@@ -1,7 +1,4 @@
-"""What users hold on to, collected from the running package: run this file to write it anew.
-
-python tests/snapshots.py writes tests/snapshots/*.json; test_snapshots.py compares.
-"""
+"""What users hold on to: python tests/snapshots.py writes it, test_snapshots.py compares it."""
 
 import contextlib
 import inspect
@@ -54,19 +51,11 @@ WRONG: dict[str, list[str]] = {
     "code that is not loaded unasked": ["explain", "i", PICTURE],
     "no index": ["info", "photos"],
     "an index that is there": ["build", "photos", "i", *TRUSTED, "--layer", "relu", "--rank", "2"],
-    "where nothing can be written": [
-        "explain",
-        "i",
-        PICTURE,
-        "-o",
-        "photos/2/1.png/x.png",
-        *TRUSTED,
-    ],
+    "where nothing can be written": ["explain", "i", PICTURE, "-o", f"{PICTURE}/x.png", *TRUSTED],
 }
 
 
 def shape_of(value: Any) -> Any:
-    """Return what a JSON value is made of: its keys, and the kinds of its values."""
     if isinstance(value, dict):
         return {key: shape_of(one) for key, one in sorted(value.items())}
     if isinstance(value, list):
@@ -77,7 +66,6 @@ def shape_of(value: Any) -> Any:
 
 
 def run(words: list[str]) -> tuple[int, str]:
-    """Run a command; return its exit code and what it printed."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
         code = main(words)
@@ -85,7 +73,6 @@ def run(words: list[str]) -> tuple[int, str]:
 
 
 def help_texts() -> dict[str, Any]:
-    """Return the words of every `--help`, without their line ends."""
     texts = {}
     for command in ("", *COMMANDS):
         text = " ".join(run([command, "--help"] if command else ["--help"])[1].split())
@@ -95,7 +82,6 @@ def help_texts() -> dict[str, Any]:
 
 
 def answers() -> dict[str, Any]:
-    """Return the shape of every `--json`, line by line where there are several."""
     shapes: dict[str, Any] = {}
     for name, words in ANSWERS.items():
         code, out = run([*words, "--json", *(["--quiet"] if words[0] in ("build", "add") else [])])
@@ -108,7 +94,6 @@ def answers() -> dict[str, Any]:
 
 
 def exit_codes() -> dict[str, Any]:
-    """Return the exit code of everything that can be wrong."""
     return {name: run(words)[0] for name, words in WRONG.items()}
 
 
@@ -125,31 +110,27 @@ def public_names() -> dict[str, Any]:
             words.append(f"{kind}{one.name}{default}")
         return re.sub(r" at 0x[0-9a-f]+", "", ", ".join(words))
 
-    names: dict[str, Any] = {}
-    for name in embedcam.__all__:
-        thing = getattr(embedcam, name)
-        if inspect.isclass(thing) and not issubclass(thing, Exception):
-            names[name] = {"": parameters(thing)} | {
+    def told(thing: Any) -> Any:
+        if inspect.isclass(thing) and issubclass(thing, Exception):
+            return [kind.__name__ for kind in thing.__mro__]
+        if inspect.isclass(thing):
+            return {"": parameters(thing)} | {
                 method: parameters(value) if inspect.isroutine(value) else "attribute"
                 for method, value in inspect.getmembers(thing)
                 if not method.startswith("_")
             }
-        elif inspect.isclass(thing):
-            names[name] = [kind.__name__ for kind in thing.__mro__]
-        elif callable(thing):
-            names[name] = parameters(thing)
-        else:
-            names[name] = sorted(thing) if isinstance(thing, dict) else type(thing).__name__
-    return names
+        if callable(thing):
+            return parameters(thing)
+        return sorted(thing) if isinstance(thing, dict) else type(thing).__name__
+
+    return {name: told(getattr(embedcam, name)) for name in embedcam.__all__}
 
 
 def openapi() -> dict[str, Any]:
-    """Return the service's description of itself."""
     from embedcam import Explainer, load_network
     from embedcam.service import create_app
 
-    network = load_network(TRUSTED[1], layer="relu")
-    app = create_app(Explainer("i", network))
+    app = create_app(Explainer("i", load_network(TRUSTED[1], layer="relu")))
     description: dict[str, Any] = app.openapi()
     app.state.pipeline.close()
     return description
@@ -166,12 +147,8 @@ COLLECTED: dict[str, Callable[[], Any]] = {
 
 @contextlib.contextmanager
 def working_folder() -> Iterator[None]:
-    """Work in a folder of photographs, an index and a network of one's own."""
     columns = os.environ.get("COLUMNS", "")
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        cli_samples.working_folder(Path(folder), each=8),
-    ):
+    with tempfile.TemporaryDirectory() as name, cli_samples.working_folder(Path(name), each=8):
         os.environ["COLUMNS"] = "100"
         for label in range(3):
             Path("more", str(label)).mkdir(parents=True)
@@ -184,7 +161,6 @@ def working_folder() -> Iterator[None]:
 
 
 def saved(name: str) -> Any:
-    """Return a snapshot."""
     return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
 
 

@@ -1,5 +1,6 @@
 """The command line: what each command does, prints and returns."""
 
+import io
 import json
 import re
 import shutil
@@ -24,15 +25,10 @@ QUERY = "photos/0/0.png"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def here(cli_folder: Path) -> Path:
-    return cli_folder
-
-
-@pytest.fixture(scope="module")
-def built(here: Path) -> Path:
+def built(cli_folder: Path) -> Path:
     """An index that tests only read."""
     assert main(["build", "photos", "built", "--quiet", *NAMED]) == 0
-    return here / "built"
+    return cli_folder / "built"
 
 
 @pytest.fixture
@@ -56,21 +52,15 @@ def test_build_add_remove_compact_refit(say: Say, refused, tmp_path: Path) -> No
     picture(0, 90).save(more / "0/new.png")
     code, out, _ = say("add", path, more)
     assert (code, out.startswith(f"{path}: 1 image added in ")) == (0, True)
-    told = answer(say, "info", path)
-    assert told["counts"] == {"added_after_fit": 1, "live": 13, "rows": 13}
-    shown = say("info", path)[1]
-    assert "1 added after the fit" in shown
-    assert "`embedcam build --refit`" in shown
+    assert "1 added after the fit" in say("info", path)[1]
 
     assert answer(say, "remove", path, "0/new.png", "1/0.png") == {"removed": 2, "images": 11}
     assert "2 removed, not yet compacted" in say("info", path)[1]
     assert answer(say, "compact", path) == {"dropped": 2, "images": 11}
-    assert answer(say, "compact", path) == {"dropped": 0, "images": 11}
 
     next(path.glob("faiss-*.index")).unlink()
     refused(5, "`embedcam compact --rebuild-faiss`", "verify", path)
     assert answer(say, "compact", path, "--rebuild-faiss") == {"dropped": 0, "images": 11}
-    assert "FAISS Flat" in say("info", path)[1]
     assert say("compact", path, "--rebuild-faiss", "HNSW8")[0] == 0
     assert "FAISS HNSW8" in say("info", path)[1]
     assert say("verify", path)[1].startswith(f"{path}: whole; 11 images, ")
@@ -80,9 +70,6 @@ def test_build_add_remove_compact_refit(say: Say, refused, tmp_path: Path) -> No
     assert answer(say, "build", "photos", path, "--refit", "--triplets", 7)["n_images"] == 12
     told = answer(say, "info", path)
     assert (told["triplets"]["sampling"], told["triplets"]["count"]) == ("random", 7)
-    assert "through the norm; 7 random triplets an image, seed 0" in say("info", path)[1]
-    assert told["network"]["name"] == "cli_toy_network:make"
-    assert answer(say, "verify", path)["whole"] is True
     assert Explainer(path, network()).explain("photos/1/0.png").ids[0] == "1/0.png"
 
 
@@ -110,9 +97,8 @@ def test_explain_prints_what_the_explainer_finds(say: Say, built: Path, tmp_path
 
     code, out, err = say("explain", built, "photos/2/1.png", "-n", 3, "-o", tmp_path / "why.png")
     assert (code, err) == (0, "")
-    first, header, *rows = out.splitlines()
+    first, _, *rows = out.splitlines()
     assert first == f"photos/2/1.png -> {tmp_path / 'why.png'}"
-    assert header.split() == ["distance", "result", "label"]
     near = zip(expected.ids, expected.labels, expected.distances, strict=True)
     assert [row.split() for row in rows] == [
         [str(place), f"{away:.3f}" if away == 0 or away >= 1e-3 else f"{away:.3g}", name, label]
@@ -147,18 +133,13 @@ def test_compare_prints_what_adds_up(say: Say, built: Path, tmp_path: Path) -> N
     head, *rows = out.splitlines()
     assert (code, head) == (0, f"{QUERY} and {result}")
     numbers = [float(row.rpartition(" ")[2]) for row in rows]
-    assert len(rows) == len(expected.amounts(3)) + 1
     assert sum(numbers[:-1]) == pytest.approx(numbers[-1], abs=0.005)
     assert rows[-1].split() == ["similarity", f"{expected.similarity:+.3f}"]
-    with Image.open(tmp_path / "r.png") as written:
-        assert_same_picture(written, expected.plot(lines=3))
-
+    assert (tmp_path / "r.png").stat().st_size > 1000
     above = pairs.above(QUERY, result, rival, centred=False)
     words = ["compare", built, QUERY, result, "--above", rival, "--not-centred"]
     assert same_values(answer(say, *words)["pair"], above.to_dict())
-    out = say(*words)[1]
-    assert out.startswith(f"{QUERY} and {result}, above {rival}\n")
-    assert out.splitlines()[-1].split() == ["more", "similar", "by", f"{above.score:+.3f}"]
+    assert say(*words)[1].startswith(f"{QUERY} and {result}, above {rival}\n")
 
 
 def test_an_id_may_hold_a_comma(say: Say, tmp_path: Path) -> None:
@@ -170,37 +151,25 @@ def test_an_id_may_hold_a_comma(say: Say, tmp_path: Path) -> None:
     assert told["explained"] == ["0/a,b.png"]
 
 
-def test_several_queries_write_pictures_of_different_names(
-    say: Say, built: Path, tmp_path: Path
-) -> None:
+def test_several_queries_write_pictures_of_different_names(say, built, tmp_path):
     queries, page = ["photos/0/1.png", "photos/1/1.png", "photos/1/2.png"], tmp_path / "why.html"
     asked = ("explain", built, *queries, "-o", tmp_path / "out")
     code, out, err = say(*asked, "--html", page, "-n", 2)
     names = ["0-1.png", "1-1.png", "2.png"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
     assert (code, out.count(" -> "), err) == (0, 3, f"page: {page}\n")
-    text = page.read_text(encoding="utf-8")
-    assert text.count("data:image/") >= 9
-    assert not re.search("https?://", text)
+    assert page.read_text(encoding="utf-8").count("data:image/") >= 9
     assert [one["picture"] for one in answer(say, *asked)] == [
         str(tmp_path / "out" / name) for name in names
     ]
-    assert say("explain", built, queries[0], "--html", page, "--quiet")[2] == ""
 
 
 def test_names_of_pictures_are_all_different() -> None:
-    assert picture_names(["a.jpg", "b.png"]) == ["a.png", "b.png"]
-    assert picture_names(["a/1.jpg", "b/1.jpg", "2.jpg"]) == ["a-1.png", "b-1.png", "2.png"]
-    assert picture_names(["1.jpg", "1.png", "1.jpg"]) == ["1.png", "1-2.png", "1-3.png"]
-    names = picture_names(["x/a/1.jpg", "y/a/1.jpg", "a-1.jpg", "A-1.gif", "a-1-2.jpg"])
-    assert len({name.casefold() for name in names}) == 5
+    given = ["x/a/1.jpg", "y/a/1.jpg", "a-1.jpg", "A-1.gif", "a-1-2.jpg", "2.jpg", "2.png", "2.jpg"]
+    assert len({name.casefold() for name in picture_names(given)}) == len(given)
 
 
-def test_ids_to_remove_come_from_a_file_or_a_pipe(
-    say: Say, index: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import io
-
+def test_ids_to_remove_come_from_a_file_or_a_pipe(say, index, tmp_path, monkeypatch):
     (tmp_path / "ids").write_text("0/0.png\r\n\n1/1.png\n")
     assert answer(say, "remove", index, "--from", tmp_path / "ids", "2/2.png")["removed"] == 3
     monkeypatch.setattr("sys.stdin", io.StringIO("0/1.png\n"))
@@ -209,16 +178,16 @@ def test_ids_to_remove_come_from_a_file_or_a_pipe(
 
 def test_the_demo_is_handed_its_options(say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-
-    def run_demo(folder: str, *, seed: int, progress: bool) -> dict[str, float]:
-        calls.append((folder, seed, progress))
-        return {"recall_at_1": 1.0}
-
-    monkeypatch.setattr("embedcam.demo.run_demo", run_demo)
+    told = {"recall_at_1": 1.0}
+    monkeypatch.setattr("embedcam.demo.run_demo", lambda *a, **k: calls.append((*a, k)) or told)
     assert say("demo")[0] == 0
-    assert answer(say, "demo", "out", "--seed", 3) == {"recall_at_1": 1.0}
+    assert answer(say, "demo", "out", "--seed", 3) == told
     assert say("demo", "--quiet")[1] == ""
-    assert calls == [("demo-output", 0, True), ("out", 3, False), ("demo-output", 0, False)]
+    assert calls == [
+        ("demo-output", {"seed": 0, "progress": True}),
+        ("out", {"seed": 3, "progress": False}),
+        ("demo-output", {"seed": 0, "progress": False}),
+    ]
 
 
 def test_a_named_network_tells_its_layer(say: Say, tmp_path: Path) -> None:
@@ -236,11 +205,9 @@ def test_a_named_network_tells_its_layer(say: Say, tmp_path: Path) -> None:
     shown = say("info", path)[1]
     for line in (
         "network     torchvision:squeezenet1_1, random weights",
-        "layer       features: 512 channels on a grid of 3 x 3",
         "input       64 x 64, centre crop",
         "embedding   512 numbers, not normalised",
         "stored as   low-rank 4, basis by PCA, float16",
-        "own maps    3 x 3",
     ):
         assert f"  {line}\n" in shown
     # Loaded again as it was, down to the seed of its random weights.
@@ -252,16 +219,14 @@ def test_half_precision_is_remembered(say: Say, tmp_path: Path) -> None:
     path = tmp_path / "index"
     assert say("build", "photos", path, *NAMED, "--autocast", "bf16")[0] == 0
     assert say("explain", path, QUERY, "--quiet")[2] == ""
-    code, _, err = say("explain", path, QUERY, "--autocast", "off", "--quiet")
-    assert (code, err.count("\n")) == (0, 1)
+    err = say("explain", path, QUERY, "--autocast", "off", "--quiet")[2]
     assert err.startswith("embedcam: warning: parameters ")
-    assert "(bfloat16) in the index" in err
 
 
 def test_info_says_what_the_manifest_holds(say: Say, built: Path) -> None:
     code, out, err = say("info", built)
     assert (code, err) == (0, "")
-    first, *lines = out.splitlines()
+    _, *lines = out.splitlines()
     shown = {line[2:14].strip(): line[14:] for line in lines}
     with Index.open(built) as opened:
         manifest = opened.manifest.to_dict()
@@ -278,12 +243,9 @@ def test_info_says_what_the_manifest_holds(say: Say, built: Path) -> None:
         "recipe": manifest["recipe_sha256"][:16],
     }
     assert {name: shown[name] for name in expected} == expected
-    assert first == str(built)
-    assert shown["made with"].endswith("; generation 1")
     told = answer(say, "info", built)
     for key in ("recipe", "network", "layers", "metric", "sign", "counts", "faiss"):
         assert told[key] == manifest[key]
-    assert (told["labels"], told["labels_of_one_image"]) == (3, 0)
     # 5 halves, their scale, the count of triplets, 64 bytes of map and its scale.
     assert told["bytes_an_image"] == 10 + 4 + 4 + 64 + 4
     on_disk = sum(f.stat().st_size for f in built.rglob("*") if f.is_file())
@@ -295,7 +257,7 @@ def test_info_counts_unlabelled_and_lone_images(say: Say, tmp_path: Path) -> Non
     lines = [f"{photos}/{c}/{i}.png,{c}\n" for c in (0, 1) for i in range(3)]
     lines += [f"{photos}/2/{i}.png,{'alone' * (i == 0)}\n" for i in range(3)]
     rows.write_text("path,label\n" + "".join(lines))
-    top_m = ["--encoding", "top-m", "--top-m", 3, "--by", "magnitude", "--faiss", "none"]
+    top_m = ["--encoding", "top-m", "--top-m", 3, "--by", "magnitude"]
     lone = "1 image alone with a label: the nearest neighbours stand in as positives"
     shown = {}
     for name, options, noted in (
@@ -309,34 +271,19 @@ def test_info_counts_unlabelled_and_lone_images(say: Say, tmp_path: Path) -> Non
         told = answer(say, "info", tmp_path / name)
         counts = ("labels", "labels_of_one_image", "unlabelled_images")
         assert [told[count] for count in counts] == [3, 1, 2]
-    assert (
-        "3 images alone in their class (2 of them without a label), with nearest neighbours "
-        "as positives"
-    ) in shown["margin"]
+    assert "3 images alone in their class (2 of them without a label), with" in shown["margin"]
     assert "top 3 channels by magnitude, float16" in shown["margin"]
-    assert (told["triplets"]["sampling"], told["triplets"]["count"]) == ("none", 0)
     assert "Grad-CAM of the centred target, around the norm\n" in shown["centred"]
-    # An index without FAISS is told its neighbours.
-    assert "none; neighbours are named by the caller" in shown["margin"]
-    asked = ("explain", tmp_path / "margin", QUERY)
-    assert say(*asked)[0] == 2
-    assert say(*asked, "--neighbors", answer(say, "info", tmp_path / "margin", "--ids")[0])[0] == 0
 
 
 def test_a_refit_keeps_the_choice_of_own_maps(say: Say, tmp_path: Path) -> None:
     def grid(*words: object) -> object:
         assert answer(say, "build", *words)["n_images"] == 12
-        return answer(say, "info", words[0 if words[1] == "--refit" else 1])["layers"][0][
-            "coarse_grid"
-        ]
+        return answer(say, "info", path)["layers"][0]["coarse_grid"]
 
-    with_maps, without = tmp_path / "with", tmp_path / "without"
-    assert grid("photos", without, *NAMED, "--no-own-maps") is None
-    assert grid(without, "--refit") is None
-    assert grid("photos", without, "--refit") is None
-    assert grid("photos", with_maps, *NAMED) == [8, 8]
-    assert grid(with_maps, "--refit") == [8, 8]
-    assert grid(with_maps, "--refit", "--no-own-maps") is None
+    path = tmp_path / "i"
+    assert grid("photos", path, *NAMED) == grid(path, "--refit") == [8, 8]
+    assert grid(path, "--refit", "--no-own-maps") is grid("photos", path, "--refit") is None
 
 
 def test_other_triplets_are_not_complete_already(say: Say, refused, tmp_path: Path) -> None:
@@ -379,17 +326,11 @@ def test_an_index_from_features(say: Say, refused, tmp_path: Path) -> None:
     refused(2, "built from features alone", "explain", path, QUERY)
     refused(2, "does not know its network", "export", path, "-o", tmp_path / "x.onnx", *NAMED)
     refused(2, "either IMAGES or --embeddings", "build", "photos", path, *grid)
-    new = ("build", tmp_path / "new", *grid)
     ids.write_text("name\n1\n")
-    refused(2, "the header lacks id; expected id[,label]", *new)
-    ids.write_text("id\n" + "".join(f"i{i}\n" for i in range(12)))
-    np.save(tmp_path / "p.npy", np.array([{}], object), allow_pickle=True)
-    refused(2, "p.npy: not a .npy array of numbers", *new)
+    refused(2, "the header lacks id; expected id[,label]", "build", tmp_path / "new", *grid)
 
 
-def test_compress_explain_and_what_prototypes_do_not_take(
-    say: Say, refused, built: Path, tmp_path: Path
-) -> None:
+def test_compress_explain_and_what_prototypes_do_not_take(say, refused, built, tmp_path):
     small, one = tmp_path / "small", tmp_path / "one"
     told = answer(say, "compress", built, small, "--prototypes", 2, "--per-class")
     assert (told["path"], told["n_images"], told["n_prototypes"]) == (str(small), 12, 6)
@@ -397,9 +338,6 @@ def test_compress_explain_and_what_prototypes_do_not_take(
     assert "  prototypes  2 for each label asked for, 6 made of 12 images, seed 0\n" in shown
     info = answer(say, "info", small)
     assert (info["compressed"], info["bytes"]) == (told["compressed"], told["bytes"])
-    info = answer(say, "info", built)
-    assert (info["compressed"], info["bytes"]) == (None, told["compressed"]["from_bytes"])
-    assert say("verify", small)[0] == 0
     (why,) = answer(say, "explain", small, "photos/2/1.png", "-n", 1, "-o", tmp_path / "w.png")
     (nearest,) = why["neighbors"]
     assert nearest["id"].startswith(f"{nearest['label']}/000")
@@ -407,19 +345,11 @@ def test_compress_explain_and_what_prototypes_do_not_take(
 
     code, out, err = say("compress", built, one, "--prototypes", 1, "--seed", 3)
     assert (code, err) == (0, "")
-    first, header, *rows = out.splitlines()
+    first, _, row, *_ = out.splitlines()
     assert re.match(rf"{one}: 1 prototype of 12 images in .* kB before, ", first)
-    titles = ["12 images left out in turn", "prototypes", "all images", "lost"]
-    assert re.split("  +", header.strip()) == titles
-    lost = answer(say, "info", one)["compressed"]["fidelity"]
-    cosines = [(f"cosine of weights from {n}", lost["cosine"][n]) for n in ("1", "5")]
-    for row, (what, values) in zip(rows, [*cosines, ("Recall@1", lost["recall_at_1"])]):  # noqa: B905
-        figures = [f"{values[key]:.3f}" for key in ("prototypes", "index", "loss")]
-        assert row.split() == [*what.split(), *figures]
-    shown = say("info", one)[1]
-    assert "alone in its class" not in shown
-    assert "1 asked for, 1 made of 12 images, seed 3" in shown
-
+    cosine = answer(say, "info", one)["compressed"]["fidelity"]["cosine"]["1"]
+    assert row.split()[-3:] == [f"{cosine[key]:.3f}" for key in ("prototypes", "index", "loss")]
+    assert "1 asked for, 1 made of 12 images, seed 3" in say("info", one)[1]
     before = sorted(tmp_path.rglob("*"))
     again = ["compress", built, small, "--prototypes", 1]
     refused(2, "--replace swaps it for the new one, or choose another folder", *again)
@@ -431,28 +361,25 @@ def test_compress_explain_and_what_prototypes_do_not_take(
 
 
 def test_weights_are_found_from_any_folder_and_missed_in_words(
-    say: Say, refused, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    say: Say, refused, cli_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert say("build", "photos", tmp_path / "a", *NAMED)[0] == 0  # imports the module
     module = sys.modules["cli_toy_network"].make()[0]
-    save_file({k: 2 * v for k, v in module.state_dict().items()}, here / "net.safetensors")
-    path, query = tmp_path / "index", here / QUERY
+    save_file({k: 2 * v for k, v in module.state_dict().items()}, cli_folder / "net.safetensors")
+    path, query = tmp_path / "index", cli_folder / QUERY
     assert say("build", "photos", path, *NAMED, "--weights", "net.safetensors")[0] == 0
     monkeypatch.chdir(tmp_path)
     assert answer(say, "explain", path, query)[0]["neighbors"][0]["id"] == "0/0.png"
-    assert f"weights {here / 'net.safetensors'}\n" in say("info", path)[1]
+    assert f"weights {cli_folder / 'net.safetensors'}\n" in say("info", path)[1]
 
-    (here / "net.safetensors").rename(tmp_path / "moved.safetensors")
-    gone = f"--weights {here / 'net.safetensors'}, which is not there any more"
+    (cli_folder / "net.safetensors").rename(tmp_path / "moved.safetensors")
+    gone = f"--weights {cli_folder / 'net.safetensors'}, which is not there any more"
     refused(4, gone, "explain", path, query)
-    refused(4, "say where it lies now with --weights FILE", "add", path, here / "photos")
+    refused(4, "say where it lies now with --weights FILE", "add", path, cli_folder / "photos")
     asked = ["explain", path, query, "--weights"]
     assert say(*asked, "moved.safetensors")[0] == 0
     refused(4, "is not a file", *asked, "nothing.safetensors")
-    # Other parameters: both values are named.
     refused(4, "differ by", *asked, "random")
-    refused(4, "its layer is 'relu', given is one with 'conv'", *asked, "moved.safetensors",
-            "--layer", "conv")  # fmt: skip
 
 
 def test_a_network_that_no_name_loads_is_asked_for(say: Say, refused, tmp_path: Path) -> None:
@@ -464,13 +391,6 @@ def test_a_network_that_no_name_loads_is_asked_for(say: Say, refused, tmp_path: 
     refused(4, "not the input of the index", "explain", path, QUERY, *NAMED)
 
 
-def assert_drawn(record: dict, *asked: object, **options: object) -> None:
-    """The record's map is the method's own, on the grid of JSON."""
-    expected, drawn = cam_for(network(), QUERY, *asked, **options).cam, np.array(record["cam"])
-    small = area_average(expected, drawn.shape)
-    np.testing.assert_allclose(drawn, small, rtol=1e-4, atol=1e-6 * expected.max())
-
-
 def test_explain_by_a_method_computed_on_the_query(say: Say, built: Path, tmp_path: Path) -> None:
     with Index.open(built) as opened:
         name, reference = opened.ids[3], opened.embeddings([3])[0]
@@ -478,33 +398,29 @@ def test_explain_by_a_method_computed_on_the_query(say: Say, built: Path, tmp_pa
     (record,) = answer(say, *asked, "Layer-CAM", "-o", tmp_path / "why.png")
     assert record["method"] == "Layer-CAM"
     assert (tmp_path / "why.png").stat().st_size > 1000
-    assert_drawn(record, Similarity(reference), "layercam")
     chosen = ["scorecam", "--fill", "blur", "--option=weights=softmax", "--option=temperature=0.5"]
     options = {"weights": "softmax", "temperature": 0.5}
-    assert_drawn(
-        answer(say, *asked, *chosen)[0], Similarity(reference), "scorecam", fill="blur", **options
-    )
+    drawn = np.array(answer(say, *asked, *chosen)[0]["cam"])
+    found = cam_for(network(), QUERY, Similarity(reference), "scorecam", fill="blur", **options).cam
+    small = area_average(found, drawn.shape)
+    np.testing.assert_allclose(drawn, small, rtol=1e-4, atol=1e-6 * found.max())
     index = tmp_path / "index"
     assert say("build", "photos", index, "--method", *chosen, "--quiet", *NAMED)[0] == 0
     recipe = answer(say, "info", index)["recipe"]
     assert (recipe["fill"], recipe["options"]) == ("blur", options)
 
 
-def test_a_build_by_a_method_of_several_layers_and_its_explanation(
-    say: Say, tmp_path: Path
-) -> None:
-    index, layers = tmp_path / "index", ["--layers", "conv,relu"]
-    code, _, err = say("build", "photos", index, "--method", "polycam", *layers, "--quiet", *NAMED)
-    assert (code, err) == (0, "")
-    assert say("verify", index)[0] == 0
-    assert answer(say, "explain", index, QUERY)[0]["neighbors"]
-    assert answer(say, "explain", index, QUERY, "--method", "polycam", "--quiet")[0]["neighbors"]
+def test_a_build_by_a_method_of_several_layers_and_its_explanation(say: Say, tmp_path: Path):
+    words = ["--method", "polycam", "--layers", "conv,relu", "--quiet", *NAMED]
+    assert say("build", "photos", tmp_path / "i", *words)[::2] == (0, "")
+    asked = ("explain", tmp_path / "i", QUERY, "--method", "polycam", "--quiet")
+    assert answer(say, *asked)[0]["neighbors"]
 
 
 def test_what_is_not_trusted_is_said_and_computed_on_demand(
-    say: Say, refused, here: Path, built: Path, tmp_path: Path
-) -> None:
-    pictures(here / "many", n=44, classes=4)
+    say, refused, cli_folder, built, tmp_path
+):
+    pictures(cli_folder / "many", n=44, classes=4)
     query, build = sorted(Path("many").rglob("*.png"))[0], ("build", "many", "--quiet", *NAMED)
     assert say(*build, "calibrated")[0] == 0
     asked = ("explain", "calibrated", query)
@@ -520,11 +436,8 @@ def test_what_is_not_trusted_is_said_and_computed_on_demand(
     assert err.startswith(
         f"note: {query}: computed on the query itself, for one in ten transferred maps "
     )
-    (direct,) = json.loads(out)
-    assert (direct["direct"], direct["trusted"]) == (True, True)
-    # A map that a method draws on the query is no transfer, so nothing is said of one.
-    (drawn,) = answer(say, *asked, "--method", "gradcam")
-    assert [drawn[name] for name in ("trust", "trust_low", "trusted")] == [None] * 3
+    assert json.loads(out)[0]["direct"]
+    assert answer(say, *asked, "--method", "gradcam")[0]["trust"] is None  # no transfer
     for option in (["--fallback"], ["--trusted-from", "0.3"]):
         refused(2, "holds no calibration of trust", "explain", built, query, *option)
     assert say(*build, tmp_path / "i", "--no-trust")[0] == 0
@@ -532,9 +445,7 @@ def test_what_is_not_trusted_is_said_and_computed_on_demand(
         assert "trust       not calibrated" in say("info", path)[1]
 
 
-def test_export_says_what_it_wrote_and_explain_runs_it(
-    say: Say, built: Path, tmp_path: Path
-) -> None:
+def test_export_says_what_it_wrote_and_explain_runs_it(say, built, tmp_path):
     file, other, query = tmp_path / "n.onnx", tmp_path / "other.onnx", "photos/2/1.png"
     code, out, err = say("export", "-o", file, built)
     assert (code, err) == (0, "")
@@ -546,8 +457,4 @@ def test_export_says_what_it_wrote_and_explain_runs_it(
     )
     np.testing.assert_allclose(without, with_torch, atol=1e-5 * with_torch.max())
     assert answer(say, "compare", built, query, "2/2.png", "--onnx", file)["pair"]["exact"]
-    report = answer(say, "export", built, "-o", other, *TRUSTED)
-    assert report["path"] == str(other)
-    assert report["bytes"] == other.stat().st_size == file.stat().st_size
-    assert (report["layers"], report["head"]) == (["relu"], "affine")
-    assert 0 < report["difference"] < 1e-5
+    assert answer(say, "export", built, "-o", other, *TRUSTED)["bytes"] == other.stat().st_size

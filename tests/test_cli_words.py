@@ -25,8 +25,8 @@ def here(cli_folder: Path) -> Path:
 
 
 def explained(index: str, result: str, **more: str) -> Explanation:
-    network = load_network(NAMED[1], layer="relu")
-    return Explainer(index, network, n_neighbors=2).explain(QUERY, result=result, **more)
+    explainer = Explainer(index, load_network(NAMED[1], layer="relu"), n_neighbors=2)
+    return explainer.explain(QUERY, result=result, **more)
 
 
 def test_images_of_a_label_that_share_an_answer_are_said_to(say: Say) -> None:
@@ -37,7 +37,6 @@ def test_images_of_a_label_that_share_an_answer_are_said_to(say: Say) -> None:
     note = "the images of a label share most of their answer: what speaks for 2; "
     again = f"`embedcam compare shared {QUERY} 2/3.png` says what matches this one image"
     assert note + again in err
-    assert say("compare", "shared", QUERY, "2/3.png")[0] == 0
     assert note not in say(*asked, "--quiet")[2]
     # Margins are each image's own, and so is a map that a method makes of the result itself.
     _, out, err = say("explain", "margin", *asked[2:])
@@ -53,31 +52,13 @@ def test_a_rival_is_named_told_and_shown(say: Say) -> None:
         assert code == 0
         assert out.splitlines()[0] == f"{QUERY} -> rival.png (what speaks for {words})"
         assert [row.split()[0] for row in out.splitlines()[2:4]] == ["asked", "rival"]
-        assert "trust" not in out
         again = f"`embedcam compare shared {QUERY} 2/3.png --above 1/0.png` says what puts the one "
         assert (f"what speaks for 2 rather than 1; {again}" in err) == (index == "shared")
         (told,) = answer(say, "explain", index, QUERY, *asked)
         expected = explained(index, "2/3.png", above="1/0.png").to_dict((14, 14))
         assert same_values(told, {"query": QUERY, **expected})
-        assert (told["result"]["id"], told["rival"]["id"]) == ("2/3.png", "1/0.png")
-        assert (told["trust"], told["trusted"], told["direct"]) == (None, None, False)
-    # Trust is not calibrated for it, so there is nothing to fall back from.
-    code, _, err = say("explain", "margin", QUERY, *asked, "--fallback")
-    assert code == 2
+    err = say("explain", "margin", QUERY, *asked, "--fallback")[2]
     assert "a map with a rival has no trust; leave out --fallback, or give --method gradcam" in err
-
-
-def test_a_rival_of_the_same_label_leaves_an_empty_map_that_says_why(say: Say) -> None:
-    assert say("build", "photos", "alike", "--quiet", "--target", "discriminant", *NAMED)[0] == 0
-    asked = ["--result", "2/3.png", "--above", "2/0.png", "-o", "why.png"]
-    code, out, err = say("explain", "alike", QUERY, *asked)
-    assert code == 0
-    assert out.startswith(f"{QUERY} -> why.png (what speaks for 2/3.png rather than 2/0.png)")
-    assert err == (
-        f"note: {QUERY}: 2/3.png and 2/0.png, both 2, have the same weights in this index, so "
-        "nothing tells one from the other, so its map is empty; name another image with --above, "
-        "or leave it out\n"
-    )
 
 
 def test_a_method_computes_the_margin_of_both_distances(say: Say) -> None:
@@ -97,8 +78,6 @@ def test_the_result_that_was_asked_for_is_shown_once_however_far_it_is(say: Say)
     why = explained("margin", "2/3.png")
     assert "2/3.png" not in why.ids
     _, (first, *others) = why.tiles()
-    with Image.open("photos/2/3.png") as picture:
-        np.testing.assert_array_equal(first.image, picture)
     with Index.open("margin") as index:
         place = index.position("2/3.png")
         norm = float(np.linalg.norm(index.weights([place])))
@@ -117,9 +96,7 @@ def test_the_result_that_was_asked_for_is_shown_once_however_far_it_is(say: Say)
 
     near = explained("margin", "0/0.png")
     assert near.ids[0] == near.to_dict()["result"]["id"] == "0/0.png"
-    _, tiles = near.tiles()
-    assert [tile.caption for tile in tiles] == [name.rpartition("/")[2] for name in near.ids]
-    assert tiles[0].subcaption.endswith("\nasked for")
+    assert near.tiles()[1][0].subcaption.endswith("\nasked for")
     (line,) = (one for one in say(*asked, "0/0.png")[1].splitlines() if "asked" in one)
     assert line.split()[0] == "1"
 
@@ -138,15 +115,11 @@ def test_indexed_pictures_that_moved_are_counted(say: Say, tmp_path: Path) -> No
     asked = ("explain", index, QUERY, "-n", 3)
     assert say(*asked, "--html", tmp_path / "a.html")[2] == f"page: {tmp_path / 'a.html'}\n"
     (tmp_path / "before").rename(tmp_path / "after")
-    _, _, err = say(*asked, "-o", tmp_path / "why.png")
-    assert err == (
+    assert say(*asked, "-o", tmp_path / "why.png")[2] == (
         f"note: 3 of 3 indexed pictures were not found under {tmp_path / 'before'}; "
         "--images FOLDER says where they are\n"
     )
     assert say(*asked, "-o", tmp_path / "why.png", "--images", tmp_path / "after")[2] == ""
-    (tmp_path / "after/0/0.png").unlink()
-    _, _, err = say(*asked, "-o", tmp_path / "why.png", "--images", tmp_path / "after")
-    assert f"note: 1 of 3 indexed pictures were not found under {tmp_path / 'after'}; " in err
     for words in (asked, ("compare", index, QUERY, "0/0.png")):
         code, out, err = say(*words, "--images", tmp_path / "none")
         assert (code, out) == (2, "")
@@ -173,41 +146,32 @@ def test_a_folder_for_pictures_is_made_when_there_are_some(say: Say, tmp_path: P
     assert list(tmp_path.iterdir()) == []
     assert say("explain", "margin", QUERY, "-o", wanted)[0] == 0
     assert [file.name for file in wanted.iterdir()] == ["0.png"]
-    pair = ("compare", "margin", QUERY, "0/1.png", "-o", tmp_path / "pairs")
-    assert say(*pair)[0] == 0
-    assert [file.name for file in (tmp_path / "pairs").iterdir()] == ["0.png"]
 
 
 def test_ids_are_listed_and_their_list_is_named(say: Say, refused) -> None:
     expected = [f"{label}/{number}.png" for label in range(3) for number in range(4)]
     assert say("info", "margin", "--ids")[1].splitlines() == expected
-    assert answer(say, "info", "margin", "--ids") == expected
     said = "the index has no image 'zebra'; `embedcam info INDEX --ids` lists those it has\n"
-    for words in (["explain", "margin", QUERY, "--result", "zebra"], ["remove", "margin", "zebra"],
-                  ["explain", "margin", QUERY, "--neighbors", "0/0.png,zebra"],
-                  ["compare", "margin", QUERY, "zebra"]):  # fmt: skip
-        refused(2, said, *words)
+    refused(2, said, "remove", "margin", "zebra")
+    refused(2, said, "explain", "margin", QUERY, "--neighbors", "0/0.png,zebra")
 
 
 def test_ids_of_an_empty_index(say: Say, refused, tmp_path: Path) -> None:
     index = tmp_path / "i"
     assert say("build", "photos", index, "--quiet", *NAMED)[0] == 0
-    ids = say("info", index, "--ids")[1].splitlines()
+    ids = answer(say, "info", index, "--ids")
     assert say("remove", index, *ids[1:])[0] == 0
-    assert say("info", index, "--ids")[1] == f"{ids[0]}\n"
     gone = f"embedcam: the image {ids[1]!r} is not in the index any more: it was removed; "
     refused(2, f"{gone}nothing to do\n", "remove", index, ids[1])
     refused(2, "leave it out; nothing was removed", "remove", index, *ids[:2])
     assert say("remove", index, ids[0])[0] == 0
     assert say("info", index, "--ids")[1] == ""
-    assert answer(say, "info", index, "--ids") == []
 
 
 def test_only_new_images_are_added_where_asked(say: Say, refused, tmp_path: Path) -> None:
     photos, index = write_photos(tmp_path / "photos", labels=2), tmp_path / "index"
     assert say("build", photos, index, "--quiet", *NAMED)[0] == 0
     again = ("add", index, photos)
-    refused(2, "8 of 8 images are in the index already (", *again)
     refused(2, "; leave them out (--skip-existing), or remove them from the index first;", *again)
     told, note = "holds these images already; nothing to do", "8 images left out: in the index"
     answered = (0, f"{index}: {told}\n", f"{note} already\n")
@@ -216,25 +180,18 @@ def test_only_new_images_are_added_where_asked(say: Say, refused, tmp_path: Path
     code, out, err = say(*again, "--skip-existing")
     assert (code, err.startswith(f"{note} already\n")) == (0, True)
     assert out.startswith(f"{index}: 1 image added in ")
-    assert "1/new.png" in say("info", index, "--ids")[1].splitlines()
 
 
-def test_what_stops_at_a_broken_file_names_the_way_around_it(
-    say: Say, refused, tmp_path: Path
-) -> None:
+def test_what_stops_at_a_broken_file_names_the_way_around_it(say, refused, tmp_path):
     more, index = write_photos(tmp_path / "more", labels=2), tmp_path / "index"
     assert say("build", more, index, "--quiet", *NAMED)[0] == 0
     (more / "1/fake.jpg").write_text("no picture")
     build = ["build", more, tmp_path / "other", *NAMED]
-    for words in (build, ["add", index, more, "--skip-existing"],
-                  ["evaluate", index, "--images", more]):  # fmt: skip
-        refused(3, f"{more / '1/fake.jpg'}: ", *words, "--quiet")
+    for words in (build, ["add", index, more, "--skip-existing"]):
         refused(3, "; --on-unreadable skip leaves such files out\n", *words, "--quiet")
     code, _, err = say(*build, "--on-unreadable", "skip")
     assert code == 0
-    (line,) = [line for line in err.splitlines() if line.startswith("skipped ")]
-    assert line.startswith("skipped 1/fake.jpg: is not an image")
-    assert "more" not in line
+    assert "skipped 1/fake.jpg: is not an image" in err
 
 
 def test_recipes_that_came_along_are_called_by_name(say: Say, refused, tmp_path: Path) -> None:
@@ -255,14 +212,11 @@ def test_info_says_when_trust_was_calibrated(say: Say, tmp_path: Path) -> None:
     assert f"{told}\n" in say("info", index)[1]
     assert say("add", index, extra, "--quiet")[0] == 0
     assert f"{told}; 1 image more came after the build\n" in say("info", index)[1]
-    assert "embedcam calibrate" not in say("info", index)[1]
     assert "match calibrated on 43 images\n" in say("calibrate", index, "--no-trust")[1]
     assert answer(say, "calibrate", index) == {"match": 43, "trust": 43}
 
 
-def test_a_report_takes_labels_from_a_csv_and_begins_with_those_that_came_back_wrong(
-    say: Say, tmp_path: Path
-) -> None:
+def test_a_report_takes_labels_from_a_csv_and_begins_with_those_that_came_back_wrong(say, tmp_path):
     asked, named = tmp_path / "asked.csv", Path("photos").resolve()
     asked.write_text(f"path,label\n{named}/0/0.png,1\n{named}/1/0.png,1\n")
     for name, told in (("auto", True), ("none", False)):

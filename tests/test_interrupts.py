@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -65,50 +65,44 @@ def heard() -> Iterator[None]:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
+def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run Python in a process that is interrupted where it imports a module, or as it exits."""
     (tmp_path / "sitecustomize.py").write_text(SIGNALLED)
     (tmp_path / "own_factory.py").write_text(FACTORY)
-    return tmp_path
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.png").touch()
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
 
+    def run(*words: str, at: str = "") -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "PYTHONPATH": path, "INTERRUPT_AT": at}
+        words = [sys.executable, *words]
+        return subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=env)
 
-def run(place: Path, *arguments: str, at: str = "") -> subprocess.CompletedProcess[str]:
-    """Run Python in a process that is interrupted where it imports a module, or as it exits."""
-    path = os.pathsep.join([str(place), str(ROOT)])
-    return subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True, text=True, cwd=place,
-        env={**os.environ, "PYTHONPATH": path, "INTERRUPT_AT": at},
-    )  # fmt: skip
+    return run
 
 
 @pytest.mark.parametrize(
     "name",
-    ["embedcam.cli.interrupts", "embedcam.cli", "argparse", "embedcam.cli.parser", "embedcam.index",
-     "numpy", "exit"],
-)  # fmt: skip
-def test_whatever_is_being_imported(place: Path, name: str) -> None:
-    done = run(place, *INFO, at=name)
+    ["embedcam.cli.interrupts", "embedcam.cli", "argparse", "embedcam.index", "numpy", "exit"],
+)
+def test_whatever_is_being_imported(run, name: str) -> None:
+    done = run(*INFO, at=name)
     refused = "embedcam: nowhere: there is no index here; build one with `embedcam build`\n"
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr == (refused + SAID if name == "exit" else SAID)
 
 
-def test_the_script_as_the_module(place: Path) -> None:
-    done = run(place, *SCRIPT, at="numpy")
+def test_the_script_as_the_module_and_where_it_is_told_to_ignore_it(run) -> None:
+    done = run(*SCRIPT, at="numpy")
     assert (done.returncode, done.stderr) == (130, SAID)
-    assert run(place, *SCRIPT).returncode == 5
-
-
-def test_a_process_that_was_told_to_ignore_it_does(place: Path) -> None:
+    assert run(*SCRIPT).returncode == 5
     ignoring = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n{SCRIPT[1]}"
-    assert run(place, "-c", ignoring, *SCRIPT[2:], at="numpy").returncode == 5
+    assert run("-c", ignoring, *SCRIPT[2:], at="numpy").returncode == 5
 
 
 @pytest.mark.parametrize("factory", ["plain", "answered", "swallowed"])
-def test_in_code_that_answers_it_by_something_else(place: Path, factory: str) -> None:
-    (place / "photos").mkdir()
-    (place / "photos" / "a.png").write_bytes(b"")
-    done = run(place, *BUILD, "--network", f"own_factory:{factory}")
+def test_in_code_that_answers_it_by_something_else(run, factory: str) -> None:
+    done = run(*BUILD, "--network", f"own_factory:{factory}")
     assert (done.returncode, done.stdout, done.stderr) == (130, "", SAID)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from scripts.architecture import PACKAGE, below, imports, layer, modules, package_of, reached
+from scripts.architecture import PACKAGE, below, layer, modules, package_of, reached
 
 MOST_LAYERS = 9
 MOST_AT_THE_ROOT = 28
@@ -41,9 +41,3 @@ def test_offline_and_online_meet_only_on_disk() -> None:
     assert online >= {"ops", "index"}
     assert not online & {"targets", "methods", "offline", "network"}
     assert "explain" not in reached("offline")
-
-
-def test_the_reader_of_imports_can_fail() -> None:
-    names = imports("from .offline import build\nimport torch.nn", PACKAGE / "ops.py")
-    assert {"embedcam.offline.build", "torch.nn"} <= names
-    assert imports("from ..ops import cam", PACKAGE / "cli/x.py") >= {"embedcam.ops"}

@@ -15,8 +15,6 @@ from embedcam.service import limits
 
 @dataclass(frozen=True)
 class Kinds:
-    """A setting of each kind."""
-
     whole: int = setting(3, "N", "a number", least=1, most=9)
     share: float = setting(0.5, "X", "a share", above=0, below=1)
     on: bool = setting(True, help="turn it off", flag="not_on")
@@ -54,7 +52,6 @@ def test_options_are_read_by_kind_and_what_is_not_given_is_not_chosen() -> None:
     [
         ("whole", "0", 0, "a whole number from 1 to 9"),
         ("whole", "x", True, "a whole number from 1 to 9"),
-        ("share", "1", 1, "a number between 0 and 1"),
         ("share", "nan", float("nan"), "a number between 0 and 1"),
         ("maybe", "²", "3", "a whole number"),
     ],
@@ -72,19 +69,18 @@ def test_numbers_out_of_range_are_refused_by_both(name, text, value, wanted) -> 
         ({"on": 1}, "on = 1; give true or false"),
         ({"word": "c"}, "word = 'c' is unknown; known: a, b"),
         ({"word": 3}, "word = 3; give a text"),
-        ({"hidden": "a\0b"}, r"hidden = 'a\\x00b' holds a NUL"),
+        ({"hidden": "a\0b"}, r"hidden = 'a\x00b' holds a NUL"),
         ({"names": "x"}, "names = 'x'; give a list of names"),
         ({"names": ("x", "z")}, "names = 'z' is unknown; known: x, y"),
-        ({"names": (1,)}, "names = (1,); give a list of names"),
-        ({"whole": None}, "whole = None; give a whole number"),
+        ({"whole": "1"}, "whole = '1'; give a whole number"),
     ],
 )
 def test_values_of_another_kind_are_refused(values, message) -> None:
     with pytest.raises(InputError) as caught:
         Kinds(**values)
-    assert str(caught.value).startswith(message.replace("\\\\", "\\"))
+    assert str(caught.value).startswith(message)
     with pytest.raises(InputError, match=r"^here "):
-        checked_values(Kinds, values if None not in values.values() else {"whole": 0}, "here")
+        checked_values(Kinds, values, "here")
 
 
 def test_tables_hold_settings_by_their_entries() -> None:
@@ -92,8 +88,6 @@ def test_tables_hold_settings_by_their_entries() -> None:
     assert from_tables(Kinds, tables, "f", RecipeError, ["others"]) == {"whole": 2, "maybe": 5}
     assert checked_values(Kinds, {"whole": 2, "maybe": None}, "t") == {"whole": 2}
     for wrong, message in (
-        ({"mroe": {}}, r"f: unknown table \[mroe\]; did you mean 'more'\?"),
-        ({"more": 3}, r"f: more = 3 should be a table, \[more\]"),
         ({"more": {"maybe": 3}}, r"f: \[more\] has no entry 'maybe'; did you mean 'may'\?"),
     ):
         with pytest.raises(RecipeError, match=message):

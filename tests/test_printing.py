@@ -7,7 +7,6 @@ import logging
 import pickle
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +38,6 @@ PACKAGE = Path(embedcam.__file__).parent
     ("given", "expected"),
     [
         ("plain, é 東京 \N{NO-BREAK SPACE}\N{IDEOGRAPHIC SPACE}.", None),
-        ("\N{WOMAN}\N{VARIATION SELECTOR-16}", None),
         ("\x1b[2J\x07", r"\x1b[2J\x07"),
         ("a\nb\r\tc\x00\x7f", r"a\nb\r\tc\x00\x7f"),
         ("\x85\x9b", r"\x85\x9b"),
@@ -69,22 +67,9 @@ def test_long_texts_keep_their_two_ends() -> None:
     assert (long[:8], long[-6:]) == ("beginxxx", "xxxend")
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        (None, "None"),
-        ("it", "'it'"),
-        ([1, 2.5, "a"], "[1, 2.5, 'a']"),
-        ({"a": [1]}, "{'a': [1]}"),
-        ("y" * 100, "'" + "y" * 34 + "..." + "y" * 21 + "'"),
-        ("\x1b", r"'\x1b'"),
-    ],
-)
-def test_values_are_quoted_shortly(value: object, expected: str) -> None:
-    assert short(value) == expected
-
-
 def test_values_of_any_depth_and_length_are_quoted() -> None:
+    assert short({"a": [1, 2.5, "\x1b"]}) == r"{'a': [1, 2.5, '\x1b']}"
+    assert short("y" * 100) == "'" + "y" * 34 + "..." + "y" * 21 + "'"
     deep: list[object] = []
     for _ in range(100_000):
         deep = [deep]
@@ -106,8 +91,7 @@ def test_errors_are_one_printable_line_of_bounded_length() -> None:
     assert len(str(error)) == 2_000
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
     assert str(ImageTooLarge("x\u202e.png: too large")) == r"x\u202e.png: too large"
-    assert EmbedcamError().args == ()
-    assert InputError("text", 3).args == ("text", 3)
+    assert (EmbedcamError().args, InputError("text", 3).args) == ((), ("text", 3))
 
 
 def test_warnings_are_as_errors() -> None:
@@ -135,23 +119,20 @@ def test_what_an_encoding_lacks_is_escaped_too(monkeypatch: pytest.MonkeyPatch) 
     assert stream.buffer.getvalue() == b"\\xe9 \\udcff\n"  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(("name", "tell"), [("stderr", say), ("stdout", show)])
-def test_a_closed_stream_is_passed_over(
-    name: str, tell: Callable[[str], None], monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, name, None)
-        tell("nobody reads this")
+def test_a_closed_stream_is_passed_over(monkeypatch, capsys) -> None:
+    for name, tell in (("stderr", say), ("stdout", show)):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, name, None)
+            tell("nobody reads this")
     assert capsys.readouterr() == ("", "")
 
 
 def test_json_holds_no_control_character() -> None:
     values = {"a\x1b": "\x7f\u202e\udcff\x85"}
-    text = as_json(values, 2)
+    text = as_json(values, 2).replace("\n", "")
     assert json.loads(text) == values
-    assert text.replace("\n", "").isascii()
-    assert text.replace("\n", "").isprintable()
+    assert text.isascii()
+    assert text.isprintable()
 
 
 def test_log_lines_are_printable() -> None:
@@ -160,8 +141,7 @@ def test_log_lines_are_printable() -> None:
     except ValueError:
         about = ("x", logging.ERROR, "f", 1, "of %s", ("a\nb\x1b",), sys.exc_info())
     lines = PrintableLines("%(message)s").format(logging.LogRecord(*about)).split("\n")
-    assert lines[:2] == [r"of a\nb\x1b", "Traceback (most recent call last):"]
-    assert lines[-1] == r"ValueError: bad\x1b[0m"
+    assert (lines[0], lines[-1]) == (r"of a\nb\x1b", r"ValueError: bad\x1b[0m")
 
 
 def test_nothing_else_prints() -> None:

@@ -30,7 +30,6 @@ def test_every_name_is_there_and_documented(name: str) -> None:
         assert found == version("embedcam")
         return
     assert found is getattr(import_module(f"embedcam.{embedcam._WHERE[name]}"), name)
-    assert found.__doc__
     assert len(found.__doc__.strip()) > 10
 
 
@@ -41,17 +40,9 @@ def test_unknown_names_are_attribute_errors() -> None:
 
 def test_what_type_checkers_see_is_what_is_there() -> None:
     tree = ast.parse(Path(embedcam.__file__).read_text(encoding="utf-8"))
-    (guarded,) = (
-        node
-        for node in tree.body
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-    )
-    seen = {
-        alias.name: node.module
-        for node in guarded.body
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    }
+    tests = {ast.unparse(n.test): n.body for n in tree.body if isinstance(n, ast.If)}
+    imports = [node for node in tests["TYPE_CHECKING"] if isinstance(node, ast.ImportFrom)]
+    seen = {alias.name: node.module for node in imports for alias in node.names}
     assert seen == embedcam._WHERE
     assert set(seen) == set(embedcam.__all__) - {"__version__"}
     assert dir(embedcam) == sorted(embedcam.__all__)
@@ -60,7 +51,7 @@ def test_what_type_checkers_see_is_what_is_there() -> None:
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
     assert loaded_after("import embedcam") == set()
-    assert loaded_after("import embedcam.errors, embedcam.cli, embedcam.cli.parser") == set()
+    assert loaded_after("from embedcam.cli.parser import parser\nparser().format_help()") == set()
 
 
 @pytest.mark.parametrize(
@@ -69,8 +60,3 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 def test_what_serves_queries_needs_no_torch(module: str) -> None:
     loaded = loaded_after(f"import embedcam.{module}")
     assert not loaded & {"torch", "torchvision", "timm", "sklearn", "matplotlib"}
-
-
-def test_what_is_used_online_loads_no_torch() -> None:
-    names = "Explainer, Explanation, Index, Preprocess, find_images, EmbedcamError"
-    assert "torch" not in loaded_after(f"from embedcam import {names}")

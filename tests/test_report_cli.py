@@ -2,7 +2,6 @@
 
 import json
 from functools import partial
-from pathlib import Path
 
 import pytest
 from build_samples import everything
@@ -16,13 +15,11 @@ from embedcam.cli import main
 @pytest.fixture(scope="module", autouse=True)
 def here(cli_folder):
     """A working folder with an index, queries, and a module with its network."""
-    folder = cli_folder
-    (folder / "queries/deep/er").mkdir(parents=True)
+    (cli_folder / "queries/deep/er").mkdir(parents=True)
     for number in range(5):
-        picture(number % 3, 70 + number).save(folder / f"queries/deep/er/{number}.png")
-    (folder / "queries/broken.jpg").write_text("a letter")
+        picture(number % 3, 70 + number).save(cli_folder / f"queries/deep/er/{number}.png")
+    (cli_folder / "queries/broken.jpg").write_text("a letter")
     assert main(["build", "photos", "my.index", "--quiet", *NAMED]) == 0
-    return folder
 
 
 @pytest.fixture
@@ -40,43 +37,16 @@ def test_a_folder_of_queries_is_one_page(say, tmp_path):
     source = find_images("queries", "none")
     write_report(explainer, source, tmp_path / "same", n_neighbors=2, batch_size=2)
     assert everything(out) == everything(tmp_path / "same")
-    assert say("queries", "--report", out, "-n", 2, "--quiet") == (
-        0,
-        f"{out}/index.html: all 6 queries explained before; nothing to do\n",
-        "",
-    )
+    told = f"{out}/index.html: all 6 queries explained before; nothing to do\n"
+    assert say("queries", "--report", out, "-n", 2, "--quiet") == (0, told, "")
 
 
-def test_pictures_and_a_csv_are_queries_too(say, tmp_path):
+def test_pictures_are_queries_too(say, tmp_path):
     named = ["photos/1/1.png", "queries/deep/er/1.png"]
-    code, told, noted = say(*named, "--report", tmp_path / "a", "--scale", "each")
-    assert (code, told, noted) == (0, f"{tmp_path}/a/index.html: 2 queries\n", "")
-    lines = [
-        json.loads(line) for line in (tmp_path / "a/explanations.jsonl").read_text().splitlines()
-    ]
-    assert [one["query"] for one in lines] == named
-    (tmp_path / "q.csv").write_text(f"path,label\n{Path.cwd()}/photos/1/1.png,x\n")
-    assert say(tmp_path / "q.csv", "--report", tmp_path / "b")[0] == 0
-    (line,) = (tmp_path / "b/explanations.jsonl").read_text().splitlines()
-    assert json.loads(line)["cam"] == lines[0]["cam"]
-
-
-def test_stopped_and_run_again_it_goes_on(say, tmp_path, monkeypatch):
-    explain, seen = Explainer.explain_batch, []
-
-    def stop(self, *given, **asked):
-        seen.append(1)
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-        return explain(self, *given, **asked)  # type: ignore[arg-type]
-
-    command = ("queries", "--report", tmp_path / "out", "--batch-size", 2)
-    monkeypatch.setattr(Explainer, "explain_batch", stop)
-    said = "embedcam: interrupted; run the same command again to go on\n"
-    assert say(*command) == (130, "", said)
-    assert say(*command)[1] == f"{tmp_path}/out/index.html: 6 queries, 4 of them before\n"
-    assert say("queries", "--report", tmp_path / "whole", "--batch-size", 2)[0] == 0
-    assert everything(tmp_path / "out") == everything(tmp_path / "whole")
+    told = f"{tmp_path}/a/index.html: 2 queries\n"
+    assert say(*named, "--report", tmp_path / "a", "--scale", "each") == (0, told, "")
+    lines = (tmp_path / "a/explanations.jsonl").read_text().splitlines()
+    assert [json.loads(line)["query"] for line in lines] == named
 
 
 @pytest.mark.parametrize(
@@ -87,20 +57,13 @@ def test_stopped_and_run_again_it_goes_on(say, tmp_path, monkeypatch):
         (2, "writes index.html and explanations.jsonl", ["queries", "--report", "OUT", "--json"]),
         (2, "leave out --method rise", ["queries", "--report", "OUT", "--method", "rise"]),
         (2, "--batch-size is of a report", ["photos/0/0.png", "--batch-size", "3"]),
-        (2, "queries: holds something else (broken.jpg)", ["queries", "--report", "queries"]),
         (2, "give one folder, one CSV or pictures", ["queries", "photos", "--report", "OUT"]),
         (3, "nothing.png: does not exist", ["nothing.png", "--report", "OUT"]),
-        (2, "nothing.csv: does not exist", ["nothing.csv", "--report", "OUT"]),
         (3, "or give --report FOLDER", ["queries"]),
     ],
 )
-def test_what_is_refused_before_the_network_is_loaded(
-    refused, tmp_path, monkeypatch, code, message, words
-):
-    def never(*_, **__):
-        raise AssertionError("the network was loaded")
-
-    monkeypatch.setattr("embedcam.network.load_network", never)
+def test_refused_before_the_network_is_loaded(refused, tmp_path, monkeypatch, code, message, words):
+    monkeypatch.delattr("embedcam.network.load_network")
     out = tmp_path / "out"
     refused(code, message, *(out if word == "OUT" else word for word in words))
     assert not out.exists()

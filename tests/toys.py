@@ -57,13 +57,7 @@ def images(batch: int = 2, height: int = 16, width: int = 16, seed: int = 3) -> 
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
-def by_full_autograd(
-    module: nn.Module,
-    layers: list[str],
-    x: Tensor,
-    c: Tensor,
-    embedding: Callable[[Any], Tensor] = lambda output: output,
-) -> dict[str, tuple[Tensor, Tensor]]:
+def by_full_autograd(module, layers, x, c, embedding=lambda output: output):
     """A and dy/dA of each layer: every parameter differentiable, retained from the input on."""
     kept: dict[str, Tensor] = {}
     handles = [

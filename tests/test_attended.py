@@ -103,9 +103,8 @@ def test_json_and_a_report_hold_them_on_request(index, network, tmp_path) -> Non
     for number in range(3):
         picture(number, 60 + number).save(tmp_path / f"{number}.png")
     (tmp_path / "1b.png").write_text("a letter")
-    source = find_images(tmp_path, "none")
+    source, asked = find_images(tmp_path, "none"), {"features": True, "batch_size": 2}
     with Explainer(index, network) as explainer:
-        asked = {"features": True, "batch_size": 2}
         write_report(explainer, source, tmp_path / "out", **asked)
         before = (tmp_path / "out/features.npy").stat().st_mtime_ns
         assert write_report(explainer, source, tmp_path / "out", **asked).n_new == 0

@@ -239,6 +239,7 @@ def test_neighbours_without_evidence(tmp_path: Path) -> None:
                 none = explainer.explain_features(vector, maps, neighbors=named, size=(16, 24))
                 assert not none.weights.any()
                 np.testing.assert_array_equal(none.cam, np.zeros((16, 24)))
+                assert none.plot().width > 0
             # They take no share from those that know something.
             some = explainer.explain_features(vector, maps, neighbors=ids)
             two = explainer.explain_features(vector, maps, neighbors=ids[4:])

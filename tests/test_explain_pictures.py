@@ -32,7 +32,7 @@ def test_the_extent_is_what_the_crop_saw(cropped: Explainer) -> None:
     assert why.to_dict()["extent"] == pytest.approx(list(expected), rel=1e-12)
     drawn = np.asarray(overlay(why.image, np.ones_like(why.cam), why.extent), int)
     changed = (drawn != np.asarray(why.image, int)).any(axis=2)
-    rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
+    rows, columns = (np.flatnonzero(changed.any(axis)) for axis in (1, 0))
     assert np.floor(expected[1]) <= rows.min() <= rows.max() < np.ceil(expected[3])
     assert np.floor(expected[0]) <= columns.min() <= columns.max() < np.ceil(expected[2])
     query_tile, results = why.tiles()
@@ -91,7 +91,9 @@ def test_where_no_picture_can_be_written(cropped: Explainer, tmp_path: Path) -> 
 
 
 def test_the_notebook_form_is_escaped_and_self_contained(cropped: Explainer) -> None:
-    html = replace(cropped.explain(picture(0, 0)), ids=['<b>"&.png', "b"])._repr_html_()
+    why = replace(cropped.explain(picture(0, 0)), ids=['<b>"&.png', "b"])
+    assert repr(why).startswith("<Explanation: 32 x 32 map by ")
+    html = why._repr_html_()
     assert html.startswith('<img alt="query and its nearest images: &lt;b&gt;&#34;&amp;.png, b"')
     assert 'src="data:image/jpeg;base64,' in html
     assert html.count("<") == 1

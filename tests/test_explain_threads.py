@@ -275,8 +275,7 @@ def test_a_broken_version_leaves_the_old_one_serving(
 def test_a_new_network_is_checked(tmp_path, photos, versions, network, monkeypatch) -> None:
     link = switch(tmp_path / "current", versions[0])
     explainer = Explainer(link, network)
-    checks: list[Any] = []
-    admit = EmbeddingNetwork.for_index
+    checks, admit = [], EmbeddingNetwork.for_index
     counted = lambda *given: (checks.append(given), admit(*given))[1]  # noqa: E731
     monkeypatch.setattr(EmbeddingNetwork, "for_index", counted)
     switch(link, versions[1])

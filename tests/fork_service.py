@@ -1,9 +1,6 @@
 """Run by test_forking.py: a parent that computes on two threads, and the children it forks.
 
-    python fork_service.py FOLDER SCENE...
-
-FOLDER holds `index`, and `again`: the same with an image less.
-Whether a child hangs is the question, so whoever runs this sets a limit and ends the whole group.
+FOLDER holds `index`, and `again`: the same with an image less. A child may hang: set a limit.
 """
 
 import os
@@ -12,7 +9,6 @@ import threading
 import traceback
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import faiss
@@ -46,15 +42,14 @@ def child(run):
     """Run in a forked child, and fail if that fails."""
     pid = os.fork()
     if pid == 0:
-        code = 1
         try:
             run()
-            code = 0
+            os._exit(0)
         except BaseException:
             traceback.print_exc()
-        finally:
             sys.stderr.flush()
-            os._exit(code)
+        finally:
+            os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, "a child failed"
 
 
@@ -74,10 +69,6 @@ def alike(found, expected):
     # One thread adds up in another order than two.
     for mine, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-6)
-
-
-def open_descriptors():
-    return {int(name) for name in os.listdir("/proc/self/fd")}
 
 
 def explains(folder, explainer):
@@ -118,11 +109,9 @@ def in_threads(folder, explainer):
 def locks_held(folder, explainer):
     """What another thread of the parent held during the fork, a child does not wait for."""
     expected, held, go_on = answers(explainer), threading.Event(), threading.Event()
-    faiss_file = explainer.index.faiss_file
-    assert faiss_file is not None
 
     def hold():
-        with explainer._lock, explainer.network.runner.lock, faiss_file._lock:
+        with explainer._lock, explainer.network.runner.lock, explainer.index.faiss_file._lock:
             held.set()
             go_on.wait(60)
 
@@ -136,19 +125,19 @@ def locks_held(folder, explainer):
         holding.join()
 
 
-def searches(index, queries, expected):
-    np.testing.assert_array_equal(index.search(queries, 5).positions, expected)
-
-
 def index_alone(folder, explainer):
     """An index without an explainer, FAISS loaded before the fork or after it."""
+
+    def run():
+        np.testing.assert_array_equal(index.search(queries, 5).positions, expected)
+
     for early in (True, False):
         with Index.open(folder / "index") as index, Index.open(folder / "index") as other:
             queries = np.tile(index.embeddings(np.arange(30)), (20, 1))
             expected = other.search(queries, 5).positions
             if early:
                 index.load()
-            child(partial(searches, index, queries, expected))
+            child(run)
 
 
 def reloads(folder, explainer):
@@ -180,22 +169,19 @@ def reloads(folder, explainer):
     before = answers(served)
 
     def runs_on():
-        descriptors = open_descriptors()
+        descriptors = os.listdir("/proc/self/fd")
         alike(answers(served), before)
-        assert open_descriptors() == descriptors
+        assert os.listdir("/proc/self/fd") == descriptors
         with pytest.raises(IndexFormatError, match=r"manifest\.json"):
             served.reload()
 
     child(runs_on)
 
 
-SCENES = (explains, in_threads, locks_held, index_alone, reloads)
-
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    for scene in SCENES:
-        if scene.__name__ in sys.argv[2:]:
-            asked = Explainer(folder / "index", network_of(), n_neighbors=3)
-            computed_with_two(asked)
-            scene(folder, asked)
-            print(f"{scene.__name__}: done", flush=True)
+    for scene in sys.argv[2:]:
+        asked = Explainer(folder / "index", network_of(), n_neighbors=3)
+        computed_with_two(asked)
+        globals()[scene](folder, asked)
+        print(f"{scene}: done", flush=True)

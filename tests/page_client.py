@@ -5,9 +5,7 @@ import io
 import shutil
 import threading
 import time
-from collections.abc import Callable
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import uvicorn
@@ -25,76 +23,53 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 )  # fmt: skip
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-SIDE = 96
+CHROMIUM = next((found for name in NAMES if (found := shutil.which(name))), None)
 
 
-def browser_path():
-    """Where a Chromium lies, or None."""
-    return next((found for name in NAMES if (found := shutil.which(name))), None)
-
-
-def network():
-    """The demonstration's, untrained and small: maps of 6 x 6."""
-    made = initialise(channels=24, embedding_size=8, seed=3).eval()
-    return EmbeddingNetwork(made, LAYER, preprocess=digits_preprocess(48), name="digits")
-
-
-def scene(number, split="query"):
-    """One of the demonstration's scenes."""
-    return Image.fromarray(SceneMaker(0, SIDE).scene(split, number).pixels)
+SCENES = SceneMaker(0, 96)
+QUERY = data_of(Image.fromarray(SCENES.scene("pair", 3).pixels[16:80]))
+"""Wider than high."""
 
 
 def scenes_index(folder):
-    """Thirty scenes, labelled by their digit."""
+    """Thirty scenes, labelled by their digit; a small network, its maps of 6 x 6."""
     for number in range(30):
         path = folder / "scenes" / str(number % 10) / f"{number:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        scene(number, "gallery").save(path)
-    made = network()
-    recipe = Recipe(triplets=4)
-    build_index(find_images(folder / "scenes"), made, folder / "index", recipe, progress=False)
+        Image.fromarray(SCENES.scene("gallery", number).pixels).save(path)
+    module = initialise(channels=24, embedding_size=8, seed=3).eval()
+    made = EmbeddingNetwork(module, LAYER, preprocess=digits_preprocess(48), name="digits")
+    source, recipe = find_images(folder / "scenes"), Recipe(triplets=4)
+    build_index(source, made, folder / "index", recipe, progress=False)
     return Explainer(folder / "index", made)
-
-
-def wide(number=3):
-    """A query that is wider than high, as a file."""
-    pixels = np.asarray(scene(number, "pair"))
-    return data_of(Image.fromarray(pixels[16:80]))
 
 
 class Service:
     """A running service; `stop` and `start` keep its port."""
 
-    def __init__(self, explainer, **settings):
-        self._make: Callable[[], Any] = lambda: create_app(explainer, **settings)
-        self._port = 0
+    def __init__(self, explainer):
+        self._explainer, self._port = explainer, 0
         self.start()
 
     def start(self):
-        """Begin to answer."""
-        self.app = self._make()
+        self.app = create_app(self._explainer)
         bound = bind("127.0.0.1", self._port)
         self._port, self.address = bound.getsockname()[1], address_of(bound)
         config = uvicorn.Config(self.app, log_config=None, ws="none", timeout_graceful_shutdown=1)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [bound]})
         self._thread.start()
-        for _ in range(2000):
-            if self.app.state.pipeline.ready:
-                return
+        while not self.app.state.pipeline.ready:
             time.sleep(0.01)
-        raise AssertionError("the service did not become ready")
 
     def stop(self):
-        """Answer no more."""
         self._server.should_exit = True
         self._thread.join()
 
 
 @contextmanager
-def served(explainer, **settings):
-    """A service that ends with the test."""
-    service = Service(explainer, **settings)
+def served(explainer):
+    service = Service(explainer)
     try:
         yield service
     finally:
@@ -119,7 +94,6 @@ class Page:
         self.until(lambda: bool(self.page.evaluate(script, given)), script)
 
     def until(self, true, what=""):
-        """Until something is true, for twenty seconds at most."""
         for _ in range(1000):
             if true():
                 return
@@ -127,12 +101,10 @@ class Page:
         raise AssertionError(f"never true: {what}")
 
     def pick(self, data, name="query.png"):
-        """A file by the picker; returns at once."""
         kind = "image/png" if name.endswith("png") else "text/plain"
         self.page.set_input_files("#file", {"name": name, "mimeType": kind, "buffer": data})
 
     def settle(self, cards=5):
-        """Until results, pictures and receipts are there."""
         self.page.wait_for_selector("body[data-stage=answered]")
         self.wait(
             """(cards) => document.querySelectorAll('.card').length === cards
@@ -142,40 +114,38 @@ class Page:
         )
 
     def ask(self, data):
-        """A picture, and everything of its answer."""
         self.pick(data)
         self.settle()
 
     def text(self, selector):
-        """What is written there."""
         return str(self.page.inner_text(selector))
 
     def texts(self, selector):
-        """What is written in each of them."""
         return list(self.page.locator(selector).all_inner_texts())
 
     def pixels(self, selector):
-        """What is drawn on a canvas, `[H W 4]`."""
         drawn = self.page.eval_on_selector(selector, "(canvas) => canvas.toDataURL()")
         data = base64.b64decode(drawn.partition(",")[2])
         return np.asarray(Image.open(io.BytesIO(data)).convert("RGBA"))
 
-    def style(self, selector, name, pseudo=None):
-        """A computed property."""
-        return str(
-            self.page.eval_on_selector(
-                selector,
-                "(one, [name, pseudo]) => getComputedStyle(one, pseudo)[name]",
-                [name, pseudo],
-            )
-        )
+    def style(self, selector, name):
+        script = "(one, name) => getComputedStyle(one)[name]"
+        return str(self.page.eval_on_selector(selector, script, name))
+
+    def of_each(self, selector, script):
+        return self.page.eval_on_selector_all(selector, f"(all) => all.map((one) => {script})")
+
+    def ring(self, place):
+        """The middle of a card's ring in percent, (y, x)."""
+        ring = self.page.locator(f".card:nth-child({place}) .ring").first
+        return [float(ring.get_attribute(name).rstrip("%")) for name in ("cy", "cx")]
 
     def problems(self):
         """Of every image, button and field that cannot be told by its name, a line."""
-        return list(self.page.evaluate(_PROBLEMS))
+        return list(self.page.evaluate(PROBLEMS))
 
 
-_PROBLEMS = """() => {
+PROBLEMS = """() => {
   const seen = (one) => one.checkVisibility();
   const lines = [];
   for (const one of document.querySelectorAll('img')) {

@@ -2,25 +2,23 @@
 
 import base64
 import json
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 from urllib.parse import urlencode
 
 import numpy as np
 import pytest
-from build_samples import dense, pictures, quicken, toy
-from page_client import FLAGS, Page, browser_path, scenes_index, served, wide
+from build_samples import quicken
+from page_client import CHROMIUM, FLAGS, QUERY, Page, scenes_index, served
 from rounding import stretch
-from service_client import built, data_of, picture
+from service_client import built
+from service_client import explainer as explainer_of
 
-from embedcam import Explainer, PairExplainer, build_index
+from embedcam import PairExplainer
 from embedcam.render.overlay import colormap
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = browser_path()
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is on PATH")
-QUERY = wide()
 
 
 @pytest.fixture(scope="module")
@@ -44,84 +42,73 @@ def browser():
         started.close()
 
 
-Look = Callable[..., Page]
-
-
 @pytest.fixture
 def look(browser, service):
     """Opens the page; in the end nothing was complained of, and no other machine was asked."""
     seen: list[tuple[Page, bool]] = []
-    with ExitStack() as stack:
 
-        def opened(at=service, *, refused=False, **settings):
-            settings.setdefault("viewport", {"width": 1280, "height": 800})
-            context = browser.new_context(**settings)
-            stack.callback(context.close)
-            context.set_default_timeout(20_000)
-            page = Page(context.new_page(), at.address)
-            seen.append((page, refused))
-            return page
+    def opened(at=service, *, refused=False, width=1280, **settings):
+        page = browser.new_page(viewport={"width": width, "height": 800}, **settings)
+        page.set_default_timeout(20_000)
+        seen.append((Page(page, at.address), refused))
+        return seen[-1][0]
 
-        yield opened
-        for page, refused in seen:
-            # A refusal is answered with a 4xx, which the browser itself writes down.
-            known = "Failed to load resource" if refused else "nothing"
-            assert [one for one in page.complaints if known not in one] == []
-            for url in page.asked:
-                assert url.startswith((f"{page.address}/", f"blob:{page.address}/")), url
+    yield opened
+    for page, refused in seen:
+        page.page.close()
+        # A refusal is answered with a 4xx, which the browser itself writes down.
+        known = "Failed to load resource" if refused else "nothing"
+        assert [one for one in page.complaints if known not in one] == []
+        for url in page.asked:
+            assert url.startswith((f"{page.address}/", f"blob:{page.address}/")), url
 
 
 @pytest.fixture
 def page(look):
-    """The page once it has answered."""
     opened = look()
     opened.ask(QUERY)
     return opened
 
 
-TRANSFER = """(bytes) => {
-  const data = new DataTransfer();
-  const raw = Uint8Array.from(atob(bytes), (one) => one.charCodeAt(0));
-  data.items.add(new File([raw], 'dropped.png', { type: 'image/png' }));
-  return data;
-}"""
-
-
 def transfer(page):
-    return page.page.evaluate_handle(TRANSFER, base64.b64encode(QUERY).decode())
+    script = """(bytes) => {
+      const data = new DataTransfer();
+      const raw = Uint8Array.from(atob(bytes), (one) => one.charCodeAt(0));
+      data.items.add(new File([raw], 'dropped.png', { type: 'image/png' }));
+      return data;
+    }"""
+    return page.page.evaluate_handle(script, base64.b64encode(QUERY).decode())
 
 
-def assert_shows(page, selector, cam, top=None, atol=0.006):
+def assert_shows(page, selector, cam, top=None, atol=0.006, signed=False):
     """The canvas shows a map: opacity is the value, or its magnitude, as a share of the top."""
     drawn, least = page.pixels(selector), min(float(np.min(cam)), 0.0)
     value = (stretch(cam - least, drawn.shape[:2]) + least) / (np.max(cam) if top is None else top)
-    value = np.maximum(value, 0) if top is None or least == 0 else value
+    value = value if signed else np.maximum(value, 0)
     np.testing.assert_allclose(drawn[..., 3] / 255, np.abs(value), atol=atol)
     return drawn, value
 
 
-def assert_ring(page, place, values):
-    """The ring of a card is where most matches, in the middle of that cell."""
-    ring = page.page.locator(f".card:nth-child({place}) .ring").first
-    for name, side, cell in zip(
-        ("cy", "cx"), values.shape, np.unravel_index(values.argmax(), values.shape), strict=True
-    ):
-        shown = float(ring.get_attribute(name).rstrip("%"))
-        assert shown == pytest.approx(100 * (cell + 0.5) / side)
+def ring_of(values):
+    """Where most matches, in the middle of that cell."""
+    strongest = np.array(np.unravel_index(values.argmax(), values.shape))
+    return pytest.approx(100 * (strongest + 0.5) / values.shape)
 
 
 def numbers(page, selector):
     return [float(text.replace("\N{MINUS SIGN}", "-")) for text in page.texts(selector)]
 
 
-# --- a picture comes in ---
+def assert_adds_up(page, expected):
+    *amounts, total = numbers(page, ".sum .value")
+    assert total == round(expected, 3)
+    assert total == pytest.approx(sum(amounts), abs=0.0005 * len(amounts) + 0.0005)
+    return amounts
 
 
 def test_a_picture_is_dropped(look, explainer):
     page = look()
-    assert page.text("#intake h2") == "Why did this image come back?"
     assert page.text("#about") == "30 images"
-    assert page.problems() == []
     data = transfer(page)
     page.page.dispatch_event("body", "dragenter", {"dataTransfer": data})
     assert page.page.is_visible("#dropping")
@@ -133,18 +120,10 @@ def test_a_picture_is_dropped(look, explainer):
     assert page.texts(".card .name") == why.labels
     assert page.texts(".card .id") == why.ids
     assert numbers(page, ".card .number") == [round(float(one), 3) for one in why.similarities]
-    alts = page.page.eval_on_selector_all(".card img", "(all) => all.map((one) => one.alt)")
-    assert alts[1] == f"result 2, label {why.labels[1]}, similarity {why.similarities[1]:.2f}"
+    expected = f"result 2, label {why.labels[1]}, similarity {why.similarities[1]:.2f}"
+    assert page.of_each(".card img", "one.alt")[1] == expected
     assert page.text("#status").startswith("5 results. Nearest: result 1, label ")
     assert page.problems() == []
-
-
-def test_a_picture_is_pasted(look):
-    page = look()
-    paste = """(data) => document.dispatchEvent(
-        new ClipboardEvent('paste', { clipboardData: data, cancelable: true }))"""
-    page.page.evaluate(paste, transfer(page))
-    page.settle()
 
 
 def test_maps_are_drawn_as_python_draws_them(page, explainer):
@@ -154,18 +133,21 @@ def test_maps_are_drawn_as_python_draws_them(page, explainer):
     maps = [cam / norm for cam, norm in zip(why.neighbor_cams, why.neighbor_norms, strict=True)]
     top = max(cam.max() for cam in maps)
     for place, cam in enumerate(maps, 1):
-        drawn, value = assert_shows(page, f".card:nth-child({place}) canvas", cam, top)
-        # A canvas holds colours multiplied by their opacity: faint ones have few digits.
-        strong = value > 0.5
-        np.testing.assert_allclose(drawn[..., :3][strong], colormap(value)[strong] * 255, atol=4)
+        assert_shows(page, f".card:nth-child({place}) canvas", cam, top)
+    before = page.pixels("#query-shot canvas")
+    page.page.check("#finer")
+    page.settle()
+    cam = explainer.explain(QUERY, detail=2).cam
+    drawn, _ = assert_shows(page, "#query-shot canvas", cam, atol=0.03)
+    assert np.abs(drawn[..., 3].astype(int) - before[..., 3]).max() > 20
 
 
 def test_colours_are_python_s(look):
     page = look()
     cam = np.linspace(-1, 1, 24).reshape(4, 6)
     filled = """async ([values, both]) => {
-      const { fill } = await import('./maps.js');
       const data = new Uint8ClampedArray(4 * 40 * 40);
+      const { fill } = await import('./maps.js');
       fill(data, { rows: 4, columns: 6, values }, 0.8, both, 40);
       return [...data];
     }"""
@@ -182,10 +164,7 @@ def test_colours_are_python_s(look):
         np.testing.assert_allclose(drawn[..., 3], np.abs(value) * 255, atol=0.51)
 
 
-# --- what is asked of it ---
-
-
-def test_a_point_is_clicked(page, explainer, record_property):
+def test_a_point_is_clicked(page, explainer):
     before = page.pixels(".card:nth-child(2) canvas")
     page.page.locator(".cells [role=gridcell]").nth(2 * 6 + 3).click()
     assert page.text("#note") == "What in the results matches row 3, column 4."
@@ -193,13 +172,8 @@ def test_a_point_is_clicked(page, explainer, record_property):
     maps = [one.point(2, 3) for one in PairExplainer(explainer).receipts(QUERY, ids)]
     top = max(one.max() for one in maps)
     for place, values in enumerate(maps, 1):
-        drawn = page.pixels(f".card:nth-child({place}) canvas")
-        least = values.min()
-        value = np.maximum(stretch(values - least, drawn.shape[:2]) + least, 0) / top
-        np.testing.assert_allclose(drawn[..., 3] / 255, value, atol=0.006)
-        assert_ring(page, place, values)
-    took = "performance.getEntriesByName('embedcam: point').map((one) => one.duration)"
-    record_property("point_milliseconds", page.page.evaluate(took))
+        assert_shows(page, f".card:nth-child({place}) canvas", values, top)
+        assert page.ring(place) == ring_of(values)
     asked = len(page.asked)
     page.page.locator(".cells [role=gridcell]").nth(5).click()
     assert len(page.asked) == asked  # without any request
@@ -208,20 +182,15 @@ def test_a_point_is_clicked(page, explainer, record_property):
     assert page.page.is_hidden("#back")
 
 
-def test_a_point_where_receipts_are_of_first_order(look, tmp_path_factory, monkeypatch):
-    quicken(monkeypatch)
-    folder = tmp_path_factory.mktemp("other")
-    made = toy("other").network
-    build_index(pictures(folder / "photos"), made, folder / "i", recipe=dense(), progress=False)
-    why = Explainer(folder / "i", made)
-    query = data_of(picture(3, (24, 24)))
+def test_a_point_where_receipts_are_of_first_order(look, tmp_path):
+    why = explainer_of(built(tmp_path, "other"), "other")
     with served(why) as service:
         page = look(service)
-        page.ask(query)
+        page.ask(QUERY)
         page.page.locator(".cells [role=gridcell]").nth(6).click()
         page.page.wait_for_selector(".card:nth-child(5) .ring")
         ids = page.texts(".card .id")
-        assert_ring(page, 5, PairExplainer(why).receipt(query, ids[4]).point(1, 2))
+        assert page.ring(5) == ring_of(PairExplainer(why).receipt(QUERY, ids[4]).point(1, 2))
         page.page.hover(".card:nth-child(1) button.frame")
         assert "first order" in page.text("#panel")
 
@@ -230,17 +199,14 @@ def test_a_result_is_hovered(page, explainer):
     assert page.text("#panel-title") == "Ask why"
     page.page.hover(".card:nth-child(2) button.frame")
     assert page.text("#panel-title") == "Why result 2 matches"
-    *amounts, total = numbers(page, ".sum .value")
-    assert total == pytest.approx(sum(amounts), abs=0.0005 * len(amounts) + 0.0005)
     receipt = PairExplainer(explainer).receipt(QUERY, page.texts(".card .id")[1])
-    assert total == round(receipt.similarity, 3)
-    assert amounts[0] == round(receipt.shared, 3)
+    assert assert_adds_up(page, receipt.similarity)[0] == round(receipt.shared, 3)
     assert page.texts(".sum tbody th")[0] == "shared with the average image"
     largest = receipt.lines(1)[0]
     assert f"channel {largest.channel}" in page.texts(".sum tbody th")
     assert page.page.locator(".links .link").count() == len(receipt.links())
     cells = receipt.query.cells
-    assert_shows(page, "#query-shot canvas", cells, np.abs(cells).max())
+    assert_shows(page, "#query-shot canvas", cells, np.abs(cells).max(), signed=True)
     # It goes with the mouse; a click keeps it.
     page.page.mouse.move(5, 5)
     page.page.wait_for_selector(".card:nth-child(2):not(.lit)")
@@ -251,9 +217,6 @@ def test_a_result_is_hovered(page, explainer):
     assert page.problems() == []
     page.page.click("#panel .close")
     assert page.text("#panel-title") == "Ask why"
-
-
-def test_anywhere_on_a_result_opens_its_receipt(page):
     for what in (".name", ".far", ".pick", ".caption"):
         page.page.hover(f".card:nth-child(3) {what}")
         assert page.text("#panel-title") == "Why result 3 matches"
@@ -271,9 +234,7 @@ def test_two_results_are_compared(page, explainer):
     assert page.text("#panel-title") == "Why 2 is above 4"
     ids = page.texts(".card .id")
     made = PairExplainer(explainer).above(QUERY, ids[1], ids[3])
-    *amounts, total = numbers(page, ".sum .value")
-    assert total == round(made.score, 3)
-    assert total == pytest.approx(sum(amounts), abs=0.0005 * len(amounts) + 0.0005)
+    assert_adds_up(page, made.score)
     assert page.text("#note") == "Red speaks for result 2, blue for result 4."
 
     def is_red(selector, row, column):
@@ -290,38 +251,33 @@ def test_two_results_are_compared(page, explainer):
         strongest = np.unravel_index(own.result.cells.argmax(), values.shape)
         for shown in (f".card:nth-child({place})", f".three figure:nth-child({place // 2 + 1})"):
             assert is_red(f"{shown} canvas", *strongest) == (place == 2), shown
-    for card, kind in ((2, "for"), (4, "against")):
-        assert kind in page.page.get_attribute(f".card:nth-child({card})", "class")
-        pressed = page.page.get_attribute(f".card:nth-child({card}) .pick", "aria-pressed")
-        assert pressed == "true"
+        card = page.page.get_attribute(f".card:nth-child({place})", "class")
+        assert ("for" if place == 2 else "against") in card
+    assert page.page.locator(".pick[aria-pressed=true]").count() == 2
     assert page.problems() == []
-    page.page.keyboard.press("Escape")
-    assert page.page.locator(".pick[aria-pressed=true]").count() == 0
-
-
-def test_two_results_are_told_apart_by_the_stored_weights(page, explainer):
-    for place in (2, 4):
-        page.page.click(f".card:nth-child({place}) .pick")
-    page.page.wait_for_selector("#panel .sum")
+    # And told apart by the stored weights.
     receipt = page.pixels("#query-shot canvas")
     assert page.text("#stored") == "Show the stored weights’ map"
     page.page.click("#stored")
     page.until(lambda: page.text("#stored") == "Show the map that adds up")
-    ids = page.texts(".card .id")
-    why = explainer.explain(QUERY, result=ids[1], above=ids[3])
-    expected = "Bright parts speak for result 2 rather than result 4."
-    if why.why_empty is not None:
-        expected = f"{why.why_empty[0].upper()}{why.why_empty[1:]}."
-    assert page.text("#note") == expected
+    assert page.text("#note") == "Bright parts speak for result 2 rather than result 4."
     assert not np.array_equal(page.pixels("#query-shot canvas"), receipt)
     assert page.page.evaluate("document.activeElement.id") == "stored"
     page.page.click("#stored")
     page.until(lambda: page.text("#stored") == "Show the stored weights’ map")
     np.testing.assert_array_equal(page.pixels("#query-shot canvas"), receipt)
-    assert page.problems() == []
+    page.page.keyboard.press("Escape")
+    assert page.page.locator(".pick[aria-pressed=true]").count() == 0
 
 
-def test_the_result_becomes_the_query(page):
+def test_one_of_the_index_is_tried_and_its_result_becomes_the_query(look, explainer):
+    page = look()
+    page.page.wait_for_selector("#tries .try")
+    assert page.of_each(".try img", "one.alt") == list("013579")  # from all over the index
+    page.wait("[...document.querySelectorAll('.try img')].every((one) => one.naturalWidth > 0)")
+    page.page.locator(".try").nth(2).click()
+    page.settle()
+    assert page.texts(".card .id")[0] == explainer.index.ids[11]
     wanted = page.texts(".card .id")[1]
     page.page.click(".card:nth-child(2) button.frame")
     page.page.click("#panel .buttons button")
@@ -331,39 +287,26 @@ def test_the_result_becomes_the_query(page):
     assert page.page.url == f"{page.address}/#{urlencode({'id': wanted})}"
 
 
-def test_one_of_the_index_is_tried(look, explainer):
-    page = look()
-    page.page.wait_for_selector("#tries .try")
-    names = page.page.eval_on_selector_all(".try img", "(all) => all.map((one) => one.alt)")
-    assert names == [str(number) for number in (0, 1, 3, 5, 7, 9)]  # from all over the index
-    page.wait("[...document.querySelectorAll('.try img')].every((one) => one.naturalWidth > 0)")
-    assert page.problems() == []
-    page.page.locator(".try").nth(2).click()
-    page.settle()
-    wanted = explainer.index.ids[11]
-    assert page.texts(".card .id")[0] == wanted
-    assert page.page.url == f"{page.address}/#{urlencode({'id': wanted})}"
-
-
 def test_an_address_is_an_indexed_query(look, explainer):
     page = look()
     first, second = explainer.index.ids[4], explainer.index.ids[17]
-    nearest = "(id) => document.querySelector('.card .id')?.textContent === id"
+
+    def shows(name):
+        page.wait("(id) => document.querySelector('.card .id')?.textContent === id", name)
+        page.settle()
+
     for name in (first, second):  # one that is opened, and one that is typed over it
         page.page.goto(f"{page.address}/#{urlencode({'id': name})}")
-        page.wait(nearest, name)
-        page.settle()
+        shows(name)
     page.page.reload()
-    page.wait(nearest, second)
-    page.settle()
+    shows(second)
     page.page.go_back()
-    page.wait(nearest, first)
-    page.settle()
+    shows(first)
     page.ask(QUERY)  # one's own picture has no address
     assert page.page.url == f"{page.address}/"
     assert page.text("#query-title") == "Your picture"
     page.page.go_back()
-    page.wait(nearest, first)
+    shows(first)
     page.page.evaluate("location.hash = ''")
     page.page.wait_for_selector("#intake:visible")
 
@@ -371,10 +314,9 @@ def test_an_address_is_an_indexed_query(look, explainer):
 @pytest.mark.parametrize(
     "name",
     [
-        "nowhere.png", "..", "../..", "/etc/passwd", "//evil.example/x", "a?b=c#d", "%2e%2e/%00",
-        "\0",
+        "nowhere.png", "..", "//evil.example/x", "a?b=c#d", "%2e%2e/%00", "\0", "\u202e",
         "<img src=x onerror=document.title='owned'>", "javascript:alert(1)", "a\r\nSet-Cookie: b=c",
-        "0/../../healthz?", "\u202e", "x" * 3000, "'\");alert(1)//",
+        "0/../../healthz?", "x" * 3000,
     ],
 )  # fmt: skip
 def test_a_strange_address_is_an_id_that_no_image_has(look, name):
@@ -383,8 +325,6 @@ def test_a_strange_address_is_an_id_that_no_image_has(look, name):
     page.page.wait_for_selector("#problem")
     told = page.text("#problem-text")
     assert "no image of this id" in told or "nothing at this address" in told
-    assert page.page.title().startswith("embedcam")
-    assert page.page.locator("img[src=x]").count() == 0
     page.page.wait_for_selector("#query", state="hidden")
     page.ask(QUERY)  # and the page goes on
 
@@ -399,18 +339,6 @@ def test_how_many_and_how_strong(page):
     page.settle(10)
     page.page.select_option("#count", "3")
     page.settle(3)
-
-
-def test_a_finer_map_is_asked_for(page, explainer):
-    before = page.pixels("#query-shot canvas")
-    page.page.check("#finer")
-    page.settle()
-    cam = explainer.explain(QUERY, detail=2).cam
-    drawn, _ = assert_shows(page, "#query-shot canvas", cam, atol=0.03)
-    assert np.abs(drawn[..., 3].astype(int) - before[..., 3]).max() > 20
-
-
-# --- for everybody ---
 
 
 def test_with_the_keyboard_alone(look):
@@ -443,19 +371,17 @@ def test_with_the_keyboard_alone(look):
     assert focused("ariaSelected") == "true"
     keys.press("Escape")
     assert focused("ariaSelected") == "false"
-    tab_to("#strength")
-    tab_to("#count")
-    tab_to("button.frame")
+    for selector in ("#strength", "#count", "button.frame"):
+        tab_to(selector)
     assert page.text("#panel-title") == "Why result 1 matches"
     keys.press("Enter")
     assert focused("id") == "panel-title"
     assert page.text("#status").startswith("Receipt of result 1: similarity 0.")
     keys.press("Escape")
     assert focused("ariaLabel").startswith("result 1, label ")
-    tab_to(".pick")
-    keys.press("Space")
-    tab_to(".card:nth-child(3) .pick")
-    keys.press("Space")
+    for selector in (".pick", ".card:nth-child(3) .pick"):
+        tab_to(selector)
+        keys.press("Space")
     page.page.wait_for_selector("#panel .sum")
     page.wait("document.getElementById('status').textContent.includes('nearer')")
 
@@ -466,16 +392,13 @@ def luminance(colour):
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def contrast(page, ink, paper):
+def contrast(page, *names):
     """WCAG's, of two colours of the style sheet."""
-    found = page.page.evaluate(
-        """(names) => names.map((name) => {
-            document.body.style.caretColor = `var(--${name})`;
-            return getComputedStyle(document.body).caretColor;
-        })""",
-        [ink, paper],
-    )
-    low, high = sorted(map(luminance, found))
+    script = """(names) => names.map((name) => {
+      document.body.style.caretColor = `var(--${name})`;
+      return getComputedStyle(document.body).caretColor;
+    })"""
+    low, high = sorted(map(luminance, page.page.evaluate(script, names)))
     return (high + 0.05) / (low + 0.05)
 
 
@@ -499,7 +422,7 @@ def test_light_and_dark(look, scheme):
 
 
 def test_a_narrow_window(look):
-    page = look(viewport={"width": 360, "height": 720}, has_touch=True, reduced_motion="reduce")
+    page = look(width=360, has_touch=True, reduced_motion="reduce")
     assert page.problems() == []
     page.ask(QUERY)
     assert page.problems() == []
@@ -512,9 +435,6 @@ def test_a_narrow_window(look):
     assert page.page.is_hidden("#panel")
     page.page.locator(".cells [role=gridcell]").nth(0).tap()
     assert page.text("#note") == "What in the results matches row 1, column 1."
-
-
-# --- what is not as it should be ---
 
 
 def altered(page, change):
@@ -549,29 +469,16 @@ def test_a_replaced_picture_says_so_and_has_no_map_over_it(look):
     altered(page, lambda body: body["neighbors"][1].update(file="changed"))
     page.ask(QUERY)
     assert [text for text in page.texts(".card .strip") if text] == ["Changed since the build"]
-    drawn = page.page.eval_on_selector_all(
-        ".card canvas",
-        """(all) => all.map((one) => one.getContext("2d")
-          .getImageData(0, 0, one.width, one.height).data.some((value) => value > 0))""",
-    )
+    drawn = [page.pixels(f".card:nth-child({place}) canvas").any() for place in range(1, 6)]
     assert drawn == [True, False, True, True, True]
-    names = page.page.eval_on_selector_all(
-        ".card button.frame", "(all) => all.map((one) => one.ariaLabel)"
-    )
+    names = page.of_each(".card button.frame", "one.ariaLabel")
     assert [", changed since the build." in name for name in names].index(True) == 1
-    assert page.problems() == []
 
 
 def test_names_are_text_whatever_they_hold(look):
-    page = look(viewport={"width": 360, "height": 720})
-    nasty = (
-        "<img src=x onerror=document.title='owned'><script>1</script>\u202e\0\ud800" + "x" * 3000
-    )
-
-    def rename(body):
-        body["neighbors"][0]["label"] = nasty
-
-    altered(page, rename)
+    page = look(width=360)
+    nasty = "<img src=x onerror=document.title='owned'><script>1</script>\u202e\0\ud800"
+    altered(page, lambda body: body["neighbors"][0].update(label=nasty + "x" * 3000))
     page.ask(QUERY)
     assert page.text(".card:nth-child(1) .name").startswith("<img src=x onerror=")
     assert page.page.locator(".card img[src=x]").count() == 0
@@ -579,21 +486,19 @@ def test_names_are_text_whatever_they_hold(look):
     assert page.problems() == []
 
 
-def test_a_text_file_is_refused_kindly(look):
+def test_a_text_file_is_refused_kindly_and_a_picture_is_pasted(look):
     page = look(refused=True)
     page.ask(QUERY)
     page.pick(b"dear search engine", "letter.txt")
     page.page.wait_for_selector("#problem")
-    assert page.text("#problem-text") == (
-        "The picture is not an image of a known kind (JPEG, PNG, GIF, BMP, TIFF, WEBP, PPM, "
-        "JPEG2000, AVIF, HEIF)."
-    )
-    assert page.page.is_hidden("#retry")
-    assert page.page.is_hidden("#query-shot")  # no empty frame, and nothing to slide
-    assert page.page.is_hidden("#strength")
+    assert page.text("#problem-text").startswith("The picture is not an image of a known kind")
+    for hidden in ("#retry", "#query-shot", "#strength"):  # no empty frame, and nothing to slide
+        assert page.page.is_hidden(hidden)
     assert page.page.locator(".card:visible").count() == 0
     assert page.problems() == []
-    page.ask(QUERY)
+    paste = "(data) => document.dispatchEvent(new ClipboardEvent('paste', { clipboardData: data }))"
+    page.page.evaluate(paste, transfer(page))
+    page.settle()
     assert page.page.is_hidden("#problem")
 
 
@@ -619,29 +524,18 @@ def test_a_service_that_is_busy_or_gone(look, explainer):
         page.settle()
 
 
-def test_pictures_that_went(look, tmp_path, monkeypatch):
-    quicken(monkeypatch)
-    index = built(tmp_path)
-    with served(Explainer(index, toy().network)) as service:
+def test_pictures_that_went_and_no_own_maps(look, tmp_path):
+    why = explainer_of(built(tmp_path, own_maps=False))
+    with served(why) as service:
         page = look(service, refused=True)
-        why = Explainer(index, toy().network).explain(QUERY)
-        (tmp_path / "photos" / why.ids[1]).unlink()
+        (tmp_path / "photos" / why.explain(QUERY).ids[1]).unlink()
         page.pick(QUERY)
         page.page.wait_for_selector(".card:nth-child(2) .absent:visible")
         assert "cannot be read any more" in page.text(".card:nth-child(2)")
         page.page.wait_for_selector("#panel:not(:has(.busy))")
+        assert page.pixels(".card:nth-child(3) canvas").max() == 0
         page.page.hover(".card:nth-child(2) button.frame")
         assert "leave it out" in page.text("#panel")
         page.page.hover(".card:nth-child(3) button.frame")
         assert page.page.locator("#panel .sum").count() == 1
-
-
-def test_an_index_without_own_maps(look, tmp_path, monkeypatch):
-    quicken(monkeypatch)
-    index = built(tmp_path, own_maps=False)
-    with served(Explainer(index, toy().network)) as service:
-        page = look(service, refused=True)
-        page.ask(QUERY)
-        assert page.pixels(".card:nth-child(1) canvas").max() == 0
-        page.page.hover(".card:nth-child(1) button.frame")
-        assert page.pixels(".card:nth-child(1) canvas").max() > 200
+        assert page.pixels(".card:nth-child(3) canvas").max() > 200

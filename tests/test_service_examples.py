@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-NAMES = ("service_features", "threads", "workers")
 WITHOUT_TORCH = """
 import runpy, sys
 sys.modules.update(torch=None, torchvision=None)
@@ -19,12 +18,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def started(*arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command, pipe = [sys.executable, "-W", "error", *map(str, arguments)], subprocess.PIPE
     return subprocess.Popen(
-        [sys.executable, "-W", "error", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
+        command, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=environment
     )
 
 
@@ -45,10 +41,8 @@ def index(tmp_path_factory):
 @pytest.fixture(scope="module")
 def told(index):
     """What each prints; they run at the same time."""
-    options = {"service_features": ["--index", str(index)]}
-    running = {
-        name: started(str(EXAMPLES / f"{name}.py"), *options.get(name, [])) for name in NAMES
-    }
+    options = {"service_features": ["--index", index], "threads": [], "workers": []}
+    running = {name: started(EXAMPLES / f"{name}.py", *words) for name, words in options.items()}
     try:
         yield {name: told_by(process) for name, process in running.items()}
     finally:
@@ -58,31 +52,20 @@ def told(index):
 
 def test_a_service_with_its_own_features(told, index):
     found, *cam, named = told["service_features"].splitlines()
-    assert found.startswith("found: violin/")
-    assert found.count("violin/") == 5
-    assert named == "named: heron/3.jpg"
+    assert (found.count("violin/"), named) == (5, "named: heron/3.jpg")
     # The object of the made-up query covers 3 x 3 of 7 x 7 cells; the rest is dark.
     cells = [row[4:18:2] for row in cam]
     lit = [(y, x) for y, row in enumerate(cells) for x, cell in enumerate(row) if cell in "+*#%@"]
     assert len(cam) == 7
     assert 4 <= len(lit) <= 9
     assert max(y for y, _ in lit) - min(y for y, _ in lit) == 2
-    again = started(
-        "-c", WITHOUT_TORCH, str(EXAMPLES / "service_features.py"), "--index", str(index)
-    )
+    again = started("-c", WITHOUT_TORCH, EXAMPLES / "service_features.py", "--index", index)
     assert told_by(again) == told["service_features"]
 
 
-def test_threads_and_a_reload(told):
-    logged, changed, answered, gone = told["threads"].splitlines()
-    assert logged.startswith("embedcam: ")
-    assert logged.endswith(
-        "my.index: serving generation 2 with 23 images, after generation 1 with 24 images"
-    )
-    assert changed == "changed: True"
-    assert answered == "answered: 80 of 80"
+def test_threads_with_a_reload_and_spawned_workers(told):
+    logged, *rest, gone = told["threads"].splitlines()
+    assert "serving generation 2 with 23 images, after generation 1 with 24 images" in logged
+    assert rest == ["changed: True", "answered: 80 of 80"]
     assert gone.endswith("in answers after the change: False")
-
-
-def test_spawned_workers(told):
     assert told["workers"] == "12 of 12 queries found their kind, in workers\n"

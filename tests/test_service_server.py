@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from contextlib import closing, contextmanager, suppress
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,32 +21,26 @@ from service_client import awake, data_of, picture
 
 import embedcam
 from embedcam.cli import main
+from embedcam.cli.parser import parser
+from embedcam.cli.serving import _hosts
 from embedcam.errors import InputError
 from embedcam.service import Limits, server
 from embedcam.service.frame import HEADERS
 
 NETWORK = """
 import os, time
-import torch
-from torch import nn
-from embedcam import Preprocess
+from photo_samples import CROP, Pooled
+from toys import seeded
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.relu = nn.Conv2d(3, 8, 5, 4, 2), nn.ReLU()
-        self.linear = nn.Linear(8, 5)
-
+class Net(Pooled):
     def forward(self, images):
         if os.path.exists("slow"):
             open("begun", "w").close()
             time.sleep(1.5)
-        return self.linear(self.relu(self.conv(images)).mean((2, 3)))
+        return super().forward(images)
 
 def make():
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(4)
-        return Net().eval(), Preprocess(size=(16, 16))
+    return seeded(Net, 4), CROP
 """
 NAMED = ["--network", "served_toy_network:make", "--layer", "relu"]
 QUERY = data_of(picture(3))
@@ -55,18 +48,16 @@ QUERY = data_of(picture(3))
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
-    """A working folder with an index and the module of its network."""
     folder = tmp_path_factory.mktemp("served")
     (folder / "served_toy_network.py").write_text(NETWORK)
     pictures(folder / "photos")
-    before, path = Path.cwd(), list(sys.path)
-    os.chdir(folder)
     with pytest.MonkeyPatch.context() as patch:
-        quicken(patch)
-        assert main(["build", "photos", "my.index", "--quiet", *NAMED]) == 0
-    yield folder
-    os.chdir(before)
-    sys.path[:] = path
+        patch.setattr(sys, "path", [*sys.path])
+        patch.chdir(folder)
+        with patch.context() as quick:
+            quicken(quick)
+            assert main(["build", "photos", "my.index", "--quiet", *NAMED]) == 0
+        yield folder
     sys.modules.pop("served_toy_network", None)
 
 
@@ -74,38 +65,26 @@ class Served:
     """A running `embedcam serve`."""
 
     def __init__(self, folder, *options):
-        self.folder = folder
-        source = str(Path(embedcam.__file__).parents[1])
         self.process = subprocess.Popen(
             [sys.executable, "-W", "error", "-m", "embedcam", "serve", "my.index", "--port", "0",
              "--json", *NAMED[:2], *options],
             cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
-        assert self.process.stdout is not None
         self.told = json.loads(self.process.stdout.readline())
         self.port = int(self.told["address"].rpartition(":")[2])
 
     def ask(self, method, path, body=None, **headers):
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         with closing(connection):
-            named = {name.replace("_", "-"): value for name, value in headers.items()}
-            connection.request(method, path, body, named)
+            connection.request(method, path, body, headers)
             found = connection.getresponse()
             return found.status, {k.lower(): v for k, v in found.getheaders()}, found.read()
 
     def explain(self):
-        return self.ask("POST", "/explain", QUERY, content_type="image/png")
-
-    def end(self, number=signal.SIGTERM):
-        """Its exit code, and what it wrote to the error stream."""
-        self.process.send_signal(number)
-        _, said = self.process.communicate(timeout=60)
-        return self.process.returncode, said
+        return self.ask("POST", "/explain", QUERY)
 
     def is_ready(self):
-        if self.process.poll() is not None:
-            raise AssertionError(self.process.communicate()[1])
         with suppress(OSError):
             return self.ask("GET", "/readyz")[0] == 200
 
@@ -127,21 +106,15 @@ def test_a_server_answers_and_finishes_what_was_begun(here):
             "address": f"http://127.0.0.1:{running.port}", "index": "my.index", "images": 12,
         }  # fmt: skip
         status, headers, body = running.explain()
-        assert status == 200
-        assert "server" not in headers
+        assert (status, "server" in headers) == (200, False)
         shown = json.loads(body)
-        index = here / "my.index"
         network = embedcam.load_network(NAMED[1], layer="relu")
-        expected = embedcam.Explainer(index, network, n_neighbors=3).explain(QUERY)
+        expected = embedcam.Explainer("my.index", network, n_neighbors=3).explain(QUERY)
         assert [one["id"] for one in shown["neighbors"]] == expected.ids
-        np.testing.assert_allclose(
-            [one["distance"] for one in shown["neighbors"]], expected.distances, atol=1e-5
-        )
-        status, headers, body = running.ask("GET", shown["neighbors"][0]["image_url"])
-        assert (status, headers["content-type"]) == (200, "image/jpeg")
+        distances = [one["distance"] for one in shown["neighbors"]]
+        np.testing.assert_allclose(distances, expected.distances, atol=1e-5)
         status, headers, body = running.ask("HEAD", shown["neighbors"][0]["image_url"])
-        assert (status, body) == (200, b"")
-        # A page of another site whose name leads here.
+        assert (status, headers["content-type"], body) == (200, "image/jpeg", b"")
         assert running.ask("GET", "/healthz", Host="evil.example")[0] == 403
         _raw_requests(running)
         running.process.send_signal(signal.SIGHUP)  # nothing has changed, and nothing is lost
@@ -152,10 +125,11 @@ def test_a_server_answers_and_finishes_what_was_begun(here):
         asking.start()
         until((here / "begun").exists)
         assert not answers
-        code, said = running.end(signal.SIGTERM)
+        running.process.send_signal(signal.SIGTERM)
+        _, said = running.process.communicate(timeout=60)
         asking.join(30)
     (here / "slow").unlink()
-    assert code == 0, said
+    assert running.process.returncode == 0, said
     assert [status for status, _, _ in answers] == [200]
     assert len(json.loads(answers[0][2])["neighbors"]) == 3
     assert said.count("POST /explain 200") == 3
@@ -165,79 +139,64 @@ def test_a_server_answers_and_finishes_what_was_begun(here):
 
 
 HOST = b"Host: localhost\r\n"
+GET = b"GET /healthz HTTP/1.1\r\n"
 POST = b"POST /search HTTP/1.1\r\n" + HOST
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
-AFTER = b"GET /healthz HTTP/1.1\r\n" + HOST + b"\r\n"
+AFTER = GET + HOST + b"\r\n"
+LAST = b"0\r\n\r\n" + AFTER
+# Requests that are none, or that could be read in two ways; nothing behind them is answered.
 BROKEN = {
     "a NUL in the address": b"GET /items/c0/000.png\x00/image HTTP/1.1\r\n" + HOST + b"\r\n",
-    "no host": b"GET /healthz HTTP/1.1\r\n\r\n",
-    "two hosts": b"GET /healthz HTTP/1.1\r\n" + 2 * HOST + b"\r\n",
+    "no host": GET + b"\r\n",
+    "two hosts": GET + 2 * HOST + b"\r\n",
     "no version": b"GET /healthz\r\n\r\n",
-    "no words": b"hello\r\n\r\n",
-    "tabs": b"GET\t/healthz\tHTTP/1.1\r\n" + HOST + b"\r\n",
     "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200),
     "an endless header": b"GET / HTTP/1.1\r\nX: " + b"a" * 100_000,
     "an endless address": b"GET /" + b"a" * 100_000,
-    "no name": b"GET /healthz HTTP/1.1\r\n" + HOST + b": a\r\n\r\n",
-    "no colon": b"GET /healthz HTTP/1.1\r\n" + HOST + b"a\r\n\r\n",
-    "a folded first line": b"GET /healthz HTTP/1.1\r\n " + HOST + b"\r\n",
-    "a NUL in a header": b"GET /healthz HTTP/1.1\r\n" + HOST + b"X: a\0b\r\n\r\n",
+    "no colon": GET + HOST + b"a\r\n\r\n",
+    "a folded first line": GET + b" " + HOST + b"\r\n",
+    "a NUL in a header": GET + HOST + b"X: a\0b\r\n\r\n",
     "lines that end in LF": b"GET /healthz HTTP/1.1\nHost: localhost\n\n",
     "one line that ends in LF": POST + b"X: a\nContent-Length: 5\r\n\r\nabcde" + AFTER,
-    "a blank line that ends in LF": b"GET /healthz HTTP/1.1\r\n" + HOST + b"\n" + AFTER,
+    "a blank line that ends in LF": GET + HOST + b"\n" + AFTER,
     "one line that ends in CR": POST + b"X: a\rContent-Length: 5\r\n\r\nabcde",
     "two lengths": POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nabcde" + AFTER,
     "a list of lengths": POST + b"Content-Length: 5, 6\r\n\r\nabcde" + AFTER,
     "a length with a sign": POST + b"Content-Length: +5\r\n\r\nabcde" + AFTER,
-    "a length below 0": POST + b"Content-Length: -5\r\n\r\nabcde" + AFTER,
-    "a length in hexadecimal": POST + b"Content-Length: 0x5\r\n\r\nabcde" + AFTER,
     "a blank before the colon": POST + b"Content-Length : 5\r\n\r\nabcde" + AFTER,
-    "a length beside chunks": POST + b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n"
-    b"0\r\n\r\n" + AFTER,
-    "chunks beside a length": POST + b"Transfer-Encoding: Chunked\r\nContent-Length: 6\r\n\r\n"
-    b"0\r\n\r\n" + AFTER,
+    "a length and chunks": CHUNKED.replace(HOST, HOST + b"Content-Length: 4\r\n") + LAST,
+    "chunks and a length": CHUNKED[:-2] + b"Content-Length: 6\r\n\r\n" + LAST,
     "folded chunks beside a length": POST + b"Transfer-Encoding:\r\n chunked\r\n"
-    b"Content-Length: 6\r\n\r\n0\r\n\r\n" + AFTER,
-    "chunks in 1.0": CHUNKED.replace(b"1.1", b"1.0") + b"0\r\n\r\n" + AFTER,
-    "chunks twice": POST + 2 * b"Transfer-Encoding: chunked\r\n" + b"\r\n0\r\n\r\n" + AFTER,
-    "chunks that are not": POST + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n" + AFTER,
-    "chunks behind a tab": POST + b"Transfer-Encoding:\x0bchunked\r\n\r\n0\r\n\r\n" + AFTER,
+    b"Content-Length: 6\r\n\r\n" + LAST,
+    "chunks in 1.0": CHUNKED.replace(b"1.1", b"1.0") + LAST,
+    "chunks twice": POST + 2 * b"Transfer-Encoding: chunked\r\n" + b"\r\n" + LAST,
+    "chunks that are not": POST + b"Transfer-Encoding: xchunked\r\n\r\n" + LAST,
+    "chunks behind a tab": POST + b"Transfer-Encoding:\x0bchunked\r\n\r\n" + LAST,
     "the identity": POST + b"Transfer-Encoding: identity\r\n\r\n" + AFTER,
     "a chunk of no size": CHUNKED + b"zz\r\n",
-    "a chunk below 0": CHUNKED + b"-1\r\nx\r\n0\r\n\r\n" + AFTER,
-    "a chunk in hexadecimal": CHUNKED + b"0x1\r\nx\r\n0\r\n\r\n" + AFTER,
-    "a chunk line that ends in LF": CHUNKED + b"1\nx\r\n0\r\n\r\n" + AFTER,
-    "an extension with LF": CHUNKED + b"1;a\n=b\r\nx\r\n0\r\n\r\n" + AFTER,
-    "a chunk that is longer": CHUNKED + b"1\r\nxx0\r\n\r\n" + AFTER,
+    "a chunk in hexadecimal": CHUNKED + b"0x1\r\nx\r\n" + LAST,
+    "a chunk line that ends in LF": CHUNKED + b"1\nx\r\n" + LAST,
+    "an extension with LF": CHUNKED + b"1;a\n=b\r\nx\r\n" + LAST,
+    "a chunk that is longer": CHUNKED + b"1\r\nxx" + LAST,
 }
-"""Requests that are none, or that could be read in two ways; nothing behind them is answered."""
 
 
 def _everything(client):
-    """What comes until the other side closes."""
-    found = b""
-    while more := client.recv(65536):
-        found += more
-    return found
+    return b"".join(iter(lambda: client.recv(65536), b""))
 
 
-def _check_refusal(answer, status, code):
+def _check_refusal(answer, status, code, what=None):
     """One answer, as every refusal looks, after which the connection was closed."""
     head, _, body = answer.partition(b"\r\n\r\n")
-    assert head.startswith(f"HTTP/1.1 {status} ".encode()), answer[:200]
+    assert head.startswith(f"HTTP/1.1 {status} ".encode()), (what, answer[:200])
     headers = dict(line.lower().split(": ", 1) for line in head.decode().split("\r\n")[1:])
     expected = {"content-type": "application/json", "connection": "close", **HEADERS}
     expected["content-length"] = str(len(body))  # nothing behind it
-    assert {name.lower(): value.lower() for name, value in expected.items()}.items() <= (
-        headers.items()
-    )
-    told = json.loads(body)["error"]
-    assert told["code"] == code
-    assert told["message"]
+    assert {(name.lower(), value.lower()) for name, value in expected.items()} <= {*headers.items()}
+    assert json.loads(body)["error"]["code"] == code
 
 
 def raw(running, request, *, ends=False, whole=True):
-    """What comes back for bytes that a client library would not send."""
     with socket.create_connection(("127.0.0.1", running.port), timeout=30) as client:
         client.sendall(request)
         if ends:
@@ -247,40 +206,48 @@ def raw(running, request, *, ends=False, whole=True):
 
 def _raw_requests(running):
     for what, request in BROKEN.items():
-        try:
-            _check_refusal(raw(running, request), 400, "broken_request")
-        except AssertionError as error:
-            raise AssertionError(what) from error
+        _check_refusal(raw(running, request), 400, "broken_request", what)
     for request in (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", AFTER.replace(b"1.1", b"1.2")):
         _check_refusal(raw(running, request), 505, "unknown_version")
     # After a good one, both are answered.
     first, second = raw(running, AFTER + b"GARBAGE\r\n\r\n").split(b'{"status":"ok"}')
     assert first.startswith(b"HTTP/1.1 200 ")
     _check_refusal(second, 400, "broken_request")
-    for request in (AFTER, POST + b"Content-Length: %d\r\n\r\n" % len(QUERY) + QUERY):
-        assert raw(running, request, ends=True).startswith(b"HTTP/1.1 200 "), request[:60]
+    assert raw(running, AFTER, ends=True).startswith(b"HTTP/1.1 200 ")
     for request in (AFTER[:9], POST + b"Content-Length: 9\r\n\r\nabc"):
         assert b"200 OK" not in raw(running, request, ends=True)
     for request, status in (
-        (b"GET /items/../../etc/passwd/image HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
-        (b"GET /healthz HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n" + HOST + b"\r\n", 200),
+        (b"GET /items/../../etc/passwd/image HTTP/1.1\r\n" + HOST + b"\r\n", 404),
+        (GET + b"Connection: Upgrade\r\nUpgrade: h2c\r\n" + HOST + b"\r\n", 200),
         (POST + b"Content-Length: 99999999\r\nExpect: 100-continue\r\n\r\n", 413),
-    ):  # fmt: skip
+    ):
         answer = raw(running, request, whole=False)
         assert answer.startswith(f"HTTP/1.1 {status} ".encode()), (request[:60], answer[:60])
-        assert b"Traceback" not in answer
 
 
-async def empty(scope, receive, send):
-    await send({"type": "http.response.start", "status": 204, "headers": []})
-    await send({"type": "http.response.body", "body": b""})
+def answering(status, body):
+    async def answer(scope, receive, send):
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": body})
+
+    return answer
+
+
+LARGE = bytes(8_000_000)
+empty, large = answering(204, b""), answering(200, LARGE)
 
 
 @pytest.fixture
 def begun(monkeypatch):
     """The servers of this process, once they are begun."""
     kept: list[Any] = []
-    monkeypatch.setattr(server.uvicorn, "Server", lambda config: _Kept(config, kept))
+    made = server.uvicorn.Server
+
+    def keep(config):
+        kept.append(made(config))
+        return kept[-1]
+
+    monkeypatch.setattr(server.uvicorn, "Server", keep)
     return kept
 
 
@@ -310,7 +277,6 @@ def test_signals_end_it_quietly(begun, number):
 
 @contextmanager
 def running(app, begun):
-    """A server in a thread; where it listens."""
     bound = server.bind("127.0.0.1", 0)
     address = bound.getsockname()
     thread = threading.Thread(target=server.serve, args=(awake(app), bound), kwargs={"seconds": 1})
@@ -340,16 +306,7 @@ def test_a_slow_head_is_not_waited_for(begun, monkeypatch):
             assert client.recv(100) == b""
 
 
-LARGE = bytes(8_000_000)
-
-
-async def large(scope, receive, send):
-    await send({"type": "http.response.start", "status": 200, "headers": []})
-    await send({"type": "http.response.body", "body": LARGE})
-
-
 def asking(address, times=1):
-    """A client with little room for what it asked for."""
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.settimeout(20)
@@ -392,15 +349,6 @@ def test_who_comes_when_all_connections_are_taken_is_told(begun, monkeypatch):
         assert first.recv(1000).startswith(b"HTTP/1.1 204")
 
 
-class _Kept(server.uvicorn.Server):
-    def __init__(self, config, kept):
-        super().__init__(config)
-        kept.append(self)
-
-
-# --- the command's refusals ---
-
-
 @pytest.fixture
 def say(here, capsys):
     def run(*words):
@@ -408,11 +356,6 @@ def say(here, capsys):
         return code, capsys.readouterr().err
 
     return run
-
-
-def test_an_index_that_is_not_there(say):
-    code, told = say("nowhere", "--port", "0")
-    assert (code, "nowhere" in told) == (5, True)
 
 
 def test_a_port_that_is_taken(say):
@@ -423,37 +366,29 @@ def test_a_port_that_is_taken(say):
         assert say("my.index", "--port", port, *NAMED) == (6, f"{said}with --host and --port\n")
 
 
-NO_FOLDER = "--images nowhere: there is no such folder; give the one the indexed images lie in"
-
-
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (["--images", "nowhere"], 2, NO_FOLDER),
+        (["--images", "nowhere"], 2, "--images nowhere: there is no such folder; give the one"),
         (["--port", "70000"], 2, "port = 70000; give a whole number from 0 to 65,535"),
-        (["--port", "-1"], 2, "'-1' is not a whole number of at least 0"),
         (["--host", "no.such.host.invalid"], 6, "no.such.host.invalid port 0"),
         ([], 2, "if you trust it, say so with --network"),
         (["--timeout", "0"], 2, "'0' is not a number of at least 0.01"),
-        (["--max-body", "0"], 2, "'0' is not a whole number"),
         (["--fallback", *NAMED], 2, "holds no calibration of trust"),
     ],
 )
 def test_what_the_command_refuses(say, words, code, said):
     found, told = say("my.index", "--port", "0", *words)
-    assert found == code
+    assert (found, told.count("\n")) == (code, 1)
     assert said in told
-    assert told.count("\n") == 1
 
 
 @pytest.mark.parametrize("missing", ["fastapi", "uvicorn", "python_multipart", "prometheus_client"])
 def test_a_missing_extra_is_one_sentence(say, monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
-    assert say("my.index", *NAMED) == (
-        2,
-        f"embedcam: the service needs {missing.replace('_', '-')}, which is not installed; "
-        'pip install "embedcam[service]"\n',
-    )
+    code, told = say("my.index", *NAMED)
+    said = f"the service needs {missing.replace('_', '-')}, which is not installed; pip install"
+    assert (code, said in told) == (2, True)
     with pytest.raises(InputError, match="pip install"):
         _ = embedcam.service.create_app
 
@@ -472,29 +407,21 @@ def test_limits_of_the_command(here, monkeypatch, capsys):
     assert (pipeline.n_neighbors, named["seconds"]) == (4, 2.5)
     told = capsys.readouterr()
     assert "my.index, 12 images; Ctrl-C ends it" in told.out
-    assert "note: other machines reach 0.0.0.0, and nobody is asked for a password" in told.err
+    assert "other machines reach 0.0.0.0, and nobody is asked for a password" in told.err
     assert bound.fileno() == -1  # closed
 
 
-LOCAL = ["localhost", "127.0.0.1", "[::1]"]
-
-
-@pytest.mark.parametrize(
-    ("options", "hosts"),
-    [
-        (["--host", "127.0.0.1"], ["127.0.0.1", *LOCAL]),
+def test_names_the_service_goes_by():
+    local = ["localhost", "127.0.0.1", "[::1]"]
+    for options, hosts in (
+        (["--host", "127.0.0.1"], ["127.0.0.1", *local]),
         (["--host", "0.0.0.0"], None),
-        (["--allow-host", "why.example"], ["why.example", *LOCAL]),
-        (["--host", "0.0.0.0", "--allow-host", "why.example"], ["why.example", *LOCAL]),
-    ],
-)
-def test_names_the_service_goes_by(options, hosts):
-    from embedcam.cli.parser import parser
-    from embedcam.cli.serving import _hosts
-
-    said = parser().parse_args(["serve", "my.index", *options])
-    with closing(server.bind(said.host, 0)) as bound:
-        assert _hosts(said, bound) == hosts
+        (["--allow-host", "why.example"], ["why.example", *local]),
+        (["--host", "0.0.0.0", "--allow-host", "why.example"], ["why.example", *local]),
+    ):
+        said = parser().parse_args(["serve", "my.index", *options])
+        with closing(server.bind(said.host, 0)) as bound:
+            assert _hosts(said, bound) == hosts
 
 
 def test_numpy_has_one_thread_while_it_serves(monkeypatch):

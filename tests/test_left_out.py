@@ -126,7 +126,7 @@ def test_an_address_in_a_list_is_unreadable_by_name(tmp_path: Path) -> None:
 
 def test_a_huge_value_is_not_repeated_whole(tmp_path: Path) -> None:
     twice = f"a.png,1,{'z' * 99_000}\n" * 2
-    for text in ("x" * 2_000_000 + ",label\n", f"path,label,id\n{twice}"):
+    for text in ("x" * 2_000_000 + ",label\n", "path,label,y,y\n", f"path,label,id\n{twice}"):
         with pytest.raises(InputError) as caught:
             find_images(csv_of(tmp_path, text))
         assert len(str(caught.value)) < 400

@@ -49,7 +49,6 @@ def networks() -> dict[str, tuple[Callable[[Tensor], Tensor], bool, bool, bool]]
         "ReLU, mean": (lambda a: mean(F.relu(a)), False, False, False),
         "in-place ReLU, mean": (lambda a: mean(a.relu_()), False, False, False),
         "GeM": (gem, False, False, False),
-        "max": (lambda a: a.amax((2, 3)), False, False, False),
         "mean and max": (lambda a: mean(a) + 0.01 * a.amax((2, 3)), False, False, False),
         "flatten": (lambda a: a.flatten(1)[:, :7], False, False, False),
         "centre": (lambda a: a[:, :, 1:3, 1:3].mean((2, 3)), False, False, False),

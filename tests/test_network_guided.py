@@ -123,9 +123,9 @@ def test_networks_cut_from_their_input_are_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.detach())
 
-    network = EmbeddingNetwork(seeded(lambda: Cut(F.relu)), "conv")
-    with pytest.raises(NetworkError, match=r"no gradient comes back .* detach\(\)"):
-        input_gradient(network, images(), lambda f: f.embedding)
+    for module in (seeded(lambda: Cut(F.relu)), toy(Tensor.detach)):
+        with pytest.raises(NetworkError, match=r"no gradient comes back .* detach\(\)"):
+            input_gradient(EmbeddingNetwork(module, "conv"), images(), lambda f: f.embedding)
 
 
 def test_inputs_that_are_no_images() -> None:

@@ -195,7 +195,7 @@ def test_half_precision_gives_float32_near_the_full_precision(dtype, cast) -> No
     expected = exact.vjp(c)
     with torch.autocast("cpu", dtype=torch.bfloat16):  # what is around it changes nothing
         around = EmbeddingNetwork(module, "relu").head_pass(x)
-    assert torch.equal(around.vjp(c), expected)
+        assert torch.equal(around.vjp(c), expected)
     low = EmbeddingNetwork(module, "relu", autocast=dtype)
     if not cast:
         low = EmbeddingNetwork(module.to(dtype), "relu")

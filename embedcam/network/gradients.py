@@ -57,7 +57,7 @@ class _Graph:
 
     def __init__(self, network: Runner, run: Run) -> None:
         self._held: tuple[Tensor, list[Tensor]] | None = (run.z, run.kept)
-        self._layouts, self._names = run.layouts, run.names
+        self._layouts, self._names, self._network = run.layouts, run.names, network
         with no_gradients():
             self.activations = run.activations()
             self.features = run.features(self.activations[-1], network.normalize)
@@ -83,7 +83,8 @@ class _Graph:
     def _back(self, cotangents: Images | None) -> list[Tensor]:
         """Return dy/dA `[B K H W]` of each layer for cotangents `[B D]`, None for any, at z."""
         z, kept = self._open()
-        with no_gradients():
+        # What goes back has its types from the forward pass: an autocast around the call is none.
+        with no_gradients(), self._network.precision(autocast=False):
             if cotangents is None:  # to every number of z: what they do not reach, nothing does
                 cotangents = torch.linspace(-1, 1, z.shape[1] + 1)[1:].expand_as(z)
             c = torch.as_tensor(cotangents, device=z.device).to(z.dtype)
@@ -146,7 +147,8 @@ class HeadPass(_Graph):
     def jvp(self, tangents: Images) -> Tensor:
         """Return dz/dA dA `[B D]`, prefix tokens as they are; the pass is of `twice=True`."""
         z, (leaf,) = self._open()
-        with torch.inference_mode(False), torch.enable_grad():
+        shielded = self._network.precision(autocast=False)
+        with torch.inference_mode(False), torch.enable_grad(), shielded:
             moved = torch.as_tensor(tangents, device=leaf.device).to(leaf.dtype)
             shape = self.features.activations.shape
             if moved.shape != shape:

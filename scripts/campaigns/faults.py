@@ -22,7 +22,7 @@ CORE = {
     "coefficients": "transfer", "rival_coefficients": "transfer", "margin_cotangent": "targets",
     "centred_cotangent": "targets", "through_norm": "targets", "whitening": "targets",
     "head_cotangent": "targets", "equal_area_share": "metrics", "combine": "encoding",
-    "decode": "encoding", "fit_pca": "encoding", "mean_difference": "triplets",
+    "norms": "encoding", "fit_pca": "encoding", "mean_difference": "triplets",
     "rank_of": "metrics", "active": "triplets", "sums": "triplets",
     "pooled_gradcam_plus_plus": "weights", "gradcam_plus_plus": "weights",
     "pixel_auc": "metrics", "energy_share": "metrics", "average_precision": "metrics",

@@ -147,8 +147,7 @@ def info(options: Namespace) -> None:
             return _list_ids(options, index)
         manifest = index.manifest
         evidence = _evidence(index)
-    raw = manifest.to_dict()
-    summary = {**{key: raw.get(key) for key in _TOLD}, **evidence}
+    summary = {**manifest.entries(*_TOLD), **evidence}
     emit(options, summary, options.index, *_lines(manifest, evidence))
 
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -392,6 +392,20 @@ class Manifest:
     def named_bytes(self) -> int:
         """Bytes of all files that it names."""
         return sum(entry.bytes for entry in self.files.values())
+
+    def entries(self, *names: str) -> Json:
+        """Return copies of some entries as JSON has them, None for what is not there."""
+        return {name: copy.deepcopy(self.raw.get(name)) for name in names}
+
+    def derived_header(self, encodings: Sequence[Json]) -> Json:
+        """Return the header of an index merged from these rows, its layers encoded as said."""
+        same = ("recipe", "network", "embedding", "metric", "method", "target", "norm", "triplets")
+        header = self.entries(*same, "libraries", "images", "layers")
+        layers = zip(header["layers"], encodings, strict=True)
+        # The digest is of the files of all images, which are no longer the rows.
+        images = header["images"] and {**header["images"], "files_sha256": None}
+        layers_now = [{**layer, "encoding": encoding} for layer, encoding in layers]
+        return {**header, "images": images, "layers": layers_now, "fitted_on": self.fit.images}
 
     def to_dict(self) -> Json:
         """Return a copy of the manifest as JSON has it, keys of later versions included."""

@@ -141,7 +141,9 @@ def compress(
             "seed": seed,
             "fidelity": lost,
         }
-        header, part = {**_header(merged), "compressed": about}, _part(merged, per_class)
+        specs = [encoding.spec() for encoding in merged.encodings]
+        header = {**index.manifest.derived_header(specs), "compressed": about}
+        part = _part(merged, per_class)
         fitted = [encoding.fitted for encoding in merged.encodings]
         # Flat whatever the index had: lists and graphs are for many rows.
         create(path, header, fitted, index.shared(), part, factory="Flat", replace=replace)
@@ -345,21 +347,6 @@ def _maps_of_medoids(merged: _Prototypes, layer: int) -> tuple[np.ndarray, np.nd
         factors.append(np.where(before > 0, lengths / np.where(before > 0, before, 1), 1))
     maps, scales = (index.select(merged.medoids).array(column) for column in columns)
     return maps, (scales * np.concatenate(factors)).astype(np.float32)
-
-
-def _header(merged: _Prototypes) -> dict[str, Any]:
-    """Return how the source's rows were made, as it says itself."""
-    manifest = merged.index.manifest.to_dict()
-    same = ("recipe", "network", "embedding", "metric", "method", "target", "norm", "triplets")
-    layers = zip(manifest["layers"], merged.encodings, strict=True)
-    # The digest is of the files of all images, which are no longer the rows.
-    images = manifest.get("images") and {**manifest["images"], "files_sha256": None}
-    return {
-        **{key: manifest.get(key) for key in (*same, "libraries")},
-        "images": images,
-        "layers": [{**layer, "encoding": encoding.spec()} for layer, encoding in layers],
-        "fitted_on": merged.index.manifest.fit.images,
-    }
 
 
 def _fidelity(merged: _Prototypes, sample: np.ndarray, progressed: Advance) -> dict[str, Any]:

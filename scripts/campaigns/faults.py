@@ -29,7 +29,8 @@ CORE = {
     "box_iou": "metrics", "iou_at": "metrics", "rank_drop": "metrics",
     "removal_masks": "metrics", "curve_area": "metrics", "leaves_top": "metrics",
     "match_evidence": "match", "kinship": "match", "fit_logistic": "match", "fall": "trust",
-    "rising": "trust", "correlation": "trust", "leave_out": "trust", "box_mask": "metrics",
+    "normalize": "ops cam detail methods_laws", "correlation": "trust", "leave_out": "trust",
+    "box_mask": "metrics",
     "near_share": "numbers", "label_codes": "build features triplets", "quantize_coarse": "index",
 }  # fmt: skip
 """Functions of the core; what the names of the test modules that look at each hold."""

@@ -17,7 +17,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 # Modules of pure and core tests, which `make test-fast` runs.
 CORE = {
-    "encoding", "identity", "index_golden", "layers", "matching", "metrics", "ops",
+    "cotangents", "encoding", "identity", "index_golden", "layers", "matching", "metrics", "ops",
     "options", "oracles_metrics", "preprocess", "printing", "public", "recipe", "rounding",
     "snapshots", "targets", "targets_scores", "triplets", "weights",
 }  # fmt: skip

@@ -17,13 +17,16 @@ $(READY): pyproject.toml
 	touch $(READY)
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL) -m "not campaign and not peers"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL) -m "not peers"
 
 test-fast: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m core
 
 test-all: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL)
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.campaigns manifests --seconds 300
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.campaigns mutants --seconds 300
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.campaigns kills --count 60
 
 # The oldest versions that pyproject.toml allows, in an environment of their own; no extras.
 $(OLDEST)/.ready: pyproject.toml tests/oldest-constraints.txt

@@ -24,7 +24,7 @@ test-fast: $(READY)
 
 test-all: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL)
-	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.campaigns manifests --seconds 300
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.campaigns manifests --sample 20000
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.campaigns mutants --seconds 300
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.campaigns kills --count 60
 

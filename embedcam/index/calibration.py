@@ -4,6 +4,7 @@ Arrays only, so that a service needs neither torch nor scikit-learn; `embedcam.o
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -125,7 +126,7 @@ Numbers = tuple[float, ...]
 
 
 @dataclass(frozen=True)
-class _Linear:
+class _Linear(ABC):
     """A linear function of standardized evidence, and what a subclass makes of it."""
 
     mean: Numbers
@@ -155,8 +156,8 @@ class _Linear:
         if not (alike and all(value > 0 for value in self.scale) and self._fits()):
             raise Wrong(" numbers do not fit together")
 
-    def _fits(self) -> bool:
-        raise NotImplementedError
+    @abstractmethod
+    def _fits(self) -> bool: ...
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,21 @@ from .page import Block, Chart, Notice, PageLink, Row, Table, drawn_blocks, in_n
 from .tiles import CHANGED, Tile, draw_on_axes, panel, receipt_picture, shrunk, top_value
 
 __all__ = [
-    "CHANGED", "Block", "Chart", "Notice", "PageLink", "Row", "Table", "Tile", "draw_on_axes",
-    "drawn_blocks", "in_notebook", "overlay", "page", "panel", "receipt_picture", "shrunk",
+    "CHANGED",
+    "Block",
+    "Chart",
+    "Notice",
+    "PageLink",
+    "Row",
+    "Table",
+    "Tile",
+    "draw_on_axes",
+    "drawn_blocks",
+    "in_notebook",
+    "overlay",
+    "page",
+    "panel",
+    "receipt_picture",
+    "shrunk",
     "top_value",
-]  # fmt: skip
+]

@@ -68,7 +68,7 @@ def test_additions_keep_what_was_fitted_and_draw_from_old_and_new(tmp_path, grow
     with opened(tmp_path / "i") as (index, live):
         assert {n: a.tobytes() for n, a in index.rows(live[:12]).items()} == old
         assert index.coarse(live[:12]).tobytes() == old_maps
-        assert list(index.ids[live]) == first.ids + later.ids
+        assert list(index.ids[live]) == [*first.ids, *later.ids]
         counts = index.manifest.to_dict()["counts"]
         assert (counts["rows"], counts["added_after_fit"]) == (18, 6)
         assert index.manifest.to_dict()["fit"] == {"images": 12, "rows": 12}
@@ -123,7 +123,7 @@ def test_a_refit_redoes_every_weight_and_forgets_what_was_added(tmp_path, grown)
     remove(tmp_path / "i", [first.ids[0]])
     with opened(tmp_path / "i") as (index, _):
         source = indexed_images(index)
-    assert source.ids == first.ids[1:] + later.ids
+    assert source.ids == [*first.ids[1:], *later.ids]
     build_index(source, it.network, tmp_path / "i", DENSE, replace=True)
     with opened(tmp_path / "i") as (index, live):
         counts = index.manifest.to_dict()["counts"]

@@ -8,12 +8,13 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, get_args, overload
 
 import numpy as np
 from PIL import Image
@@ -33,10 +34,13 @@ from .reading import (
     read_image,
     why_missing,
 )
+from .texts import LabelColumn, Texts, TextsWriter, is_same
 
 Labels = Literal["auto", "folders", "subfolders", "none", "numbers"]
 _SPLITS = frozenset(("train", "training", "test", "testing", "val", "valid", "validation", "dev"))
 _OPTIONAL = ("id", "label", "width", "height")
+_RUN = 1 << 14
+"""Images listed at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,69 @@ class LeftOut:
         return ", ".join(said)
 
 
+class Listing(Sequence[Item]):
+    """Images in a fixed order, held as columns: an `Item` is made when it is asked for."""
+
+    def __init__(self, ids: Texts, paths: Texts, labels: LabelColumn) -> None:
+        self.ids, self.paths, self.labels = ids, paths, labels
+
+    @classmethod
+    def of(cls, items: Iterable[Item]) -> Listing:
+        """Keep images, read once and in order."""
+        ids, paths, same, rest = TextsWriter(), TextsWriter(), True, iter(items)
+
+        def labels() -> Iterator[str | None]:
+            nonlocal same
+            while run := list(islice(rest, _RUN)):
+                ids.extend([one.id for one in run])
+                paths.extend([one.path for one in run])
+                same &= all(one.id == one.path for one in run)
+                yield from (one.label for one in run)
+
+        named = LabelColumn.of(labels())
+        kept = Texts(*ids.columns())
+        return cls(kept, kept if same else Texts(*paths.columns()), named)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, where: int) -> Item: ...
+
+    @overload
+    def __getitem__(self, where: slice) -> list[Item]: ...
+
+    def __getitem__(self, where: int | slice) -> Item | list[Item]:
+        if isinstance(where, slice):
+            columns = self.ids[where], self.paths[where], self.labels[where]
+            return [Item(*one) for one in zip(*columns, strict=True)]
+        return Item(self.ids[where], self.paths[where], self.labels[where])
+
+    def __iter__(self) -> Iterator[Item]:
+        return map(Item, self.ids, self.paths, self.labels)
+
+    def __eq__(self, other: object) -> bool:
+        return is_same(self, other)
+
+    def only(self, positions: Sequence[int]) -> Listing:
+        """Return the images at some places."""
+        rows = np.asarray(positions, np.int64)
+        ids, paths = Texts.of(self.ids[rows]), Texts.of(self.paths[rows])
+        return Listing(ids, paths, LabelColumn(self.labels.codes[rows], self.labels.names))
+
+
+def _twice(ids: Sequence[str]) -> tuple[int, int] | None:
+    """Return the places of the first id that comes twice; None where each comes once."""
+    hashes = np.sort(np.fromiter(map(hash, ids), np.int64, len(ids)))
+    if not (hashes[1:] == hashes[:-1]).any():
+        return None
+    first: dict[str, int] = {}
+    for position, name in enumerate(ids):
+        if (other := first.setdefault(name, position)) != position:
+            return other, position
+    return None
+
+
 class ImageSource:
     """Images on disk, in a fixed order, with paths relative to `root`.
 
@@ -91,31 +158,29 @@ class ImageSource:
         notes: Sequence[str] = (),
         numbers: bool = False,
     ) -> None:
-        self.items: Sequence[Item] = tuple(items)
+        listed = items if isinstance(items, Listing) else Listing.of(items)
+        self.items = listed
         self.root = root
         self.max_pixels = whole("max_pixels", max_pixels, 1)
         self.left_out, self.notes, self.numbers = left_out or LeftOut(), tuple(notes), numbers
-        first: dict[str, int] = {}
-        for position, item in enumerate(self.items):
-            other = first.setdefault(item.id, position)
-            if other != position:
-                raise InputError(
-                    f"images {other} and {position} have the same id {short(item.id)}; "
-                    "ids must be unique"
-                )
+        if (twice := _twice(listed.ids)) is not None:
+            raise InputError(
+                f"images {twice[0]} and {twice[1]} have the same id "
+                f"{short(listed.ids[twice[0]])}; ids must be unique"
+            )
 
     def __len__(self) -> int:
         return len(self.items)
 
     @property
-    def ids(self) -> list[str]:
+    def ids(self) -> Texts:
         """The ids, in order."""
-        return [item.id for item in self.items]
+        return self.items.ids
 
     @property
-    def labels(self) -> list[str | None]:
+    def labels(self) -> LabelColumn:
         """The labels, in order; None where an image has none."""
-        return [item.label for item in self.items]
+        return self.items.labels
 
     def name(self, position: int) -> str:
         """Return what messages call an image: its path, or its id where it has no path."""
@@ -158,7 +223,7 @@ class ImageSource:
 
     def only(self, positions: Sequence[int]) -> ImageSource:
         """Return the images at some places, as a source of their own."""
-        items, limit = [self.items[position] for position in positions], self.max_pixels
+        items, limit = self.items.only(positions), self.max_pixels
         return ImageSource(
             items, self.root, max_pixels=limit, left_out=self.left_out, numbers=self.numbers
         )

@@ -5,13 +5,13 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import IndexFormatError, InputError
+from ..images.texts import Texts
 from . import manifest as manifest_file
 from .arrays import (
     SUFFIXES,
@@ -124,46 +124,18 @@ class IndexRows:
         return np.concatenate([old, self._new[start:stop]]) if stop else old
 
 
-class StringTable:
-    """UTF-8 strings in a blob `[bytes]` with offsets `[n+1]`, decoded on demand.
+class StringTable(Texts):
+    """The strings of a part; `where` names the files in messages.
 
-    Offsets are believed after they were found to be inside; `where` names the files in messages.
-    A damaged byte does not stop a search half way; `verify` reports it.
+    Offsets are believed after they were found to be inside. A damaged byte does not stop a search
+    half way; `verify` reports it.
     """
 
+    errors = "replace"
+
     def __init__(self, blob: np.ndarray, offsets: np.ndarray, where: Path) -> None:
-        self.blob, self.offsets, self.where = blob, offsets, where
-        self._view = blob.data  # sliced sooner than an array
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def raw(self, row: int) -> bytes:
-        """Return the string's bytes."""
-        return self._between(int(self.offsets[row]), int(self.offsets[row + 1]))
-
-    def take(self, rows: np.ndarray) -> list[str]:
-        """Return some rows `[n]`."""
-        first, last = int(rows[0]), int(rows[-1])
-        if len(rows) > 1 and last - first == len(rows) - 1 and bool((np.diff(rows) == 1).all()):
-            return self.tolist(first, last + 1)  # a run is decoded from one piece of the blob
-        bounds = zip(self.offsets[rows].tolist(), self.offsets[rows + 1].tolist(), strict=True)
-        return [self._between(*ends).decode("utf-8", "replace") for ends in bounds]
-
-    def tolist(self, start: int = 0, stop: int | None = None) -> list[str]:
-        """Return rows start .. stop at once, faster than one by one."""
-        offsets = np.asarray(self.offsets[start : (len(self) if stop is None else stop) + 1])
-        if offsets[-1] > len(self.blob) or (offsets[1:] < offsets[:-1]).any():
-            raise self._outside()
-        first = int(offsets[0])
-        blob = self.blob[first : int(offsets[-1])].tobytes()
-        bounds = (offsets.astype(np.int64) - first).tolist()
-        return [blob[a:b].decode("utf-8", "replace") for a, b in pairwise(bounds)]
-
-    def _between(self, start: int, stop: int) -> bytes:
-        if not start <= stop <= len(self.blob):
-            raise self._outside()
-        return bytes(self._view[start:stop])
+        super().__init__(blob, offsets)
+        self.where = where
 
     def _outside(self) -> IndexFormatError:
         return IndexFormatError(

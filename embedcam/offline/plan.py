@@ -189,8 +189,8 @@ def warn_of_norm(recipe: Recipe, normalize: bool, stacklevel: int) -> None:
 
 def check_amounts(
     recipe: Recipe,
-    names: list[str],
-    labels: list[str | None],
+    names: Sequence[str],
+    labels: Sequence[str | None],
     width: int,
     n_channels: int,
     given: np.ndarray | None,

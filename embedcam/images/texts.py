@@ -1,0 +1,188 @@
+"""Many strings without a Python object for each: UTF-8 in one blob with offsets, and labels."""
+
+from __future__ import annotations
+
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice, pairwise
+from typing import IO, ClassVar, Self, overload
+
+import numpy as np
+
+_RUN = 1 << 14
+"""Strings decoded at once."""
+_IN_MEMORY = 1 << 20
+"""Bytes above which a blob lies in a file of its own, which has no name and goes with it."""
+
+
+class Texts(Sequence[str]):
+    """Strings in a blob `[bytes]` with offsets `[n + 1]`, decoded on demand.
+
+    `t[7]` is a string; `t[2:5]` and `t[array([3, 1])]` are lists.
+    """
+
+    errors: ClassVar[str] = "surrogateescape"
+    """How bytes that are no UTF-8 are read: file names come back as they were."""
+
+    def __init__(self, blob: np.ndarray, offsets: np.ndarray) -> None:
+        self.blob, self.offsets = blob, offsets
+        self._view = blob.data  # sliced sooner than an array
+
+    @classmethod
+    def of(cls, strings: Iterable[str]) -> Self:
+        """Keep strings, read once and in order."""
+        if isinstance(strings, cls):
+            return strings
+        writer, rest = TextsWriter(), iter(strings)
+        while run := list(islice(rest, _RUN)):
+            writer.extend(run)
+        return cls(*writer.columns())
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @overload
+    def __getitem__(self, where: int) -> str: ...
+
+    @overload
+    def __getitem__(self, where: slice | np.ndarray | list[int]) -> list[str]: ...
+
+    def __getitem__(self, where: int | slice | np.ndarray | list[int]) -> str | list[str]:
+        if isinstance(where, int | np.integer):
+            row = int(where) + len(self) if where < 0 else int(where)
+            if not 0 <= row < len(self):
+                raise IndexError(f"{where} of {len(self)} strings")
+            return self.raw(row).decode("utf-8", self.errors)
+        if isinstance(where, slice):
+            start, stop, step = where.indices(len(self))
+            if step == 1:
+                return self.tolist(start, max(start, stop))
+            return self.take(np.arange(start, stop, step))
+        return self.take(np.asarray(where, np.int64))
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), _RUN):
+            yield from self.tolist(start, min(start + _RUN, len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        return is_same(self, other)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} strings>"
+
+    def raw(self, row: int) -> bytes:
+        """Return the string's bytes."""
+        return self._between(int(self.offsets[row]), int(self.offsets[row + 1]))
+
+    def take(self, rows: np.ndarray) -> list[str]:
+        """Return some rows `[n]`."""
+        if not len(rows):
+            return []
+        first, last = int(rows[0]), int(rows[-1])
+        if len(rows) > 1 and last - first == len(rows) - 1 and bool((np.diff(rows) == 1).all()):
+            return self.tolist(first, last + 1)  # a run is decoded from one piece of the blob
+        bounds = zip(self.offsets[rows].tolist(), self.offsets[rows + 1].tolist(), strict=True)
+        return [self._between(*ends).decode("utf-8", self.errors) for ends in bounds]
+
+    def tolist(self, start: int = 0, stop: int | None = None) -> list[str]:
+        """Return rows start .. stop at once, faster than one by one."""
+        offsets = np.asarray(self.offsets[start : (len(self) if stop is None else stop) + 1])
+        if offsets[-1] > len(self.blob) or (offsets[1:] < offsets[:-1]).any():
+            raise self._outside()
+        first = int(offsets[0])
+        blob = self.blob[first : int(offsets[-1])].tobytes()
+        bounds = (offsets.astype(np.int64) - first).tolist()
+        return [blob[a:b].decode("utf-8", self.errors) for a, b in pairwise(bounds)]
+
+    def _between(self, start: int, stop: int) -> bytes:
+        if not start <= stop <= len(self.blob):
+            raise self._outside()
+        return bytes(self._view[start:stop])
+
+    def _outside(self) -> Exception:
+        return ValueError("offsets fall or lead outside the text")
+
+
+class TextsWriter:
+    """What becomes a `Texts`, some strings at a time."""
+
+    def __init__(self) -> None:
+        self._offsets, self._pieces = array("Q", [0]), bytearray()
+        self._file: IO[bytes] | None = None
+
+    def extend(self, strings: Sequence[str]) -> None:
+        """Add strings at the end."""
+        end = self._offsets[-1]
+        for text in strings:
+            raw = text.encode("utf-8", Texts.errors)
+            self._pieces += raw
+            end += len(raw)
+            self._offsets.append(end)
+        if self._file is None and end > _IN_MEMORY:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - `columns` closes it
+        if self._file is not None:
+            self._file.write(self._pieces)
+            self._pieces.clear()
+
+    def columns(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the blob and its offsets; nothing can be added then."""
+        bounds = np.frombuffer(self._offsets, np.uint64)
+        if self._file is None:
+            return np.frombuffer(bytes(self._pieces), np.uint8), bounds
+        with self._file as file:  # the maps keep what it held
+            start = file.tell()
+            file.write(bounds.tobytes())
+            file.flush()
+            blob = np.memmap(file, np.uint8, "r", shape=(start,))
+            return blob, np.memmap(file, np.uint64, "r", start, shape=bounds.shape)
+
+
+class LabelColumn(Sequence[str | None]):
+    """A label, or None, for each of n images: codes `[n]` into the names, -1 for None."""
+
+    def __init__(self, codes: np.ndarray, names: Sequence[str]) -> None:
+        self.codes, self.names = codes, list(names)
+
+    @classmethod
+    def of(cls, labels: Iterable[str | None]) -> Self:
+        """Keep labels, read once and in order; names are numbered as they come."""
+        if isinstance(labels, cls):
+            return labels
+        known: dict[str | None, int] = {None: -1}
+        codes = array("i", (known.setdefault(label, len(known) - 1) for label in labels))
+        return cls(np.frombuffer(codes, np.int32), [name for name in known if name is not None])
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    @overload
+    def __getitem__(self, where: int) -> str | None: ...
+
+    @overload
+    def __getitem__(self, where: slice | np.ndarray | list[int]) -> list[str | None]: ...
+
+    def __getitem__(
+        self, where: int | slice | np.ndarray | list[int]
+    ) -> str | list[str | None] | None:
+        names: list[str | None] = [*self.names, None]  # -1 is the last
+        if isinstance(where, int | np.integer):
+            return names[int(self.codes[where])]
+        return [names[code] for code in self.codes[where].tolist()]
+
+    def __iter__(self) -> Iterator[str | None]:
+        for start in range(0, len(self), _RUN):
+            yield from self[start : start + _RUN]
+
+    def __eq__(self, other: object) -> bool:
+        return is_same(self, other)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} labels of {len(self.names)} names>"
+
+
+def is_same(one: Sequence[object], other: object) -> bool:
+    """Return whether another sequence holds the same."""
+    if not isinstance(other, Sequence) or len(one) != len(other):
+        return False
+    return all(a == b for a, b in zip(one, other, strict=True))

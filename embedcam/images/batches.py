@@ -10,6 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
+from queue import SimpleQueue
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -105,6 +106,67 @@ def load_batches(
     return _batches(source, wanted, outcomes, batch_size, on_error, shape)
 
 
+def map_batches(
+    source: ImageSource,
+    positions: np.ndarray,
+    preprocess: Prepare,
+    batch_size: int,
+    runs: Sequence[Callable[[Batch], T]],
+    *,
+    on_error: Literal["fail", "skip"] = "fail",
+    marked: bool = False,
+    start: Callable[[], object] | None = None,
+) -> Generator[T, None, None]:
+    """Yield in order what `runs` make of each batch; see `load_batches` for what a batch is.
+
+    As many batches go side by side as there are runs. A thread reads, prepares and runs a whole
+    batch, so that reading and computing share the cores without anyone waiting for the other;
+    `start` is called once in each. A run is used by one thread at a time.
+    """
+    free: SimpleQueue[Callable[[Batch], T]] = SimpleQueue()
+    for run in runs:
+        free.put(run)
+
+    def of(part: np.ndarray) -> tuple[Batch, T]:
+        (batch,) = load_batches(
+            source, part, preprocess, batch_size, workers=0, on_error=on_error, marked=marked
+        )
+        run = free.get()
+        try:
+            return batch, run(batch)
+        finally:
+            free.put(run)
+
+    pool = ThreadPoolExecutor(len(runs), "embedcam-images", initializer=start)
+    waiting: deque[Future[tuple[Batch, T]]] = deque()
+    shape: tuple[int, ...] | None = None
+    parts = (positions[i : i + batch_size] for i in range(0, len(positions), batch_size))
+    try:
+        while True:
+            waiting += (
+                pool.submit(of, part) for part in islice(parts, len(runs) + 1 - len(waiting))
+            )
+            if not waiting:
+                return
+            batch, made = waiting.popleft().result()
+            if len(batch):
+                shape = shape or batch.images.shape[1:]
+                _check_shape(source, batch.positions[0], batch.images.shape[1:], shape)
+            yield made
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _check_shape(
+    source: ImageSource, position: int, shape: tuple[int, ...], before: tuple[int, ...]
+) -> None:
+    if shape != before:
+        raise InputError(
+            f"{source.name(position)}: preprocessed to {list(shape)}, the images before it to "
+            f"{list(before)}; a network takes one size, so resize or crop"
+        )
+
+
 def _prepare(source: ImageSource, preprocess: Prepare, marked: bool, position: int) -> Outcome:
     try:
         # Before it is read: a file that changes meanwhile must not pass for the one that was read.
@@ -161,12 +223,7 @@ def _batches(
                     errors.append((position, str(outcome)))
                     continue
                 shape = outcome[0].shape if shape is None else shape
-                if outcome[0].shape != shape:
-                    raise InputError(
-                        f"{source.name(position)}: preprocessed to {list(outcome[0].shape)}, the "
-                        f"images before it to {list(shape)}; a network takes one size, so resize "
-                        "or crop"
-                    )
+                _check_shape(source, position, outcome[0].shape, shape)
                 loaded.append((position, *outcome))
             places, arrays, sizes, marks = zip(*loaded, strict=True) if loaded else ((),) * 4
             yield Batch(

@@ -9,6 +9,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, ClassVar, Self, TypeVar, get_args
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._checks import check_sides, one_of, whole
+from .._files import ProcessLock
 from ..errors import InputError, NetworkError
 from ..index.identity import Identity, compare
 from ..preprocess import (
@@ -41,9 +43,11 @@ from .module import (
     hash_parameters,
     message_of,
     no_gradients,
+    one_thread,
     refuse_elsewhere,
     refuse_module,
     refuse_parts,
+    twin_of,
     uncompiled,
 )
 from .runner import (
@@ -209,6 +213,32 @@ class EmbeddingNetwork:
         plain.autocast = plain.runner.autocast = plain._kind = None
         return plain
 
+    def side_by_side(self, count: int) -> list[Self]:
+        """Return networks for as many threads: this one, and others of the same parameters.
+
+        This one alone on a GPU, which takes one pass at a time, and where it cannot be copied, as
+        functions and compiled modules cannot be.
+        """
+        alone = self.device.type != "cpu" or not self.hooked
+        twins = [None if alone else twin_of(self.module) for _ in range(count - 1)]
+        return [self, *(self._of(twin) for twin in twins if twin is not None)]
+
+    def one_thread_each(self) -> AbstractContextManager[None]:
+        """Return the context of a job whose passes go side by side: each on one thread.
+
+        Numbers then do not depend on how many cores there are.
+        """
+        return one_thread() if len(self.side_by_side(2)) == 2 else nullcontext()
+
+    def _of(self, module: nn.Module) -> Self:
+        other = copy.copy(self)
+        part = find_layer(module, self.layer)[1]
+        other.module = module
+        other.runner = replace(
+            self.runner, module=module, part=part, lock=ProcessLock(), _layouts={}
+        )
+        return other
+
     # Facts
 
     @property
@@ -256,7 +286,7 @@ class EmbeddingNetwork:
     def identity(self) -> Identity:
         """Return what tells this network from another, its probe taken with one forward pass."""
         self.check_steady()
-        with full_float32(self.device):
+        with full_float32(self.device), one_thread():
             features = self.forward(self.probe_images())
         described = self.describe()
         return Identity(

@@ -1,5 +1,6 @@
 """The user's module: what is accepted, where it is and in which mode, its hash, its failures."""
 
+import copy
 import hashlib
 import inspect
 import json
@@ -148,6 +149,38 @@ def full_float32(device: torch.device) -> AbstractContextManager[object]:
     cudnn = torch.backends.cudnn
     kept = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
     return cudnn.flags(**kept, allow_tf32=False) if device.type == "cuda" else nullcontext()
+
+
+# Several of it side by side
+
+
+def twin_of(module: nn.Module) -> nn.Module | None:
+    """Return a module of the same parameters, for another thread; None where there can be none.
+
+    What a forward leaves on the module, such as a feature for later, each then has for itself.
+    """
+    kinds = {type(part).__name__ for part in module.modules()}
+    if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
+        return None
+    if any(kind.startswith(("GraphModule", "OptimizedModule")) for kind in kinds):
+        return None  # each would be compiled again
+    try:
+        return copy.deepcopy(module, {id(tensor): tensor for tensor in _tensors(module)})
+    except Exception as error:  # of the user's own __deepcopy__, or of what cannot be copied
+        if ran_out(error):
+            raise
+        return None
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Have torch compute on one thread in this one: numbers then do not depend on the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 # Its parameters

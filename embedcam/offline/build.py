@@ -112,7 +112,7 @@ def build_index(
     given = None if triplets is None else pairs_digest(triplets)
     job = plan.job_digest(recipe, identity, source, files, batch_size, own_maps, given)
     stages, generation = Stages(progress), 1
-    with plan.disk_errors(path), writer.lock(path):
+    with plan.disk_errors(path), writer.lock(path), network.one_thread_each():
         if (path / "manifest.json").exists():
             with Index.open(path) as index:
                 generation = index.manifest.generation + 1
@@ -211,7 +211,12 @@ def add_images(
     path = Path(path)
     plan.check_options(source, network, batch_size, on_unreadable, scratch_gb)
     Index.open(path).close()  # refuse a folder without an index before a lock file appears in it
-    with plan.disk_errors(path), writer.lock(path), Index.open(path) as index:
+    with (
+        plan.disk_errors(path),
+        writer.lock(path),
+        Index.open(path) as index,
+        network.one_thread_each(),
+    ):
         manifest, stages = index.manifest, Stages(progress)
         index.refuse_prototypes(writer.ADD_INSTEAD)
         recipe = Recipe.of_index(manifest)

@@ -6,18 +6,20 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 
 from .._checks import one_of, whole
 from ..errors import EmbedcamError, ImageError, InputError, NetworkMismatch, RecipeError
-from ..images import Batch, ImageSource, embed, load_batches
+from ..images import Batch, ImageSource, embed, load_batches, map_batches
+from ..images.batches import default_workers
 from ..index import Index, check_factory
 from ..index.encoding import Encoding, LowRank, TopM
 from ..index.identity import Identity
@@ -34,6 +36,7 @@ from .strategies import POOLED_METHODS, Strategy
 from .trust import LEAST
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 SCRATCH_GB = 50.0
 """Activations cached between the passes, at most; beyond it stored maps cost one more forward."""
@@ -56,7 +59,7 @@ _DISK_ERRORS = {
 class Plan:
     """One build's inputs, the checkpoint that keeps its unfinished work, and what shows progress.
 
-    `on_unreadable` is "fail" or "skip"; `workers` threads decode images.
+    `on_unreadable` is "fail" or "skip"; so many `workers` read images, and on a CPU run them.
     """
 
     network: EmbeddingNetwork
@@ -86,6 +89,31 @@ class Plan:
         of = (self.source, positions, self.network.require_preprocess(), self.batch_size)
         on_error: Literal["fail", "skip"] = "fail" if self.on_unreadable == "fail" else "skip"
         return load_batches(*of, workers=self.workers, on_error=on_error, marked=marked)
+
+    def each_batch(
+        self,
+        positions: np.ndarray,
+        work: Callable[[Strategy, EmbeddingNetwork, Batch], T],
+        *,
+        marked: bool = False,
+    ) -> Generator[T, None, None]:
+        """Yield in order what `work` makes of each batch, on a CPU several side by side."""
+        runs = [partial(work, *one) for one in self.side_by_side]
+        if len(runs) == 1:
+            with closing(self.batches(positions, marked=marked)) as batches:
+                yield from map(runs[0], batches)
+            return
+        of = (self.source, positions, self.network.require_preprocess(), self.batch_size, runs)
+        on_error: Literal["fail", "skip"] = "fail" if self.on_unreadable == "fail" else "skip"
+        alone = partial(torch.set_num_threads, 1)
+        yield from map_batches(*of, on_error=on_error, marked=marked, start=alone)
+
+    @cached_property
+    def side_by_side(self) -> list[tuple[Strategy, EmbeddingNetwork]]:
+        """Strategies with their networks for as many threads as images are read by."""
+        count = default_workers() if self.workers is None else max(1, self.workers)
+        networks = self.network.side_by_side(count)
+        return [(self.strategy.by(network), network) for network in networks]
 
     def embedded(self, chunk: int) -> np.ndarray:
         """Return places in the source of a finished chunk's images that could be embedded."""

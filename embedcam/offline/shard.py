@@ -7,18 +7,21 @@ and, for weights, the embeddings of all images, so that ranges of them may be co
 import itertools
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from ..errors import EmbeddingError, ImageError
 from ..images import Batch, embed
 from ..images.progress import Advance
+from ..network import EmbeddingNetwork
 from ..preprocess import AnyPreprocess, Preprocess
 from .cotangents import AnchorCotangents
 from .plan import Plan
-from .strategies import maps_of, stored_maps, to_numpy
+from .strategies import Strategy, maps_of, stored_maps, to_numpy
 
 log = logging.getLogger(__name__)
 
@@ -39,38 +42,57 @@ def embed_chunks(plan: Plan, chunks: range | None = None) -> None:
         log.info("going on: %s of %s images are embedded", f"{done:,}", f"{n_images:,}")
     with plan.stages("embed", sum(sizes.values())) as progressed:
         progressed(done)
-        # One stream over all chunks, so that decoding runs ahead across their borders.
+        # One stream over all chunks, so that reading runs ahead across their borders.
         places = np.concatenate([np.empty(0, np.int64), *map(plan.positions, todo)])
-        with closing(plan.batches(places, marked=True)) as stream:
+        of = partial(_embed, plan)
+        with closing(plan.each_batch(places, of, marked=True)) as stream:
             for chunk in todo:
                 batches = itertools.islice(stream, -(-sizes[chunk] // plan.batch_size))
-                arrays = _embed(plan, batches, sizes[chunk], progressed)
+                arrays = _joined(batches, sizes[chunk], progressed)
                 plan.checkpoint.write("embed", chunk, arrays)
 
 
-def _embed(
-    plan: Plan, batches: Iterable[Batch], n: int, progressed: Advance
-) -> dict[str, np.ndarray]:
+@dataclass(frozen=True)
+class _Embedded:
+    """What the embedding pass keeps of a batch: rows, and (position, reason) of those left out."""
+
+    rows: dict[str, np.ndarray]
+    errors: list[tuple[int, str]]
+    refused: list[int]
+    grid: tuple[int, int] | None
+    n_cropped: int
+
+
+def _embed(plan: Plan, strategy: Strategy, network: EmbeddingNetwork, read: Batch) -> _Embedded:
+    batch, features = embed(read, plan.source, network.forward, plan.on_unreadable)
+    refused = np.setdiff1d(read.positions, batch.positions).tolist()
+    n_cropped = sum(_is_cropped(network.preprocess, *size) for size in batch.sizes)
+    if features is None:
+        return _Embedded({}, batch.errors, refused, None, n_cropped)
+    activations = features.activations
+    rows = {
+        "positions": batch.positions,
+        "marks": batch.marks,
+        "embedding": to_numpy(features.embedding),
+        "length": to_numpy(features.norm),
+        **strategy.embedded(activations),
+    }
+    grid = activations.shape[2], activations.shape[3]
+    return _Embedded(rows, batch.errors, refused, grid, n_cropped)
+
+
+def _joined(batches: Iterable[_Embedded], n: int, progressed: Advance) -> dict[str, np.ndarray]:
+    """Return the arrays of a chunk of n images."""
     rows, errors, refused = _Buffers(n), list[tuple[int, str]](), list[int]()
     grid, n_cropped = (0, 0), 0
-    for read in batches:
-        batch, features = embed(read, plan.source, plan.network.forward, plan.on_unreadable)
-        refused += np.setdiff1d(read.positions, batch.positions).tolist()
+    for batch in batches:
         errors += batch.errors
-        n_cropped += sum(_is_cropped(plan.network.preprocess, *size) for size in batch.sizes)
-        if features is not None:
-            activations = features.activations
-            grid = (activations.shape[2], activations.shape[3])
-            rows.add(
-                {
-                    "positions": batch.positions,
-                    "marks": batch.marks,
-                    "embedding": to_numpy(features.embedding),
-                    "length": to_numpy(features.norm),
-                    **plan.strategy.embedded(activations),
-                }
-            )
-        progressed(len(batch.positions) + len(batch.errors))
+        refused += batch.refused
+        n_cropped += batch.n_cropped
+        grid = batch.grid or grid
+        if batch.rows:
+            rows.add(batch.rows)
+        progressed(len(batch.rows.get("positions", ())) + len(batch.errors))
     text = json.dumps([[int(position), message] for position, message in errors])
     return {
         "positions": np.empty(0, np.int64),
@@ -117,46 +139,63 @@ def _weigh(
     plan: Plan, chunk: int, anchors: AnchorCotangents, places: np.ndarray, progressed: Advance
 ) -> dict[str, np.ndarray]:
     embedded, kept = plan.checkpoint.read("embed", chunk), _Buffers(len(places))
-    looks: Iterator[np.ndarray]
-    if plan.strategy.stage == "embed":
-        starts = range(0, len(places), plan.batch_size)
-        looks = (np.empty((len(places[i : i + plan.batch_size]), 0), "f4") for i in starts)
-    else:
-        looks = read_again(plan, chunk)
-    for images in looks:
-        rows = slice(kept.n_done, kept.n_done + len(images))
+
+    def weigh(strategy: Strategy, rows: slice, images: np.ndarray) -> dict[str, np.ndarray]:
         try:
             cotangents = anchors.of(places[rows])
-            arrays = plan.strategy.weigh(images, embedded, rows, cotangents)
+            arrays = strategy.weigh(images, embedded, rows, cotangents)
         except EmbeddingError as error:
             # A method may have run changed pictures, so that its rows are not the batch's.
             first, last = (plan.source.name(int(embedded["positions"][rows][at])) for at in (0, -1))
             name = first if len(images) == 1 else f"one of the images {first} to {last}"
             raise error.of_one(name) from None
-        kept.add({**arrays, "counts": cotangents.counts})
-        progressed(len(images))
+        return {**arrays, "counts": cotangents.counts}
+
+    def pooled() -> Iterator[dict[str, np.ndarray]]:
+        for first in range(0, len(places), plan.batch_size):
+            n = len(places[first : first + plan.batch_size])
+            yield weigh(plan.strategy, slice(first, first + n), np.empty((n, 0), "f4"))
+
+    def look(
+        strategy: Strategy, _: EmbeddingNetwork, rows: slice, batch: Batch
+    ) -> dict[str, np.ndarray]:
+        return weigh(strategy, rows, batch.images)
+
+    weighed = pooled() if plan.strategy.stage == "embed" else look_again(plan, chunk, look)
+    for arrays in weighed:
+        kept.add(arrays)
+        progressed(len(arrays["counts"]))
     return kept.arrays()
 
 
-def read_again(plan: Plan, chunk: int) -> Iterator[np.ndarray]:
-    """Yield the inputs of a finished chunk once more, composed as in the first pass, to the bit.
+Look = Callable[[Strategy, EmbeddingNetwork, slice, Batch], dict[str, np.ndarray]]
+"""What is made of a batch that is seen again; the slice are its rows in the chunk."""
+
+
+def look_again(plan: Plan, chunk: int, look: Look) -> Iterator[dict[str, np.ndarray]]:
+    """Yield what `look` makes of each batch of a finished chunk, composed as in the first pass.
 
     An image that could be read then and cannot now, or the other way round, is an ImageError.
     """
     expected = plan.embedded(chunk)
     refused = plan.checkpoint.column("embed", chunk, "refused")
-    with closing(plan.batches(plan.positions(chunk))) as batches:
-        for read in batches:
-            rows = np.flatnonzero(np.isin(read.positions, refused))
-            batch, reasons = read.without(rows.tolist(), [""] * len(rows)), dict(read.errors)
-            for position in [*batch.positions.tolist(), *reasons]:
-                if (position in reasons) == (position in expected):
-                    why = reasons.get(position, f"{plan.source.name(position)}: can be read now")
-                    raise ImageError(
-                        f"{why}; its file changed during the build, so run the build again"
-                    )
-            if len(batch):
-                yield batch.images
+
+    def of(strategy: Strategy, network: EmbeddingNetwork, read: Batch) -> dict[str, np.ndarray]:
+        out = np.flatnonzero(np.isin(read.positions, refused))
+        batch, reasons = read.without(out.tolist(), [""] * len(out)), dict(read.errors)
+        for position in [*batch.positions.tolist(), *reasons]:
+            if (position in reasons) == (position in expected):
+                why = reasons.get(position, f"{plan.source.name(position)}: can be read now")
+                raise ImageError(
+                    f"{why}; its file changed during the build, so run the build again"
+                )
+        if not len(batch):
+            return {}
+        first = int(np.searchsorted(expected, batch.positions[0]))
+        return look(strategy, network, slice(first, first + len(batch)), batch)
+
+    with closing(plan.each_batch(plan.positions(chunk), of)) as batches:
+        yield from filter(None, batches)
 
 
 def map_chunk(plan: Plan, chunk: int, factors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -168,20 +207,23 @@ def map_chunk(plan: Plan, chunk: int, factors: np.ndarray) -> tuple[np.ndarray, 
         arrays = plan.checkpoint.read("weights", chunk, "own", "own_scales")
         return np.asarray(arrays["own"]), np.asarray(arrays["own_scales"])
     arrays, rows = plan.checkpoint.read(plan.strategy.stage, chunk), _Buffers(len(factors))
-    looks: Iterator[dict[str, np.ndarray]]
-    if "activations" in arrays:
-        starts = range(0, len(factors), plan.batch_size)
-        looks = (
-            {name: arrays[name][i : i + plan.batch_size] for name in ("activations", "peaks")}
-            for i in starts
-        )
-    else:
-        forward, again = plan.network.forward, read_again(plan, chunk)
-        looks = (plan.strategy.cached(forward(images).activations) for images in again)
-    for cached in looks:
-        some = factors[rows.n_done : rows.n_done + len(cached["peaks"])]
-        maps, scales = stored_maps(maps_of(some, cached))
-        rows.add({"maps": maps, "scales": scales})
+
+    def maps(places: slice, cached: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        bytes_of, scales = stored_maps(maps_of(factors[places], cached))
+        return {"maps": bytes_of, "scales": scales}
+
+    def kept() -> Iterator[dict[str, np.ndarray]]:
+        for first in range(0, len(factors), plan.batch_size):
+            places = slice(first, first + plan.batch_size)
+            yield maps(places, {name: arrays[name][places] for name in ("activations", "peaks")})
+
+    def look(
+        strategy: Strategy, network: EmbeddingNetwork, places: slice, batch: Batch
+    ) -> dict[str, np.ndarray]:
+        return maps(places, strategy.cached(network.forward(batch.images).activations))
+
+    for drawn in kept() if "activations" in arrays else look_again(plan, chunk, look):
+        rows.add(drawn)
     return rows.arrays()["maps"], rows.arrays()["scales"]
 
 

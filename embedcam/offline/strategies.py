@@ -4,10 +4,12 @@ A strategy is asked twice: what to keep of a batch's activations as images are e
 the weights once all embeddings are known.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 import torch
@@ -49,6 +51,10 @@ class Strategy(ABC):
     caches = False
     stage = "weights"
     """The pass that caches activations: "embed" where no second look at the images is needed."""
+
+    def by(self, network: EmbeddingNetwork) -> Self:
+        """Return the same strategy by another thread's network."""
+        return self
 
     def embedded(self, activations: Tensor) -> dict[str, np.ndarray]:
         """Return what the embedding pass keeps of a batch's activations `[B K H W]`."""
@@ -126,10 +132,21 @@ class HeadCodes(PooledClosedForm):
 
 
 @dataclass
-class HeadDerivative(Strategy):
-    """Weights by vector-Jacobian products through the head alone, after one more forward."""
+class SecondLook(Strategy):
+    """Weights that take another pass of the network, once all embeddings are known."""
 
     network: EmbeddingNetwork
+
+    def by(self, network: EmbeddingNetwork) -> Self:
+        """Return the same strategy by another thread's network."""
+        other = copy.copy(self)
+        other.network = network
+        return other
+
+
+@dataclass
+class HeadDerivative(SecondLook):
+    """Weights by vector-Jacobian products through the head alone, after one more forward."""
 
     def weigh(self, images: np.ndarray, kept: Arrays, rows: slice, along: Cotangents) -> Arrays:
         """Return weights `[n K]`, and cached activations."""
@@ -140,10 +157,9 @@ class HeadDerivative(Strategy):
 
 
 @dataclass
-class ZooMethod(Strategy):
+class ZooMethod(SecondLook):
     """Weights by any method of the zoo of one layer, by some `[n K H W]` by position."""
 
-    network: EmbeddingNetwork
     batch_size: int
 
     def weigh(self, images: np.ndarray, kept: Arrays, rows: slice, along: Cotangents) -> Arrays:

@@ -119,6 +119,20 @@ class InputError(EmbedcamError, ValueError):
     """An argument, array or option that cannot be used."""
 
 
+class PiecesMissing(InputError):  # noqa: N818 - reads as the fact it states
+    """Pieces of a job that have to be done before it can be merged: `pieces`, their numbers."""
+
+    def __init__(self, path: str, pieces: Sequence[int], of: int) -> None:
+        self.pieces = list(pieces)
+        some = ", ".join(f"{one:,}" for one in self.pieces[:20])
+        more = ", ..." if len(self.pieces) > 20 else ""
+        n, be = len(self.pieces), "is" if len(self.pieces) == 1 else "are"
+        super().__init__(
+            f"{path}: {n:,} of {of:,} pieces {be} missing: {some}{more}; do each: `embedcam shard "
+            f"{path} {self.pieces[0]}`"
+        )
+
+
 class ImageError(InputError):
     """An image that cannot be read; the message begins with its path or name."""
 

@@ -124,13 +124,11 @@ class PiecesMissing(InputError):  # noqa: N818 - reads as the fact it states
 
     def __init__(self, path: str, pieces: Sequence[int], of: int) -> None:
         self.pieces = list(pieces)
-        some = ", ".join(f"{one:,}" for one in self.pieces[:20])
-        more = ", ..." if len(self.pieces) > 20 else ""
-        n, be = len(self.pieces), "is" if len(self.pieces) == 1 else "are"
-        super().__init__(
-            f"{path}: {n:,} of {of:,} pieces {be} missing: {some}{more}; do each: `embedcam shard "
-            f"{path} {self.pieces[0]}`"
-        )
+        some = ", ".join(map(str, self.pieces[:20])) + (", ..." if len(self.pieces) > 20 else "")
+        what = f"piece {some} of its {of:,} is missing"
+        if len(self.pieces) > 1:
+            what = f"{len(self.pieces):,} of its {of:,} pieces are missing ({some})"
+        super().__init__(f"{path}: {what}; do it: `embedcam shard {path} {self.pieces[0]}`")
 
 
 class ImageError(InputError):

@@ -220,7 +220,7 @@ class Job:
     def open(cls, path: Path) -> Self:
         """Read a job from its folder, or say in one sentence why it cannot be."""
         try:
-            choices = _read_choices(path)
+            choices = read_choices(path)
             listing = _listing_of(path, choices.key)
             if not listing.whole(_stage(choices.key), 0):
                 raise Wrong(" is damaged or missing", "list of images")
@@ -391,7 +391,18 @@ def _listing_of(path: Path, key: str) -> Checkpoint:
     return Checkpoint(path, key)
 
 
-def _read_choices(path: Path) -> Choices:
+def read_choices(path: Path) -> Choices:
+    """Read what `job.json` says, or say in one sentence why it cannot be."""
+    try:
+        return _checked_choices(path)
+    except (Wrong, ValueError) as error:
+        if isinstance(error, InputError) and not isinstance(error, Wrong):
+            raise
+        what = f"{path}: is no job that can be done ({reason(error)})"
+        raise InputError(f"{what}; {_PLAN_AGAIN}") from error
+
+
+def _checked_choices(path: Path) -> Choices:
     try:
         _files.is_folder(path)
         content = _files.read_regular(path, NAME, _MOST_BYTES)

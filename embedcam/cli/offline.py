@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ..images import ImageSource
+    from ..images.texts import LabelColumn, Texts
     from ..network import EmbeddingNetwork
     from ..offline import BuildReport
     from ..offline.report import Changes
@@ -432,15 +433,15 @@ def _given_triplets(options: Namespace) -> "np.ndarray | None":
     return read_array(options.triplets)
 
 
-def _ids_of(path: str) -> tuple[list[str], list[str | None] | None]:
+def _ids_of(path: str) -> "tuple[Texts, LabelColumn]":
     """Return ids and labels from a CSV with the columns id[,label]."""
-    from ..images.sources import csv_rows
+    from ..images.sources import Item, Listing, csv_rows
 
-    rows = [row for _, row in csv_rows(Path(path), ["id"], "id[,label]")]
-    if not rows:
+    rows = csv_rows(Path(path), ["id"], "id[,label]")
+    listed = Listing.of(Item(row["id"], row["id"], row.get("label") or None) for _, row in rows)
+    if not len(listed):
         raise InputError(f"{path}: has no lines below its header")
-    labels = [row["label"] or None for row in rows] if "label" in rows[0] else None
-    return [row["id"] for row in rows], labels
+    return listed.ids, listed.labels
 
 
 def _skipped(options: Namespace, skipped: "Sequence[tuple[str, str]]") -> None:

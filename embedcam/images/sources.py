@@ -34,7 +34,7 @@ from .reading import (
     read_image,
     why_missing,
 )
-from .texts import LabelColumn, Texts, TextsWriter, is_same
+from .texts import LabelColumn, Texts, TextsWriter, first_twice, is_same
 
 Labels = Literal["auto", "folders", "subfolders", "none", "numbers"]
 _SPLITS = frozenset(("train", "training", "test", "testing", "val", "valid", "validation", "dev"))
@@ -99,8 +99,8 @@ class Listing(Sequence[Item]):
                 yield from (one.label for one in run)
 
         named = LabelColumn.of(labels())
-        kept = Texts(*ids.columns())
-        return cls(kept, kept if same else Texts(*paths.columns()), named)
+        kept, own = Texts(*ids.columns()), Texts(*paths.columns())
+        return cls(kept, kept if same else own, named)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -123,23 +123,12 @@ class Listing(Sequence[Item]):
     def __eq__(self, other: object) -> bool:
         return is_same(self, other)
 
-    def only(self, positions: Sequence[int]) -> Listing:
+    def only(self, positions: Sequence[int] | np.ndarray) -> Listing:
         """Return the images at some places."""
         rows = np.asarray(positions, np.int64)
-        ids, paths = Texts.of(self.ids[rows]), Texts.of(self.paths[rows])
-        return Listing(ids, paths, LabelColumn(self.labels.codes[rows], self.labels.names))
-
-
-def _twice(ids: Sequence[str]) -> tuple[int, int] | None:
-    """Return the places of the first id that comes twice; None where each comes once."""
-    hashes = np.sort(np.fromiter(map(hash, ids), np.int64, len(ids)))
-    if not (hashes[1:] == hashes[:-1]).any():
-        return None
-    first: dict[str, int] = {}
-    for position, name in enumerate(ids):
-        if (other := first.setdefault(name, position)) != position:
-            return other, position
-    return None
+        ids = self.ids.select(rows)
+        paths = ids if self.paths is self.ids else self.paths.select(rows)
+        return Listing(ids, paths, self.labels.take(rows))
 
 
 class ImageSource:
@@ -163,7 +152,7 @@ class ImageSource:
         self.root = root
         self.max_pixels = whole("max_pixels", max_pixels, 1)
         self.left_out, self.notes, self.numbers = left_out or LeftOut(), tuple(notes), numbers
-        if (twice := _twice(listed.ids)) is not None:
+        if (twice := first_twice(listed.ids)) is not None:
             raise InputError(
                 f"images {twice[0]} and {twice[1]} have the same id "
                 f"{short(listed.ids[twice[0]])}; ids must be unique"

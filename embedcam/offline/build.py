@@ -11,6 +11,8 @@ import numpy as np
 
 from ..errors import InputError
 from ..images import MAX_PIXELS, ImageSource, Item, load_batches
+from ..images.sources import Listing
+from ..images.texts import LabelColumn, Texts, in_runs
 from ..index import Index, IndexRows, PartData, writer
 from ..index.encoding import Encoding, from_spec
 from ..network import EmbeddingNetwork
@@ -191,7 +193,8 @@ def write_build(job: Job, work: Plan, path: Path) -> BuildReport:
         part = merge.encode(work, encodings, embedded, choices.own_maps, root)
     made = merge.calibrate_build(work, encodings, embedded, part) if choices.trust else None
     with work.stages("write"):
-        match = calibrate_match(embedded.new, part.labels, recipe) if choices.trust else None
+        of = (embedded.ids, embedded.new, part.labels, recipe)
+        match = calibrate_match(*of) if choices.trust else None
         grid = merge.grid_of(work)
         named = [(network.layer, grid), *strategy.layers[1:]]
         coarse = strategy.map_grid(grid) if choices.own_maps else None
@@ -454,11 +457,13 @@ def calibrate_index(
         index.refuse_prototypes("calibrate the index before compressing it")
         recipe = Recipe.of_index(manifest)
         # Read where they are asked for: a large collection's need not fit into memory.
-        embeddings, labels = IndexRows(index, live), list(index.labels[live])
-        made = {"match": (merge.plain(calibrate_match(embeddings, labels, recipe)), LEAST_MATCH)}
+        embeddings, labels = IndexRows(index, live), LabelColumn.of(in_runs(index.labels, live))
+        ids = Texts.of(in_runs(index.ids, live))
+        match = calibrate_match(ids, embeddings, labels, recipe)
+        made = {"match": (merge.plain(match), LEAST_MATCH)}
         if network is not None:
             encodings, _ = _encodings(index, recipe, network)
-            rows, source = trust_rows(len(live), recipe, network), indexed_images(index, images)
+            rows, source = trust_rows(ids, recipe, network), indexed_images(index, images)
             preprocess = network.require_preprocess()
             batches = load_batches(source, rows, preprocess, batch_size, workers=workers)
             views = forwarded(network, manifest.layer_names, batches)
@@ -488,9 +493,9 @@ def indexed_images(
     """Return the images of an open index as a source for a refit; `root` where they lie now."""
     index.refuse_prototypes("refit the index it was compressed from, and compress that again")
     live = index.live_positions()
-    listed = zip(index.ids[live], index.paths[live], index.labels[live], strict=True)
-    items = [Item(name, path, label) for name, path, label in listed]
-    if any(not item.path for item in items):
+    columns = (in_runs(strings, live) for strings in (index.ids, index.paths, index.labels))
+    items = Listing.of(map(Item, *columns))
+    if "" in items.paths:
         raise InputError(
             "the index does not know where its images lie (it was built from a data set or from "
             "features), so it cannot be refitted from them; build it again from its source"

@@ -1,7 +1,6 @@
 """What a job tells the user, and how a collection differs from its index."""
 
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ from ..errors import InputError, cut
 from ..images import DatasetSource, ImageSource, LeftOut
 from ..images.number_labels import number_of
 from ..images.progress import Advance, progress_of
+from ..images.texts import LabelColumn
 from ..index import Index
 from ..index.arrays import ArrayLike
 from ..recipe.recipe import Recipe
@@ -166,11 +166,10 @@ def report_of(
     stages: Stages,
 ) -> BuildReport:
     """Return what a job did with images of these labels; `codes` end with theirs."""
-    counts, n_single, numbers = Counter(labels), 0, None
-    n_unlabelled = counts.pop(None, 0)
+    (counts, n_unlabelled), n_single, numbers = LabelColumn.of(labels).counts(), 0, None
     if codes is not None and recipe.resolved_target != "centred" and recipe.sampling != "given":
         n_single = int(alone(codes)[len(codes) - len(labels) :].sum())
-    by_class = {name: counts[name] for name in sorted(filter(None, counts))}
+    by_class = {name: count for name, count in counts.items() if name}
     if recipe.labels == "numbers":
         values, by_class = [number_of(label) for label in counts], {}
         numbers = (min(values), max(values)) if values else None

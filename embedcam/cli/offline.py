@@ -308,7 +308,7 @@ def _given_triplets(options: Namespace) -> "np.ndarray | None":
 
 def _ids_of(path: str) -> tuple[list[str], list[str | None] | None]:
     """Return ids and labels from a CSV with the columns id[,label]."""
-    from ..images.sources import csv_rows
+    from ..images.lists import csv_rows
 
     rows = [row for _, row in csv_rows(Path(path), ["id"], "id[,label]")]
     if not rows:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InputError
-from ..images import MAX_PIXELS, ImageSource, Item, load_batches
+from ..images import MAX_PIXELS, ImageSource, Item, as_root, load_batches
 from ..index import Index, IndexRows, PartData, writer
 from ..index.encoding import Encoding
 from ..network import EmbeddingNetwork
@@ -108,7 +108,7 @@ def build_index(
     if note is not None:
         log.warning("%s", note)
     # Once, before any is read: a file that changes meanwhile must not pass for the one indexed.
-    files = [source.fingerprint(position) for position in range(len(source))]
+    files = list(source.fingerprints())
     given = None if triplets is None else pairs_digest(triplets)
     job = plan.job_digest(recipe, identity, source, files, batch_size, own_maps, given)
     stages, generation = Stages(progress), 1
@@ -241,7 +241,7 @@ def add_images(
             source = source.only(places)
             live = np.setdiff1d(live, index.positions(gone))
         strategy = strategy_for(network, recipe, exact=exact, batch_size=batch_size)
-        files = [source.fingerprint(position) for position in range(len(source))]
+        files = list(source.fingerprints())
         job = plan.job_digest(recipe, network.identity(), source, files, batch_size, *sorted(gone))
         if _tidied(index) == job:
             log.info("%s has these images already", path)
@@ -270,7 +270,8 @@ def add_images(
                 "built with"
             )
         with stages("encode"):
-            part = merge.encode(work, encodings, embedded, with_maps, Path(root) if root else None)
+            of = (work, encodings, embedded, with_maps)
+            part = merge.encode(*of, as_root(root) if root else None)
         with stages("write"):
             checkpoint.mark_commit(job, manifest.generation + 1)
             writer.append(path, part, removing=gone)
@@ -340,8 +341,9 @@ def indexed_images(
             "features), so it cannot be refitted from them; build it again from its source"
         )
     chosen = index.manifest.images_root if root is None else root
-    folder, numbers = chosen and Path(chosen), index.manifest.near_share is not None
-    return ImageSource(items, folder or None, max_pixels=max_pixels, numbers=numbers)
+    folder = None if not chosen else as_root(chosen)
+    numbers = index.manifest.near_share is not None
+    return ImageSource(items, folder, max_pixels=max_pixels, numbers=numbers)
 
 
 def _encodings(

@@ -3,15 +3,14 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..errors import InputError
-from ..images import Item
-from ..images.sources import relative_path
+from ..images import Item, Root, root_text
+from ..images.places import stored_path
 from ..index import Index, PartData
 from ..index.calibration import Calibration, MatchCalibration
 from ..index.encoding import Dense, Encoding, LowRank, TopM, fit_pca
@@ -171,10 +170,11 @@ def encode(
     encodings: Sequence[Encoding],
     embedded: EmbeddedImages,
     with_maps: bool,
-    root: Path | None,
+    root: Root | None,
 ) -> PartData:
     """Return the images of the chunks as one part of an index; paths are relative to `root`."""
     n, grid, items = len(embedded.positions), grid_of(plan), embedded.items
+    roots = root_text(plan.source.root), root_text(root)
     marks = np.concatenate(plan.columns("embed", "marks"))
     fields = [
         {
@@ -204,21 +204,13 @@ def encode(
     return PartData(
         ids=[item.id for item in items],
         labels=[item.label for item in items],
-        paths=[_stored_path(item.path, plan.source.root, root) for item in items],
+        paths=[stored_path(item.path, *roots) for item in items],
         embeddings=embedded.new,
         triplets_used=counts,
         fields=list(fields),
         coarse=[None if maps is None else (maps, scales), *[None] * (len(encodings) - 1)],
         marks=marks if marks.any() else None,
     )
-
-
-def _stored_path(path: str, root: Path | None, index_root: Path | None) -> str:
-    """Return a source's path as an index keeps it: relative to the index's root if below it."""
-    if not path or root == index_root:
-        return path
-    absolute = str((root or Path()).resolve() / path)
-    return absolute if index_root is None else relative_path(absolute, index_root.resolve())
 
 
 def grid_of(plan: Plan) -> tuple[int, int]:
@@ -273,7 +265,7 @@ def _views(plan: Plan, embedded: EmbeddedImages, rows: np.ndarray) -> Iterator[V
 def header(
     recipe: Recipe,
     network: dict[str, Any] | None,
-    root: Path | None,
+    root: Root | None,
     width: int,
     normalize: bool,
     layers: list[dict[str, Any]],
@@ -282,7 +274,7 @@ def header(
     given: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Return what the manifest of a new index says (index/README.md); `files` is a digest."""
-    images = {"root": None if root is None else str(root.resolve()), "files_sha256": files}
+    images = {"root": root_text(root), "files_sha256": files}
     centred, sampling = recipe.resolved_target == "centred", recipe.resolved_sampling
     n_drawn = recipe.n_triplets if given is None else given.shape[1]
     return {

@@ -17,7 +17,7 @@ import torch
 
 from .._checks import one_of, whole
 from ..errors import EmbedcamError, ImageError, InputError, NetworkMismatch, RecipeError
-from ..images import Batch, ImageSource, embed, load_batches
+from ..images import Batch, ImageSource, embed, load_batches, root_text
 from ..index import Index, check_factory
 from ..index.encoding import Encoding, LowRank, TopM
 from ..index.identity import Identity
@@ -142,8 +142,8 @@ def job_digest(
 ) -> str:
     """Return a digest of everything the chunks of a job depend on."""
     digest = hashlib.sha256(recipe.resolved.digest().encode())
-    root = None if source.root is None else str(source.root.resolve())
-    digest.update(json.dumps([identity.to_dict(), root], sort_keys=True).encode())
+    about = [identity.to_dict(), root_text(source.root)]
+    digest.update(json.dumps(about, sort_keys=True).encode())
     for item, file in zip(source.items, files, strict=True):
         digest.update(json.dumps([item.id, item.path, item.label, file]).encode())
     # The probe speaks for code that parameters do not show, to the bit: so do the chunks.

@@ -435,7 +435,8 @@ def _given_triplets(options: Namespace) -> "np.ndarray | None":
 
 def _ids_of(path: str) -> "tuple[Texts, LabelColumn]":
     """Return ids and labels from a CSV with the columns id[,label]."""
-    from ..images.sources import Item, Listing, csv_rows
+    from ..images.lists import csv_rows
+    from ..images.sources import Item, Listing
 
     rows = csv_rows(Path(path), ["id"], "id[,label]")
     listed = Listing.of(Item(row["id"], row["id"], row.get("label") or None) for _, row in rows)

@@ -10,7 +10,7 @@ from typing import Unpack
 import numpy as np
 
 from ..errors import InputError
-from ..images import MAX_PIXELS, ImageSource, Item, load_batches
+from ..images import MAX_PIXELS, ImageSource, Item, as_root, load_batches
 from ..images.sources import Listing
 from ..images.texts import LabelColumn, Texts, in_runs
 from ..index import Index, IndexRows, PartData, writer
@@ -19,7 +19,7 @@ from ..network import EmbeddingNetwork
 from ..recipe.recipe import Recipe
 from . import merge, plan, shard
 from .checkpoint import Checkpoint, finished_job, remove_checkpoint
-from .cotangents import coded_labels
+from .cotangents import AnchorCotangents, coded_labels
 from .job import How, Job, job_of
 from .match import LEAST_MATCH, calibrate_match
 from .plan import SCRATCH_GB, Plan
@@ -185,7 +185,7 @@ def write_build(job: Job, work: Plan, path: Path) -> BuildReport:
     """
     choices, recipe, network, strategy = job.choices, work.recipe, work.network, work.strategy
     embedded = merge.gather(work)
-    anchors = merge.anchors_of(work, embedded, job.triplets)
+    anchors = anchors_of(job, work, embedded)
     shard.weigh_chunks(work, anchors, embedded.n_before)
     note, root = plan.head_note(recipe, network), work.source.root
     with work.stages("encode"):
@@ -379,6 +379,20 @@ def gathered(job: Job, work: Plan, index: Index | None) -> merge.EmbeddedImages:
     return merge.gather(work, index, live)
 
 
+def anchors_of(job: Job, work: Plan, embedded: merge.EmbeddedImages) -> AnchorCotangents:
+    """Return the cotangents of all images of a job.
+
+    Who comes first keeps what is reduced over all of them beside the chunks.
+    """
+    statistics = None
+    if work.checkpoint.intact("reduced", 0):
+        statistics = work.checkpoint.read("reduced", 0)
+    anchors = merge.anchors_of(work, embedded, job.triplets, statistics)
+    if statistics is None:
+        work.checkpoint.write("reduced", 0, anchors.statistics())
+    return anchors
+
+
 def encodings_of(
     work: Plan, embedded: merge.EmbeddedImages, index: Index | None = None
 ) -> list[Encoding]:
@@ -412,7 +426,7 @@ def write_additions(job: Job, work: Plan, index: Index) -> BuildReport:
     manifest, path = index.manifest, index.path
     layer, root = manifest.layers[0], manifest.images_root
     embedded = gathered(job, work, index)
-    anchors = merge.anchors_of(work, embedded, None)
+    anchors = anchors_of(job, work, embedded)
     shard.weigh_chunks(work, anchors, embedded.n_before)
     if merge.grid_of(work) != tuple(layer.grid or ()):
         raise InputError(
@@ -423,7 +437,7 @@ def write_additions(job: Job, work: Plan, index: Index) -> BuildReport:
     encodings = encodings_of(work, embedded, index)
     with work.stages("encode"):
         of = (work, encodings, embedded, job.choices.own_maps)
-        part = merge.encode(*of, Path(root) if root else None)
+        part = merge.encode(*of, as_root(root) if root else None)
     with work.stages("write"):
         checkpoint = Checkpoint.owned(path / CHECKPOINT, _key_of_additions(job))
         checkpoint.mark_commit(job.choices.key, manifest.generation + 1)
@@ -501,8 +515,9 @@ def indexed_images(
             "features), so it cannot be refitted from them; build it again from its source"
         )
     chosen = index.manifest.images_root if root is None else root
-    folder, numbers = chosen and Path(chosen), index.manifest.near_share is not None
-    return ImageSource(items, folder or None, max_pixels=max_pixels, numbers=numbers)
+    folder = None if not chosen else as_root(chosen)
+    numbers = index.manifest.near_share is not None
+    return ImageSource(items, folder, max_pixels=max_pixels, numbers=numbers)
 
 
 def _encodings(

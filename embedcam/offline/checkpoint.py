@@ -85,7 +85,7 @@ class Checkpoint:
     def write(self, stage: str, chunk: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Keep the arrays of a chunk; they become visible all at once, unless it is there."""
         folder = self._folder(stage, chunk)
-        unfinished = _unfinished(folder)
+        unfinished = unfinished_name(folder)
         try:
             unfinished.mkdir()
             entries: dict[str, _Entry] = {}
@@ -95,7 +95,7 @@ class Checkpoint:
                 entries[name] = _Entry(array.dtype.str, array.shape, zlib.crc32(_bytes_of(array)))
             listing = json.loads(json.dumps(asdict(_Listing(entries, self.made_by))))
             (unfinished / _LISTING).write_text(json.dumps([listing, _crc_of(listing)]))
-            while not _renamed(unfinished, folder):
+            while not give_name(unfinished, folder):
                 if self.intact(stage, chunk):  # another process was first
                     return
         finally:
@@ -142,7 +142,14 @@ class Checkpoint:
         """Take a chunk out of the way by a rename: who reads it may read on."""
         folder = self._folder(stage, chunk)
         with suppress(FileNotFoundError):
-            os.rename(folder, _unfinished(folder))
+            os.rename(folder, unfinished_name(folder))
+
+    def put_aside_but(self, stage: str) -> None:
+        """Take the chunks of all other stages out of the way: they depend on that one's."""
+        for listing in [*self.path.glob(f"*-*/{_LISTING}")]:
+            name, _, chunk = listing.parent.name.rpartition("-")
+            if name != stage and chunk.isdecimal():
+                self.put_aside(name, int(chunk))
 
     def array(self, name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
         """Return a writable array on disk, zero at first, for results too large to hold.
@@ -174,7 +181,7 @@ class Checkpoint:
 
 def publish(path: Path, content: bytes) -> None:
     """Write a small file that appears whole by one rename; of several the last one stays."""
-    unfinished = _unfinished(path)
+    unfinished = unfinished_name(path)
     with _files.fresh(unfinished) as file:
         file.write(content)
     os.replace(unfinished, path)
@@ -238,14 +245,14 @@ def _crc_of(listing: object) -> int:
     return zlib.crc32(json.dumps(listing, sort_keys=True).encode())
 
 
-def _unfinished(path: Path) -> Path:
+def unfinished_name(path: Path) -> Path:
     """Return a name beside a file or folder that no other process on any machine has."""
     host = re.sub(r"[^A-Za-z0-9-]", "-", os.uname().nodename)[:40]
     mine = f"{host}-{os.getpid()}-{secrets.token_hex(4)}"
     return path.with_name(f"{path.name}.{mine}{_files.UNFINISHED}")
 
 
-def _renamed(unfinished: Path, folder: Path) -> bool:
+def give_name(unfinished: Path, folder: Path) -> bool:
     """Give a folder its name, or return that the name is taken."""
     try:
         os.rename(unfinished, folder)

@@ -17,21 +17,19 @@ import numpy as np
 from .. import _files
 from .._checks import whole as checked_whole
 from ..errors import IndexFormatError, InputError, NetworkMismatch, reason
-from ..images import ImageSource
-from ..images.sources import Listing
-from ..images.texts import LabelColumn, Texts
+from ..images import ImageSource, load_source
+from ..images.texts import Texts
 from ..index.identity import Identity
 from ..index.records import Json, Wrong, of_type, read_as, text, whole
 from ..network import EmbeddingNetwork, load_network
 from ..recipe.recipe import Recipe
-from .checkpoint import Checkpoint, publish
+from .checkpoint import Checkpoint, give_name, publish, unfinished_name
 from .plan import (
     Plan,
     caches_within,
     chunk_size,
     job_digest,
     libraries_of,
-    listed_columns,
 )
 from .report import Stages
 from .strategies import Strategy, is_exact, strategy_for
@@ -52,15 +50,6 @@ Entries = Annotated[Json, lambda value: of_type(dict, value)]
 
 
 @dataclass(frozen=True)
-class _Images:
-    """Where the images lie, and what of a listing is no column."""
-
-    root: Path4096 | None
-    max_pixels: Annotated[int, whole(1, _MOST)]
-    numbers: bool
-
-
-@dataclass(frozen=True)
 class Choices:
     """What `job.json` says; `per_chunk` images make a chunk, `rounds` looks at images a piece.
 
@@ -74,7 +63,6 @@ class Choices:
     network: Entries
     loading: Entries | None
     libraries: Mapping[Annotated[str, text(40)], Annotated[str, text(80)]]
-    images: _Images
     n_images: Annotated[int, whole(1, _MOST)]
     n_pieces: Annotated[int, whole(1, _MOST)]
     batch_size: Annotated[int, whole(1, _MOST)]
@@ -206,9 +194,18 @@ class Job:
         """Write the job to a folder; workers see it by one rename, once all of it is there."""
         job, choices = replace(self, path=path), json.loads(json.dumps(asdict(self.choices)))
         _files.make_folder(path)
-        given = {} if self.triplets is None else {"triplets": np.asarray(self.triplets)}
-        arrays = {**listed_columns(self.source, self.files), **self.identity.arrays(), **given}
-        _listing_of(path, self.choices.key).write(_stage(self.choices.key), 0, arrays)
+        key, given = self.choices.key, {}
+        if self.triplets is not None:
+            given["triplets"] = np.asarray(self.triplets)
+        images, unfinished = _images_of(path, key), unfinished_name(_images_of(path, key))
+        try:
+            self.source.save(unfinished)
+            give_name(unfinished, images)
+        finally:
+            _files.remove_tree(unfinished)
+        columns = {"files": self.files.blob, "files_ends": self.files.offsets}
+        arrays = {**columns, **self.identity.arrays(), **given}
+        Checkpoint(path, key).write(_stage(key), 0, arrays)
         maker = job._maker()
         publish(path / f"made-{stamp_of(maker)}.json", json.dumps(maker).encode())
         content = {"version": _VERSION, "sha256": _sha256(choices), "job": choices}
@@ -221,11 +218,13 @@ class Job:
         """Read a job from its folder, or say in one sentence why it cannot be."""
         try:
             choices = read_choices(path)
-            listing = _listing_of(path, choices.key)
+            listing = Checkpoint(path, choices.key)
             if not listing.whole(_stage(choices.key), 0):
-                raise Wrong(" is damaged or missing", "list of images")
+                raise Wrong(" is damaged or missing", "list of files")
             arrays = listing.read(_stage(choices.key), 0)
-            source, files = _source_of(arrays, choices)
+            source, files = load_source(_images_of(path, choices.key)), _files_of(arrays)
+            if not len(source) == len(files) == choices.n_images:
+                raise Wrong(f" has not {choices.n_images} entries", "list of images")
             probe = {name: np.array(arrays[name]) for name in _PROBE}
             identity = Identity.from_dict(choices.network, probe)
             triplets = arrays.get("triplets")
@@ -330,9 +329,8 @@ def job_of(
 ) -> Job:
     """Return a job of this process; activations are cached where the disk of `path` has room."""
     # Once, before any is read: a file that changes meanwhile must not pass for the one indexed.
-    files = Texts.of(source.fingerprint(position) for position in range(len(source)))
+    files = source.fingerprints()
     folder = next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
-    root = None if source.root is None else str(source.root.resolve())
     per_chunk = chunk_size(how["batch_size"], recipe.method)
     room = how["scratch_gb"] if own_maps else 0.0
     strategy.caches = caches_within(strategy, network, len(source), folder, room)
@@ -343,7 +341,6 @@ def job_of(
         network=identity.to_dict(),
         loading=network.spec,
         libraries=libraries_of(network),
-        images=_Images(root, source.max_pixels, source.numbers),
         n_images=len(source),
         n_pieces=pieces_of(len(source), per_chunk),
         batch_size=how["batch_size"],
@@ -387,8 +384,8 @@ def _stage(key: str) -> str:
     return f"listing-{key[:16]}"
 
 
-def _listing_of(path: Path, key: str) -> Checkpoint:
-    return Checkpoint(path, key)
+def _images_of(path: Path, key: str) -> Path:
+    return path / f"images-{key[:16]}"
 
 
 def read_choices(path: Path) -> Choices:
@@ -429,29 +426,11 @@ def _checked_choices(path: Path) -> Choices:
     return read_as(Choices, choices)
 
 
-def _source_of(arrays: dict[str, np.ndarray], choices: Choices) -> tuple[ImageSource, Texts]:
-    """Return what was listed, once its columns fit each other."""
-    n, labels = choices.n_images, arrays["labels"]
-    columns = {name: _texts(arrays, name) for name in ("ids", "paths", "files", "names")}
-    names = columns.pop("names")
-    if labels.shape != (n,) or labels.dtype != np.int32:
-        raise Wrong(f" are {labels.dtype} {list(labels.shape)}", "labels")
-    if labels.min() < -1 or labels.max() >= len(names):
-        raise Wrong(" name what is not there", "labels")
-    for name, column in columns.items():
-        if len(column) != n:
-            raise Wrong(f" are {len(column)} of {n} images", name)
-    listing = Listing(columns["ids"], columns["paths"], LabelColumn(labels, names))
-    images = choices.images
-    root = None if images.root is None else Path(images.root)
-    source = ImageSource(listing, root, max_pixels=images.max_pixels, numbers=images.numbers)
-    return source, columns["files"]
-
-
-def _texts(arrays: dict[str, np.ndarray], name: str) -> Texts:
-    blob, ends = arrays[name], arrays[f"{name}_ends"]
+def _files_of(arrays: dict[str, np.ndarray]) -> Texts:
+    """Return the fingerprints of a listing, once its arrays fit each other."""
+    blob, ends = arrays["files"], arrays["files_ends"]
     if blob.dtype != np.uint8 or blob.ndim != 1 or ends.dtype != np.uint64 or ends.ndim != 1:
-        raise Wrong(" are no texts", name)
+        raise Wrong(" are no texts", "files")
     if not len(ends) or ends[0] or ends[-1] != len(blob) or (ends[1:] < ends[:-1]).any():
-        raise Wrong(" have ends outside the text", name)
+        raise Wrong(" have ends outside the text", "files")
     return Texts(blob, ends)

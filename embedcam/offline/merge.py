@@ -4,14 +4,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..errors import InputError
-from ..images.sources import relative_path
+from ..images import Root, root_text
+from ..images.places import stored_path
 from ..images.texts import LabelColumn, Texts, in_runs
 from ..index import Index, PartData
 from ..index.calibration import Calibration, MatchCalibration
@@ -93,7 +93,12 @@ def gather(plan: Plan, index: Index | None = None, live: np.ndarray = _NO_ROWS) 
     return EmbeddedImages(*columns, embeddings, mean, codes, skipped, n_cropped)
 
 
-def anchors_of(plan: Plan, embedded: EmbeddedImages, given: np.ndarray | None) -> AnchorCotangents:
+def anchors_of(
+    plan: Plan,
+    embedded: EmbeddedImages,
+    given: np.ndarray | None,
+    statistics: Mapping[str, np.ndarray] | None = None,
+) -> AnchorCotangents:
     """Return the cotangents of all images; triplets that are given are places in the source."""
     if given is not None and embedded.skipped:
         places = np.full(len(plan.source), -1)
@@ -105,7 +110,7 @@ def anchors_of(plan: Plan, embedded: EmbeddedImages, given: np.ndarray | None) -
                 "could not be read (skipped: "
                 f"{', '.join(repr(name) for name, _ in embedded.skipped[:3])}); give it others"
             )
-    of = (plan.recipe, embedded.embeddings, embedded.codes, embedded.mean, given)
+    of = (plan.recipe, embedded.embeddings, embedded.codes, embedded.mean, given, statistics)
     return AnchorCotangents(*of, folder=plan.checkpoint.path)
 
 
@@ -183,7 +188,7 @@ def encode(
     encodings: Sequence[Encoding],
     embedded: EmbeddedImages,
     with_maps: bool,
-    root: Path | None,
+    root: Root | None,
 ) -> PartData:
     """Return the images of the chunks as one part of an index; paths are relative to `root`."""
     n, grid = len(embedded.positions), grid_of(plan)
@@ -226,17 +231,10 @@ def encode(
     )
 
 
-def _stored_paths(paths: Texts, root: Path | None, index_root: Path | None) -> Texts:
+def _stored_paths(paths: Texts, root: Root | None, index_root: Root | None) -> Texts:
     """Return a source's paths as an index keeps them: relative to the index's root if below it."""
-    if root == index_root:
-        return paths
-    folder, below = (root or Path()).resolve(), index_root and index_root.resolve()
-
-    def stored(path: str) -> str:
-        absolute = str(folder / path) if path else ""
-        return absolute if below is None or not path else relative_path(absolute, below)
-
-    return Texts.of(map(stored, paths))
+    roots = root_text(root), root_text(index_root)
+    return paths if roots[0] == roots[1] else Texts.of(stored_path(path, *roots) for path in paths)
 
 
 def grid_of(plan: Plan) -> tuple[int, int]:
@@ -291,7 +289,7 @@ def _views(plan: Plan, embedded: EmbeddedImages, rows: np.ndarray) -> Iterator[V
 def header(
     recipe: Recipe,
     network: dict[str, Any] | None,
-    root: Path | None,
+    root: Root | None,
     width: int,
     normalize: bool,
     layers: list[dict[str, Any]],
@@ -300,7 +298,7 @@ def header(
     given: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Return what the manifest of a new index says (index/README.md); `files` is a digest."""
-    images = {"root": None if root is None else str(root.resolve()), "files_sha256": files}
+    images = {"root": root_text(root), "files_sha256": files}
     centred, sampling = recipe.resolved_target == "centred", recipe.resolved_sampling
     n_drawn = recipe.n_triplets if given is None else given.shape[1]
     return {

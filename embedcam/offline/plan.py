@@ -20,7 +20,7 @@ import torch
 from .. import __version__
 from .._checks import one_of, whole
 from ..errors import EmbedcamError, ImageError, InputError, NetworkMismatch, RecipeError
-from ..images import Batch, ImageSource, embed, load_batches
+from ..images import Batch, ImageSource, embed, load_batches, root_text
 from ..images.texts import Texts
 from ..index import Index, check_factory
 from ..index.encoding import Encoding, LowRank, TopM
@@ -98,8 +98,9 @@ class Plan:
         return load_batches(*of, workers=self.workers, on_error=on_error, marked=marked)
 
     def _check_files(self, files: Texts, positions: np.ndarray) -> None:
-        for position in positions.tolist():
-            if self.source.fingerprint(position) != files[position]:
+        now = self.source.only(positions.tolist()).fingerprints()
+        for position, fingerprint in zip(positions.tolist(), now, strict=True):
+            if fingerprint != files[position]:
                 raise ImageError(
                     f"{self.source.name(position)}: its file changed after the job was planned; "
                     "put the old one back, or plan the job again in another folder"
@@ -161,8 +162,8 @@ def job_digest(
 ) -> str:
     """Return a digest of everything the chunks of a job depend on."""
     digest = hashlib.sha256(recipe.resolved.digest().encode())
-    root = None if source.root is None else str(source.root.resolve())
-    digest.update(json.dumps([identity.to_dict(), root], sort_keys=True).encode())
+    about = [identity.to_dict(), root_text(source.root)]
+    digest.update(json.dumps(about, sort_keys=True).encode())
     for column in listed_columns(source, files).values():
         digest.update(hashlib.sha256(np.ascontiguousarray(column).data).digest())
     # The probe speaks for code that parameters do not show, to the bit: so do the chunks.

@@ -10,7 +10,7 @@ from typing import Self
 import numpy as np
 
 from ..errors import InputError, cut
-from ..images import DatasetSource, ImageSource, LeftOut
+from ..images import DatasetSource, ImageSource, LeftOut, is_url, root_text
 from ..images.number_labels import number_of
 from ..images.progress import Advance, progress_of
 from ..images.texts import LabelColumn
@@ -208,7 +208,7 @@ def changes_since(
             places.append(place)
     # Absolute paths are of images that were added from elsewhere, which are left alone.
     left = [(name, path) for name, (path, _, _) in known.items() if path]
-    vanished = [name for name, path in left if not Path(path).is_absolute()]
+    vanished = [name for name, path in left if not (Path(path).is_absolute() or is_url(path))]
     n_known = len(source) - len(new)
     if n_indexed and not n_known:
         raise InputError(
@@ -231,7 +231,7 @@ def _check_root(index: Index, source: ImageSource) -> None:
             "a data set has no files to compare; update from a folder or a CSV: find_images(...)"
         )
     stored = index.manifest.images_root
-    root = None if source.root is None else str(source.root.resolve())
+    root = root_text(source.root)
     if stored is None:
         raise InputError(
             f"{index.path}: was not built from a folder or a CSV, so there is nothing to compare "

@@ -34,6 +34,7 @@ def embed_chunks(plan: Plan, chunks: range | None = None) -> None:
     if plan.on_unreadable == "fail":  # what an earlier run skipped fails now
         for chunk in [chunk for chunk in done_chunks if plan.unusable(chunk)]:
             plan.checkpoint.put_aside("embed", chunk)
+            plan.checkpoint.put_aside_but("embed")  # where it can be read now, it counts there
             done_chunks.remove(chunk)
     todo = [chunk for chunk in sizes if chunk not in done_chunks]
     if done := sum(sizes[chunk] for chunk in done_chunks):

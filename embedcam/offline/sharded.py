@@ -25,7 +25,7 @@ from .plan import SCRATCH_GB, Plan
 from .report import BuildReport, Stages
 
 MOST_PIECES = 1 << 20
-_OURS = re.compile(r"(listing|embed|weights|maps|made)-.*|job\.json\..*")
+_OURS = re.compile(r"(images|listing|embed|weights|maps|made)-.*|job\.json\..*")
 _SMALL = ("positions", "embedding", "length", "grid", "errors", "refused", "cropped")
 """Arrays of an embedded chunk that others read."""
 
@@ -107,11 +107,7 @@ def plan_job(
     """
     path = Path(path)
     _check_folder(path)
-    if type(source) is not ImageSource:
-        raise InputError(
-            "a job needs images in files, which every worker can open, and a data set is in this "
-            "process alone; give a folder or a CSV: find_images(...), or build in one process"
-        )
+    source.describe()  # refuse what lives in this process alone
     how = How(batch_size=batch_size, on_unreadable=on_unreadable, scratch_gb=scratch_gb)
     if add_to is None:
         job, _ = build.planned_build(
@@ -309,7 +305,7 @@ def _look_again(job: Job, work: Plan, chunks: range) -> list[int]:
             )
     with _opened(job) as index:
         embedded = build.gathered(job, work, index)
-        anchors = merge.anchors_of(work, embedded, job.triplets)
+        anchors = build.anchors_of(job, work, embedded)
         before = sum(len(work.embedded(chunk)) for chunk in range(chunks.start))
         shard.weigh_chunks(work, anchors, embedded.n_before + before, chunks)
         if not job.draws(work.strategy):

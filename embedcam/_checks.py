@@ -180,8 +180,11 @@ def check_outputs(embeddings: np.ndarray, *activations: np.ndarray) -> None:
             raise NetworkError(f"the network's {name} of {wrong}")
 
 
-def wrong_number(values: np.ndarray, row: str = "row") -> str | None:
-    """Return words on the first row with a NaN, an infinity or more than `LARGEST`; or None."""
+def wrong_number(values: np.ndarray, row: str = "row", first: int = 0) -> str | None:
+    """Return words on the first row with a NaN, an infinity or more than `LARGEST`; or None.
+
+    Rows are counted from `first`.
+    """
     import numpy as np
 
     if _usable(values):
@@ -189,8 +192,8 @@ def wrong_number(values: np.ndarray, row: str = "row") -> str | None:
     place = next(place for place, one in enumerate(values) if not _usable(one))
     least, most = float(values[place].min()), float(values[place].max())
     if not np.isfinite([least, most]).all():
-        return f"{row} {place} holds a NaN or an infinity"
-    held = f"{row} {place} holds {most if most > LARGEST else least:.4g}"
+        return f"{row} {first + place} holds a NaN or an infinity"
+    held = f"{row} {first + place} holds {most if most > LARGEST else least:.4g}"
     return f"{held}, and numbers may go up to {LARGEST:g} either way; scale it down"
 
 

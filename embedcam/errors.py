@@ -119,6 +119,18 @@ class InputError(EmbedcamError, ValueError):
     """An argument, array or option that cannot be used."""
 
 
+class PiecesMissing(InputError):  # noqa: N818 - reads as the fact it states
+    """Pieces of a job that have to be done before it can be merged: `pieces`, their numbers."""
+
+    def __init__(self, path: str, pieces: Sequence[int], of: int) -> None:
+        self.pieces = list(pieces)
+        some = ", ".join(map(str, self.pieces[:20])) + (", ..." if len(self.pieces) > 20 else "")
+        what = f"piece {some} of its {of:,} is missing"
+        if len(self.pieces) > 1:
+            what = f"{len(self.pieces):,} of its {of:,} pieces are missing ({some})"
+        super().__init__(f"{path}: {what}; do it: `embedcam shard {path} {self.pieces[0]}`")
+
+
 class ImageError(InputError):
     """An image that cannot be read; the message begins with its path or name."""
 

@@ -5,6 +5,7 @@ Nothing here imports embedcam. `tests/test_oracles.py` breaks each and watches a
 
 from __future__ import annotations
 
+import hashlib
 import math
 import struct
 from collections.abc import Callable, Sequence
@@ -347,3 +348,13 @@ def nearest(embeddings: Array, a: int, among: Sequence[int], k: int) -> list[int
     """The k nearest of `among` to image a, the nearest first; itself never."""
     rest = [i for i in among if i != a]
     return sorted(rest, key=lambda i: (squared_distance(embeddings[a], embeddings[i]), i))[:k]
+
+
+def sample(ids: Sequence[str], seed: int, most: int) -> list[int]:
+    """Places of the `most` ids whose first 8 bytes of BLAKE2b(seed, 0, id) are the smallest."""
+
+    def number(name: str) -> int:
+        text = b"%d\x00%b" % (seed, name.encode())
+        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+
+    return sorted(sorted(range(len(ids)), key=lambda i: number(ids[i]))[:most])

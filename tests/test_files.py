@@ -236,7 +236,7 @@ def test_every_folder_that_is_made_is_synced_into_the_one_above(tmp_path, monkey
     path = tmp_path / "a" / "b" / "x"
     with lock(path):
         pass
-    Checkpoint(path / ".building", "k").mark_commit("job", 1)
+    Checkpoint.owned(path / ".building", "k").mark_commit("job", 1)
     note = path / ".building/promise.json"
     assert {place.stat().st_ino for place in (note, *note.parents[:5])} <= synced
 
@@ -248,23 +248,23 @@ def test_scratch_that_is_no_folder(tmp_path: Path, precious: Path, kind: str) ->
     PLANTED[kind](place)
     assert finished_job(place, 1) is None
     with pytest.raises(InputError, match=r"\.building: is .*; delete it and run the same command"):
-        Checkpoint(place, "k")
+        Checkpoint.owned(place, "k")
     assert everything(precious) == before
 
 
 def test_links_within_scratch_are_not_followed(tmp_path: Path, precious: Path) -> None:
     before = everything(precious)
-    scratch = Checkpoint(tmp_path / "s", "k")
+    scratch = Checkpoint.owned(tmp_path / "s", "k")
     (tmp_path / "s" / "sums.array").symlink_to(precious / "123456")
     np.testing.assert_array_equal(scratch.array("sums", "f4", (2, 3)), 0)
     (tmp_path / "s" / "sums.array").unlink()
     (tmp_path / "s" / "embed-0000001.tmp").symlink_to(precious)
     (tmp_path / "s" / "more").symlink_to(precious)
-    Checkpoint(tmp_path / "s", "k")
+    Checkpoint.owned(tmp_path / "s", "k")
     assert sorted(os.listdir(tmp_path / "s")) == ["key.json", "more"]
     (tmp_path / "s" / "promise.json").symlink_to(precious / "123456")
     assert finished_job(tmp_path / "s", 1) is None
-    Checkpoint(tmp_path / "s", "other")
+    Checkpoint.owned(tmp_path / "s", "other")
     assert os.listdir(tmp_path / "s") == ["key.json"]
     assert everything(precious) == before
 

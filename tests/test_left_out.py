@@ -12,7 +12,7 @@ from test_images import csv_of, write
 from embedcam.cli.command_line import for_command_line
 from embedcam.errors import ImageError, InputError
 from embedcam.evaluate.regions import of_boxes
-from embedcam.images import ImageSource, Item, LeftOut, find_images
+from embedcam.images import ImageSource, Item, LeftOut, find_images, sources
 from embedcam.offline import add_images, build_index
 from embedcam.offline.report import BuildReport
 from embedcam.preprocess import Preprocess
@@ -116,11 +116,12 @@ def test_lists_as_programs_write_them(tmp_path: Path, text: str) -> None:
     assert len(of_boxes(boxes, ImageSource([Item("a.png", "a.png")], tmp_path))) == 1
 
 
-def test_an_address_in_a_list_is_unreadable_by_name(tmp_path: Path) -> None:
+def test_an_address_in_a_list_is_unreadable_by_name(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sources, "_reads_addresses", lambda: False)
     path = csv_of(tmp_path, "path,label\nhttps://host/x/1.jpg,a\nb.png,b\n")
     source = find_images(path)
     assert source.ids == ["https://host/x/1.jpg", "b.png"]
-    with pytest.raises(ImageError, match=r"^https://host/x/1\.jpg: is an address, and only local"):
+    with pytest.raises(ImageError, match=r"^https://host/x/1\.jpg: is an address, which fsspec"):
         source.open(0)
 
 

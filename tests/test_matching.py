@@ -34,9 +34,14 @@ def clouds(n: int = 60) -> tuple[np.ndarray, list[str | None]]:
     return points, ["a"] * n + ["b"] * n
 
 
+def numbered(n: int) -> list[str]:
+    return [str(number) for number in range(n)]
+
+
 def fitted(labels: bool = True) -> MatchCalibration:
     points, names = clouds()
-    made = calibrate_match(points, names if labels else [None] * len(points), Recipe())
+    of = numbered(len(points)), points
+    made = calibrate_match(*of, names if labels else [None] * len(points), Recipe())
     return MatchCalibration.from_dict(json.loads(json.dumps(made["several"].to_dict())))
 
 
@@ -89,8 +94,8 @@ def test_without_labels_match_is_how_usual_the_distance_is() -> None:
 
 
 def test_few_images_calibrate_nothing_and_copies_are_not_their_own_result() -> None:
-    assert calibrate_match(*clouds(n=5), Recipe()) is None
-    made = calibrate_match(np.zeros((40, 3), np.float32), ["a"] * 40, Recipe())
+    assert calibrate_match(numbered(10), *clouds(n=5), Recipe()) is None
+    made = calibrate_match(numbered(40), np.zeros((40, 3), np.float32), ["a"] * 40, Recipe())
     assert made["several"].match(np.zeros(10), ["a"] * 10) > 0.9
 
 

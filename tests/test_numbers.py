@@ -29,6 +29,7 @@ from embedcam.offline.triplets import NearestOthers, TripletSampler, label_codes
 from embedcam.offline.trust import leave_out
 
 N, D = 26, 4
+IDS = [str(row) for row in range(1000)]
 NUMBERS = Recipe(labels="numbers", target="margin")
 
 
@@ -167,7 +168,7 @@ def made_match(seed: int = 0, n: int = 200) -> tuple[np.ndarray, list[str | None
     noise = rng.normal(0, 0.02 + 0.15 * (place > 1.5), (2, n))
     points = np.column_stack([np.cos(place), np.sin(place)]).astype(np.float32)
     labels = [f"{v:.4f}" for v in 100 * (place + noise[0])]
-    made = calibrate_match(points, labels, NUMBERS)
+    made = calibrate_match(IDS[: len(points)], points, labels, NUMBERS)
     return points, labels, json.loads(json.dumps(plain(made)))
 
 
@@ -192,7 +193,7 @@ def test_match_says_how_likely_the_first_result_is_near_in_value() -> None:
     assert abs(told.mean() - right.mean()) < 0.05
     assert told[right].mean() > told[~right].mean() + 0.1
     # As classes no two of these labels are equal, and every result would be wrong.
-    classes = calibrate_match(points, labels, Recipe())["several"]
+    classes = calibrate_match(IDS[: len(points)], points, labels, Recipe())["several"]
     assert "values" not in classes.to_dict()
     assert classes.match(apart[near], named) < 0.05
 
@@ -207,11 +208,13 @@ def test_a_forged_reach_is_refused() -> None:
 
 def test_few_numbers_leave_match_to_the_distance_and_spellings_do_not_count() -> None:
     points = np.random.default_rng(0).normal(size=(30, 3)).astype(np.float32)
-    unlabelled = calibrate_match(points, [None] * 30, NUMBERS)
+    unlabelled = calibrate_match(
+        [str(row) for row in range(len(points))], points, [None] * 30, NUMBERS
+    )
     assert "values" not in unlabelled["one"].to_dict()
     told = []
     for labels in (["7"] * 30, ["7", "7.0", "07"] * 10):
-        found = calibrate_match(points, labels, NUMBERS)["one"]
+        found = calibrate_match(IDS[: len(points)], points, labels, NUMBERS)["one"]
         assert found.reach == ((7.0,), (0.0,))
         told.append(found.match(np.array([0.01]), ["7.0"]))
     assert told[0] == told[1] > 0.5

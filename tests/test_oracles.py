@@ -94,6 +94,9 @@ def check_choice(o: ModuleType) -> None:
     assert allowed == [True, False, False]
     assert [o.semihard_allows(rows, labels, 0, 1, n, 0.01) for n in (2, 3)] == [True, False]
     assert o.nearest(np.array([[0.0], [3.0], [1.0], [2.0]]), 0, [0, 1, 2, 3], 2) == [2, 3]
+    # printf '0\0a' | b2sum -l 64: 15d8..., of b 5d3e, c 00da, d 1449, of e with an accent fce4;
+    # of the seed 1 5249, 480e, f533, 0075, 0f6a.
+    assert [o.sample([*"abcd\xe9"], seed, 2) for seed in (0, 1)] == [[2, 3], [3, 4]]
 
 
 def check_encoding(o: ModuleType) -> None:
@@ -219,6 +222,9 @@ BREAKS = [
     ("semihard_allows", "d_n == min(beyond)", "True", check_choice),
     ("nearest", "if i != a", "", check_choice),
     ("nearest", "[:k]", "", check_choice),
+    ("sample", '"big"', '"little"', check_choice),
+    ("sample", "digest_size=8", "digest_size=16", check_choice),
+    ("sample", "(seed, name", "(0, name", check_choice),
 ]  # fmt: skip
 CHECKS = [value for name, value in sorted(globals().items()) if name.startswith("check_")]
 

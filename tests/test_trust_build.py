@@ -109,7 +109,7 @@ def test_elsewhere_the_stored_weights_are_held_against_direct_ones(
 ) -> None:
     made_of, kept = toy(kind), noted(monkeypatch)
     path = built(source, made_of, tmp_path / "index", Recipe(method=method))
-    images, rows = inputs(made_of, source), sample_of(48, 0, 40)
+    images, rows = inputs(made_of, source), sample_of(source.ids, 0, 40)
     with opened(path) as (index, live):
         vectors, weights = index.embeddings(live), index.weights(live)
         direct = DirectWeights(made_of.network, Recipe.of_index(index.manifest))
@@ -142,7 +142,7 @@ def test_maps_of_several_layers_are_compared_as_they_are_explained(tmp_path, mon
     network, source = layered(), pictures(tmp_path / "photos", n=44)
     recipe = dense(method="polycam", layers=LAYERS)
     build_index(source, network, tmp_path / "index", recipe, progress=False)
-    rows = sample_of(44, 0, 40)
+    rows = sample_of(source.ids, 0, 40)
     with Index.open(tmp_path / "index") as index:
         explainer, names = Explainer(index), index.manifest.layer_names
         images = np.stack([network.preprocess(source.open(place)) for place in range(44)])
@@ -301,7 +301,7 @@ def test_of_inner_products_the_nearest_counts_not_the_first(tmp_path: Path) -> N
     path = built(photos, toy("affine", normalize=False), tmp_path / "index", recipe)
     with opened(path) as (index, live):
         largest = index.manifest.trust_calibration["several"].largest_distance
-        of = index.embeddings(live), list(index.labels[live]), sample_of(44, 0, 512)
+        of = index.embeddings(live), list(index.labels[live]), np.arange(44)
         found = leave_out(recipe, *of, closed_form=False, normalized=False)["several"]
     assert any(one.distances.min() < one.distances[0] for one in found)
     assert largest == pytest.approx(max(float(one.distances.min()) for one in found))

@@ -78,8 +78,7 @@ def some(of_unit_length: bool = True) -> tuple[np.ndarray, list[str | None]]:
 @pytest.mark.parametrize("of_unit_length", [True, False])
 @pytest.mark.parametrize("norm", ["through", "around"])
 def test_the_cotangent_is_the_literal_one(target, of_unit_length, norm, monkeypatch) -> None:
-    monkeypatch.setattr("embedcam.offline.cotangents._BLOCK", 5)
-    monkeypatch.setattr("embedcam.offline.triplets._SUMMED", 5)
+    monkeypatch.setattr("embedcam.offline.triplets.SUMMED", 5)
     vectors, labels = some(of_unit_length)
     recipe = Recipe(target=target, norm=norm)
     anchors = AnchorCotangents(recipe, vectors, label_codes(labels), vectors.mean(0))
@@ -92,7 +91,10 @@ def test_the_cotangent_is_the_literal_one(target, of_unit_length, norm, monkeypa
     assert found.used is None
     assert found.counts.tolist() == [12 * 6, 3 * 15, 6 * 12, 12 * 6]
     # Of a collection that is mostly unlabelled they would be as many as its embeddings.
-    assert anchors._label_sums.shape == anchors.sampler._sums.shape == (2, 4)
+    sums = anchors.statistics()
+    assert {name: array.shape for name, array in sums.items()} == {
+        "total": (4,), "squares": (4, 4), "class_sums": (2, 4), "label_sums": (2, 4)
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -128,6 +128,8 @@ def _is_kept(options: Namespace) -> bool:
     """Return whether running the command again finds work that was done before."""
     from pathlib import Path  # no time for it where only help is printed
 
+    if options.command in ("shard", "merge"):
+        return any(Path(options.job).glob("embed-*/arrays.json"))
     if options.command not in ("build", "add", "demo"):
         return "report" in options and options.report is not None
     folder = Path(options.folder if options.command == "demo" else options.index)

@@ -126,25 +126,35 @@ def network_of_index(manifest: "Manifest", asked: Mapping[str, Plain]) -> Values
             "this index was built from features alone and does not know its network, so pictures "
             "cannot be embedded for it; build it again with --network, or use explain_features"
         )
-    loading = manifest.network.loading or {}
+    return network_again(manifest.network.loading or {}, asked, "index", "built")
+
+
+def network_again(
+    loading: Mapping[str, Plain], asked: Mapping[str, Plain], what: str, done: str
+) -> Values:
+    """Return how the network of an index or a job is loaded again, but for what is `asked`.
+
+    `what` it is, and what was `done` with the network, are for messages.
+    """
     if asked.get("network", loading.get("network")) != loading.get("network"):
         return dict(asked)  # another way to the same network: layers and files have other names
     if not loading:
         raise InputError(
-            "this index was built with a network that was not loaded by name; write a function "
+            f"this {what} was {done} with a network that was not loaded by name; write a function "
             "that returns it, and give --network package.module:function"
         )
     name = str(loading.get("network", ""))
     if "network" not in asked and name.partition(":")[0] not in _LIBRARIES:
         raise InputError(
-            f"this index names the network {name!r}, which is code of whoever built it; if you "
+            f"this {what} names the network {name!r}, which is code of whoever {done} it; if you "
             f"trust it, say so with --network {name}"
         )
     for option in _FILES:
         file = loading.get(option)
-        if option not in asked and file not in (None, "random") and not os.path.isfile(file):
+        known = option in asked or not isinstance(file, str) or file == "random"
+        if not known and not os.path.isfile(str(file)):
             raise NetworkError(
-                f"the index was built with --{option} {file}, which is not there any more; say "
+                f"the {what} was {done} with --{option} {file}, which is not there any more; say "
                 f"where it lies now with --{option} FILE"
             )
     return {**loading, **asked}

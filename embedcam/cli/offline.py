@@ -12,12 +12,24 @@ from ..errors import InputError, RecipeError, printable, reason, show_json
 from ..images.progress import progress_of
 from ..recipe import WHITENED, Recipe
 from ..recipe.recipe import read_toml, shipped_recipe
-from .networks import ImageSettings, NetworkSettings, load_named, network_of_index, torch_network
+from .networks import (
+    ImageSettings,
+    NetworkSettings,
+    load_named,
+    network_again,
+    network_of_index,
+    torch_network,
+)
 from .output import counted, emit, fidelity_lines, images_of, note, size_text, some_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
 
+    from ..images import ImageSource
+    from ..images.texts import LabelColumn, Texts
+    from ..network import EmbeddingNetwork
     from ..offline import BuildReport
     from ..offline.report import Changes
 
@@ -48,23 +60,128 @@ def _work(options: Namespace, on_unreadable: str = "fail") -> Values:
 
 def add(options: Namespace) -> None:
     """Add images to an index."""
-    from ..index import ADD_INSTEAD, Index
     from ..offline import BuildReport, add_images
 
+    source, network = _additions(options, options.index)
+    if options.skip_existing and not len(source):
+        report = BuildReport(Path(options.index), 0, [], left_out=source.left_out)
+        return _report(options, report, "added")
+    loaded = load_named(network)
+    report = add_images(source, loaded, options.index, update=options.update, **_work(options))
+    _report(options, report, "added")
+
+
+def plan(options: Namespace) -> None:
+    """Divide a build, or an addition, into pieces, and write the job to a folder."""
+    from ..offline import plan_job
+
+    work = _work(options)
+    del work["workers"], work["progress"]
+    if options.add_to:
+        source, named = _additions(options, options.add_to)
+        if not len(source):
+            raise InputError(
+                f"{options.add_to} holds these images already; there is nothing to add"
+            )
+        where = {"add_to": options.add_to, **work}
+        report = plan_job(source, load_named(named), options.job, pieces=options.pieces, **where)
+    else:
+        options.index = options.refit
+        again = bool(options.refit)
+        recipe, images, named = _choices(options, again)
+        source, network, own_maps = _inputs(options, images, named, again)
+        work["on_unreadable"] = options.on_unreadable or images.get("on_unreadable", "fail")
+        report = plan_job(
+            source,
+            network,
+            options.job,
+            recipe,
+            pieces=options.pieces,
+            triplets=_given_triplets(options),
+            own_maps=own_maps,
+            trust=not options.no_trust,
+            replace=again,
+            **work,
+        )
+    if report.not_taken:
+        note(options, f"not taken: {report.not_taken}")
+    last, times = report.n_pieces - 1, ("", ", twice", ", three times")[report.rounds - 1]
+    numbers = f"I = 0 to {last:,}" if last else "I = 0"
+    lines = [
+        f"{report.path}: {counted(report.n_images, 'image')} in "
+        f"{counted(report.n_pieces, 'piece')}",
+        f"  do each piece{times}: embedcam shard {report.path} I, {numbers}",
+        f"  then: embedcam merge {report.path} {options.add_to or options.refit or 'INDEX'}",
+    ]
+    emit(options, {**asdict(report), "path": str(report.path)}, *lines)
+
+
+def shard(options: Namespace) -> None:
+    """Do what can be done of a piece of a job now."""
+    from ..offline import run_shard
+
+    work = {"workers": options.workers, "progress": options.progress}
+    report = run_shard(options.job, options.piece, options.of, _network_of_job(options), **work)
+    _skipped(options, report.skipped)
+    which = f"{report.path}: piece {report.piece:,} of {report.of:,}"
+    waits = f"piece{'s' * (len(report.waits_for) > 1)} {numbers_of(report.waits_for)}"
+    if report.done == report.rounds:
+        text = "done"
+    elif report.waits_for:
+        steps = ("embedded", "weighed")[report.done - 1]
+        text = f"{steps}; do it again once {waits} is {steps} too, or leave the rest to the merge"
+        text = text.replace(f"{waits} is", f"{waits} are") if len(report.waits_for) > 1 else text
+    else:
+        text = "embedded; do it again, or leave the rest to the merge"
+    images = counted(report.n_images, "image")
+    emit(options, {**asdict(report), "path": str(report.path)}, f"{which}, {images}: {text}")
+
+
+def numbers_of(pieces: "Sequence[int]") -> str:
+    """Return "0, 3, 4, ..." of a job's pieces."""
+    return ", ".join(f"{one:,}" for one in pieces[:10]) + (", ..." if len(pieces) > 10 else "")
+
+
+def merge(options: Namespace) -> None:
+    """Make an index from the pieces of a job, or add them to one."""
+    from ..errors import PiecesMissing
+    from ..offline import merge_job, missing_pieces
+    from ..offline.job import read_choices
+
+    kind = read_choices(Path(options.job)).kind
+    work = {"workers": options.workers, "progress": options.progress}
+    try:
+        if missing := missing_pieces(options.job):  # before a network is loaded
+            raise PiecesMissing(options.job, missing, read_choices(Path(options.job)).n_pieces)
+        report = merge_job(options.job, options.index, _network_of_job(options), **work)
+    except PiecesMissing as error:
+        if options.json:
+            show_json({"path": options.job, "missing": error.pieces}, indent=2)
+        raise
+    _report(options, report, "added" if kind == "add" else "built")
+
+
+def _network_of_job(options: Namespace) -> "EmbeddingNetwork":
+    """Return the network of a job as it was planned, but for what the options say."""
+    from ..offline.job import read_choices
+
+    loading = read_choices(Path(options.job)).loading or {}
+    return load_named(network_again(loading, chosen(options, NetworkSettings), "job", "planned"))
+
+
+def _additions(options: Namespace, path: str) -> tuple["ImageSource", Values]:
+    """Return the images to add to an index, and how its network is loaded."""
+    from ..index import ADD_INSTEAD, Index
+
     source = images_of(options, options.images)
-    with Index.open(options.index) as index:
+    with Index.open(path) as index:
         index.refuse_prototypes(ADD_INSTEAD)  # before a network is loaded
         network = network_of_index(index.manifest, chosen(options, NetworkSettings))
         known = index.find_live(source.ids) if options.skip_existing else ()
     if known:
         note(options, f"{counted(len(known), 'image')} left out: in the index already")
         source = source.only([row for row, name in enumerate(source.ids) if name not in known])
-    if known and not len(source):
-        report = BuildReport(Path(options.index), 0, [], left_out=source.left_out)
-        return _report(options, report, "added")
-    loaded = load_named(network)
-    report = add_images(source, loaded, options.index, update=options.update, **_work(options))
-    _report(options, report, "added")
+    return source, network
 
 
 def remove(options: Namespace) -> None:
@@ -224,9 +341,29 @@ def _choices(options: Namespace, again: bool) -> tuple[Recipe, Values, Values]:
 def _build_images(
     options: Namespace, recipe: Recipe, images: Values, network: Values, again: bool
 ) -> "BuildReport":
+    from ..offline import build_index
+
+    source, loaded, own_maps = _inputs(options, images, network, again)
+    return build_index(
+        source,
+        loaded,
+        options.index,
+        recipe,
+        triplets=_given_triplets(options),
+        own_maps=own_maps,
+        trust=not options.no_trust,
+        replace=options.refit,
+        **_work(options, images.get("on_unreadable", "fail")),
+    )
+
+
+def _inputs(
+    options: Namespace, images: Values, network: Values, again: bool
+) -> tuple["ImageSource", "EmbeddingNetwork", bool]:
+    """Return the images to build from, the network, and whether their own maps are kept."""
     from ..images import MAX_PIXELS
     from ..index import Index
-    from ..offline import build_index, indexed_images
+    from ..offline import indexed_images
 
     path = options.images or images.get("path")
     own_maps = not options.no_own_maps
@@ -255,17 +392,7 @@ def _build_images(
     if network.get("layer") is None:
         name = loaded.name or network["network"]
         note(options, f"{name}: explaining layer {loaded.layer} (--layer takes another)")
-    return build_index(
-        source,
-        loaded,
-        options.index,
-        recipe,
-        triplets=_given_triplets(options),
-        own_maps=own_maps,
-        trust=not options.no_trust,
-        replace=options.refit,
-        **_work(options, images.get("on_unreadable", "fail")),
-    )
+    return source, loaded, own_maps
 
 
 def _build_features(options: Namespace, recipe: Recipe, network: Values) -> "BuildReport":
@@ -306,24 +433,29 @@ def _given_triplets(options: Namespace) -> "np.ndarray | None":
     return read_array(options.triplets)
 
 
-def _ids_of(path: str) -> tuple[list[str], list[str | None] | None]:
+def _ids_of(path: str) -> "tuple[Texts, LabelColumn]":
     """Return ids and labels from a CSV with the columns id[,label]."""
-    from ..images.sources import csv_rows
+    from ..images.lists import csv_rows
+    from ..images.sources import Item, Listing
 
-    rows = [row for _, row in csv_rows(Path(path), ["id"], "id[,label]")]
-    if not rows:
+    rows = csv_rows(Path(path), ["id"], "id[,label]")
+    listed = Listing.of(Item(row["id"], row["id"], row.get("label") or None) for _, row in rows)
+    if not len(listed):
         raise InputError(f"{path}: has no lines below its header")
-    labels = [row["label"] or None for row in rows] if "label" in rows[0] else None
-    return [row["id"] for row in rows], labels
+    return listed.ids, listed.labels
 
 
-def _report(options: Namespace, report: "BuildReport", verb: str) -> None:
-    for name, why in report.skipped[:20]:
+def _skipped(options: Namespace, skipped: "Sequence[tuple[str, str]]") -> None:
+    for name, why in skipped[:20]:
         # A reason begins with the file's path, which mostly ends in its id.
         path, _, rest = why.partition(": ")
         note(options, f"skipped {name}: {rest if path.endswith(printable(name)) else why}")
-    if len(report.skipped) > 20:
-        note(options, f"... and {len(report.skipped) - 20} more")
+    if len(skipped) > 20:
+        note(options, f"... and {len(skipped) - 20} more")
+
+
+def _report(options: Namespace, report: "BuildReport", verb: str) -> None:
+    _skipped(options, report.skipped)
     # An image without a label is a class of its own where labels draw the positives.
     unlabelled = min(report.n_unlabelled, report.n_single)
     nearest = "the nearest neighbours stand in as positives"

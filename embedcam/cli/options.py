@@ -14,6 +14,7 @@ AMOUNT = Setting(kind=float, least=0).from_text
 SHARE = Setting(kind=float, least=0, most=1).from_text
 NAMES = Setting(kind=tuple).from_text
 INDEX = "index INDEX", "folder of the index"
+JOB = "job JOB", "folder of the job"
 MOVED = "--images FOLDER", "where the indexed images lie now"
 
 
@@ -81,15 +82,28 @@ def _transfer(add: Callable[..., None]) -> None:
 
 def build(command: ArgumentParser) -> None:
     """Declare the options of `embedcam build`."""
-    from ..recipe.choices import Choices
-
     add = _common(command)
     add("images IMAGES", "folder or CSV", nargs="?")
     add(*INDEX)
+    _built(command, ("--refit", "redo a finished index"))
+    title = "from features instead of images", "the layer's HxW is given by --grid"
+    add = _adder(command.add_argument_group(*title))
+    add("--embeddings FILE", ".npy [N D]")
+    add("--pooled FILE", ".npy [N K]: mean activations")
+    add("--positive-pooled FILE", ".npy [N K]: mean of max(A, 0)")
+    add("--ids FILE", "CSV with id[,label], a row an embedding")
+
+
+def _built(command: ArgumentParser, *more: tuple[str, str]) -> None:
+    """Declare what is built, and how."""
+    from ..recipe.choices import Choices
+
+    add = _adder(command)
     text = "default, paper, unlabelled, or a TOML file; other options win over it"
     add("--recipe NAME|FILE", text)
     add_options(command, ImageSettings, "labels", "exclude", "max_pixels")
-    add("--refit", "redo a finished index")
+    for option in more:
+        add(*option)
     _network(command)
     group = command.add_argument_group("weights")
     add_options(group, Choices, "method", "layers", "fill", "options")
@@ -99,12 +113,35 @@ def build(command: ArgumentParser) -> None:
     _adder(group)("--no-own-maps", "keep no maps of the images")
     _adder(group)("--no-trust", "calibrate neither trust nor match")
     _work(command)
-    title = "from features instead of images", "the layer's HxW is given by --grid"
-    add = _adder(command.add_argument_group(*title))
-    add("--embeddings FILE", ".npy [N D]")
-    add("--pooled FILE", ".npy [N K]: mean activations")
-    add("--positive-pooled FILE", ".npy [N K]: mean of max(A, 0)")
-    add("--ids FILE", "CSV with id[,label], a row an embedding")
+
+
+def plan(command: ArgumentParser) -> None:
+    """Declare the options of `embedcam plan`."""
+    add = _common(command)
+    add("images IMAGES", "folder or CSV", nargs="?")
+    add(*JOB)
+    text = "how many (default: of 32 chunks of 256 images each, at most 1000)"
+    add("--pieces P", text, POSITIVE)
+    onto = _adder(command.add_mutually_exclusive_group())
+    onto("--add INDEX", "the images are added to this index, by its recipe", dest="add_to")
+    onto("--refit INDEX", "this index is built again; without IMAGES, on those that it knows")
+    add("--skip-existing", "with --add: leave out images that INDEX holds already")
+    _built(command)
+
+
+def shard(command: ArgumentParser) -> None:
+    """Declare the options of `embedcam shard`."""
+    add = _common(command, JOB)
+    add("piece I", "number of the piece, from 0", WHOLE)
+    add("--of N", "of N groups of the plan's pieces instead", POSITIVE)
+    add("--workers N", "threads that decode images", WHOLE)
+    _network(command)
+
+
+def merge(command: ArgumentParser) -> None:
+    """Declare the options of `embedcam merge`."""
+    _common(command, JOB, INDEX)("--workers N", "threads that decode images", WHOLE)
+    _network(command)
 
 
 def add(command: ArgumentParser) -> None:

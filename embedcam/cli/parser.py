@@ -107,6 +107,9 @@ def parser() -> argparse.ArgumentParser:
 COMMANDS = {
     "build": ("offline", "[IMAGES] INDEX", "build an index of CAM weights"),
     "add": ("offline", "INDEX IMAGES", "add images to an index"),
+    "plan": ("offline", "[IMAGES] JOB", "divide a build into pieces"),
+    "shard": ("offline", "JOB I", "do a piece of a job, anywhere"),
+    "merge": ("offline", "JOB INDEX", "make the index from a job's pieces"),
     "remove": ("offline", "INDEX ID ...", "remove images by id"),
     "compact": ("offline", "INDEX", "drop removed images' bytes"),
     "compress": ("offline", "INDEX OUTPUT", "merge an index into prototypes"),

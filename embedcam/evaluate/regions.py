@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..errors import InputError
 from ..images import EXTENSIONS, ImageSource, read_image
-from ..images.sources import csv_rows
+from ..images.lists import csv_rows
 from ..metrics import box_mask
 from ..preprocess import Extent
 

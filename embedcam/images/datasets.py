@@ -12,9 +12,10 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from PIL import Image
 
-from ..errors import ImageError, InputError, cut, ran_out, short
+from ..errors import ImageError, InputError, Plain, cut, ran_out, short
+from .places import escaped, relative_path
 from .reading import MAX_PIXELS, ImageLike, is_long_text
-from .sources import ImageSource, Item, escaped, relative_path
+from .sources import ImageSource, Item
 
 _PICTURES = ("image", "img", "picture", "photo")
 """Columns of rows that are taken for the picture, the first there is; `_LABELS` for the label."""
@@ -46,6 +47,13 @@ class DatasetSource(ImageSource):
     def fingerprint(self, position: int) -> str:
         """Return the id alone: what a data set holds cannot be asked whether it changed."""
         return f"id:{self.items[position].id}"
+
+    def describe(self) -> dict[str, Plain]:
+        """Raise InputError: what a data set holds lives in this process alone."""
+        raise InputError(
+            f"{type(self._dataset).__name__}: lives in this process, so another cannot read its "
+            "images; write them as files, tar shards or Parquet, and give find_images those"
+        )
 
     def _held(self, position: int) -> ImageLike:
         with self._lock:

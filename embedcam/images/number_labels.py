@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, short
+from .texts import LabelColumn
 
 LARGEST = 1e300
 """Of a label: differences of larger ones are no numbers any more."""
@@ -48,14 +49,23 @@ def check_number(text: str, where: str) -> None:
         )
 
 
+def numbers_of(labels: LabelColumn) -> np.ndarray:
+    """Return labels as numbers, float64 `[N]`; NaN of what has none or is none."""
+    numbers = np.array([*map(number_of, labels.names), math.nan])  # -1 is the last
+    return np.asarray(numbers[labels.codes])
+
+
 def label_values(labels: Sequence[str | None], names: Sequence[str]) -> np.ndarray | None:
     """Return labels as numbers, float64 `[N]`, NaN without one; None where no image has one."""
-    if all(label is None for label in labels):
+    column = LabelColumn.of(labels)
+    known = np.flatnonzero(column.codes >= 0)
+    if not len(known):
         return None
-    for label, name in zip(labels, names, strict=True):
-        if label is not None:
-            check_number(label, f"image {short(name)}")
-    return np.array([number_of(label) for label in labels])
+    values = numbers_of(column)
+    if (wrong := np.isnan(values[known])).any():
+        place = int(known[wrong.argmax()])
+        check_number(str(column[place]), f"image {short(names[place])}")
+    return values
 
 
 class Values:

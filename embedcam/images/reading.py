@@ -46,7 +46,7 @@ EXTENSIONS: Final = frozenset((
 
 _URL: Final = re.compile(
     # One slash, too: as `pathlib` writes them.
-    r"(https?|ftps?|sftp|s3a?|gs|gcs|hf|az|abfss?|file)://?|data:image/",
+    r"(https?|ftps?|sftp|s3a?|gs|gcs|hf|az|abfss?|file|memory)://?|data:image/",
     re.IGNORECASE,
 )
 _BYTES_A_PIXEL: Final = 32
@@ -131,7 +131,7 @@ def read_image(
 def why_missing(path: str) -> str:
     """Return what to say of a file that is not there."""
     if is_url(path):
-        return "is an address, and only local files are read; download it, and name the file"
+        return 'is an address, which fsspec reads; pip install "embedcam[remote]"'
     if os.path.islink(path):
         return f"is a link to {os.readlink(path)}, which does not exist"
     return "does not exist"

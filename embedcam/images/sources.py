@@ -1,46 +1,51 @@
-"""What images there are: a folder (by id, in code points) or a CSV (as written), with stable ids.
+"""What images there are: a source lists them in a fixed order, with stable ids, paths and labels.
 
-An id is the image's path below the folder, "/" between the parts, or what the CSV says.
+An id is the image's path below its folder, "/" between the parts, a shard's key, or what a CSV or a
+table says. Ids, paths and labels are columns; a job's workers map them from disk.
 """
 
 from __future__ import annotations
 
-import csv
+import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cache
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Literal, get_args, overload
+from typing import Literal, overload
 
 import numpy as np
 from PIL import Image
 
-from .._checks import one_of, whole
-from .._files import refuse_device
-from ..errors import ImageError, InputError, cut, short
-from .number_labels import check_number
-from .reading import (
-    EXTENSIONS,
-    MAX_PIXELS,
-    FileState,
-    ImageLike,
-    file_mark,
-    file_state,
-    is_url,
-    read_image,
-    why_missing,
+from .._checks import whole
+from .._files import NotPlain, fresh, make_folder, open_regular, read_regular, written
+from ..errors import ImageError, InputError, Plain, cut, reason, short
+from .places import (
+    PLACE,
+    Root,
+    as_root,
+    escaped,
+    inside,
+    located,
+    name_of,
+    place_mark,
+    place_state,
+    read_place,
+    root_text,
+    stamp_of,
 )
-from .texts import LabelColumn, Texts, TextsWriter, is_same
+from .reading import MAX_PIXELS, FileState, ImageLike, is_url, read_image, why_missing
+from .texts import LabelColumn, Texts, TextsWriter, first_twice, is_same
 
 Labels = Literal["auto", "folders", "subfolders", "none", "numbers"]
-_SPLITS = frozenset(("train", "training", "test", "testing", "val", "valid", "validation", "dev"))
-_OPTIONAL = ("id", "label", "width", "height")
 _RUN = 1 << 14
 """Images listed at once."""
+_ASKED = 16
+"""Addresses asked at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +104,8 @@ class Listing(Sequence[Item]):
                 yield from (one.label for one in run)
 
         named = LabelColumn.of(labels())
-        kept = Texts(*ids.columns())
-        return cls(kept, kept if same else Texts(*paths.columns()), named)
+        kept, own = Texts(*ids.columns()), Texts(*paths.columns())
+        return cls(kept, kept if same else own, named)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -123,51 +128,58 @@ class Listing(Sequence[Item]):
     def __eq__(self, other: object) -> bool:
         return is_same(self, other)
 
-    def only(self, positions: Sequence[int]) -> Listing:
+    def only(self, positions: Sequence[int] | np.ndarray) -> Listing:
         """Return the images at some places."""
         rows = np.asarray(positions, np.int64)
-        ids, paths = Texts.of(self.ids[rows]), Texts.of(self.paths[rows])
-        return Listing(ids, paths, LabelColumn(self.labels.codes[rows], self.labels.names))
-
-
-def _twice(ids: Sequence[str]) -> tuple[int, int] | None:
-    """Return the places of the first id that comes twice; None where each comes once."""
-    hashes = np.sort(np.fromiter(map(hash, ids), np.int64, len(ids)))
-    if not (hashes[1:] == hashes[:-1]).any():
-        return None
-    first: dict[str, int] = {}
-    for position, name in enumerate(ids):
-        if (other := first.setdefault(name, position)) != position:
-            return other, position
-    return None
+        ids = self.ids.select(rows)
+        paths = ids if self.paths is self.ids else self.paths.select(rows)
+        return Listing(ids, paths, self.labels.take(rows))
 
 
 class ImageSource:
-    """Images on disk, in a fixed order, with paths relative to `root`.
+    """Images on disk or at addresses, in a fixed order, with paths relative to `root`.
 
-    `notes` says what looks like a mistake, a sentence each; `numbers` whether labels are numbers.
+    `notes` says what looks like a mistake, a sentence each; `numbers` whether labels are numbers;
+    `stamps` what a store said of each image's file when it was listed, None of local files.
     """
 
     def __init__(
         self,
         items: Sequence[Item],
-        root: Path | None = None,
+        root: Root | None = None,
         *,
         max_pixels: int = MAX_PIXELS,
         left_out: LeftOut | None = None,
         notes: Sequence[str] = (),
         numbers: bool = False,
+        stamps: Texts | LabelColumn | None = None,
     ) -> None:
         listed = items if isinstance(items, Listing) else Listing.of(items)
-        self.items = listed
-        self.root = root
+        self._take(listed, root, max_pixels, numbers, stamps)
+        self.left_out, self.notes = left_out or LeftOut(), tuple(notes)
+        if (twice := first_twice(listed.ids)) is not None:
+            raise InputError(self._said_twice(*twice))
+
+    def _take(
+        self,
+        items: Listing,
+        root: Root | None,
+        max_pixels: int,
+        numbers: bool,
+        stamps: Texts | LabelColumn | None,
+    ) -> None:
+        self.items, self.root, self.numbers, self.stamps = items, root, numbers, stamps
         self.max_pixels = whole("max_pixels", max_pixels, 1)
-        self.left_out, self.notes, self.numbers = left_out or LeftOut(), tuple(notes), numbers
-        if (twice := _twice(listed.ids)) is not None:
-            raise InputError(
-                f"images {twice[0]} and {twice[1]} have the same id "
-                f"{short(listed.ids[twice[0]])}; ids must be unique"
+
+    def _said_twice(self, one: int, other: int) -> str:
+        name, here, there = self.items.ids[one], self.items.paths[one], self.items.paths[other]
+        if inside(here) and inside(there) and here != there:
+            return (
+                f"{cut(name_of(here), 200)} and {cut(name_of(there), 200)} have the same id "
+                f"{short(name)}; ids must be unique: name the members, or fill the column of ids, "
+                "so that no two of all shards are alike"
             )
+        return f"images {one} and {other} have the same id {short(name)}; ids must be unique"
 
     def __len__(self) -> int:
         return len(self.items)
@@ -182,17 +194,20 @@ class ImageSource:
         """The labels, in order; None where an image has none."""
         return self.items.labels
 
+    def place(self, position: int) -> str:
+        """Return where an image lies, see `embedcam.images.places`; "" of what has no path."""
+        path = self.items.paths[position]
+        return located(self.root, path) if path else ""
+
     def name(self, position: int) -> str:
         """Return what messages call an image: its path, or its id where it has no path."""
-        item = self.items[position]
-        if is_url(item.path):
-            return cut(item.path, 200)
-        return escaped(str(self._file(position))) if item.path else item.id
+        place = self.place(position)
+        return name_of(place) if place else self.items.ids[position]
 
     def refused(self, position: int) -> str | None:
         """Return why an image is not read, where its path alone says so: its error's message."""
-        path = self.items[position].path
-        if is_url(path):
+        path = self.items.paths[position]
+        if is_url(path) and not _reads_addresses():
             return f"{self.name(position)}: {why_missing(path)}"
         if escaped(path) != path:
             return f"{self.name(position)}: the file name is not UTF-8; rename it"
@@ -200,279 +215,173 @@ class ImageSource:
 
     def open(self, position: int) -> Image.Image:
         """Return the picture, upright and RGB, or raise ImageError, beginning with its path."""
-        if (reason := self.refused(position)) is not None:
-            raise ImageError(reason)
+        if (said := self.refused(position)) is not None:
+            raise ImageError(said)
         held = self._held(position)
         return read_image(held, max_pixels=self.max_pixels, name=self.name(position))
 
     def fingerprint(self, position: int) -> str:
         """Return what changes when the file does (size and time): for resuming a build."""
-        try:
-            status = os.stat(self._file(position))
-        except (OSError, ValueError):
-            return "unreadable"
-        return f"{status.st_size}:{status.st_mtime_ns}"
+        if self.stamps is not None:
+            return self.stamps[position] or "unreadable"
+        place = self.place(position)
+        within = inside(place)
+        return stamp_of(place if within is None else within.file)
+
+    def fingerprints(self) -> Texts:
+        """Return what changes when a file does, of all images in order."""
+        if isinstance(self.stamps, Texts):
+            return self.stamps
+        positions = range(len(self))
+        if self.stamps is not None or not any(map(is_url, self.items.paths)):
+            return Texts.of(map(self.fingerprint, positions))
+        with ThreadPoolExecutor(_ASKED, thread_name_prefix="embedcam-images") as pool:
+            return Texts.of(
+                stamp
+                for start in range(0, len(self), _RUN)
+                for stamp in pool.map(self.fingerprint, positions[start : start + _RUN])
+            )
 
     def mark(self, position: int) -> np.ndarray:
-        """Return the file's mark, see `file_mark`; zeros for what is no file."""
-        return file_mark(self._file(position) if self.items[position].path else "")
+        """Return the mark of the file, see `place_mark`; zeros for what is no file."""
+        return place_mark(self.place(position), self._stamp(position))
 
     def state(self, position: int, mark: np.ndarray) -> FileState | None:
-        """Return whether the file is the one that was marked; see `file_state`."""
-        return file_state(self._file(position), mark)
+        """Return whether the file is the one that was marked; see `place_state`."""
+        return place_state(self.place(position), mark, self._stamp(position))
 
     def only(self, positions: Sequence[int]) -> ImageSource:
         """Return the images at some places, as a source of their own."""
-        items, limit = self.items.only(positions), self.max_pixels
+        rows = np.asarray(positions, np.int64)
+        stamps = self.stamps
+        if isinstance(stamps, LabelColumn):
+            stamps = LabelColumn(stamps.codes[rows], stamps.names)
+        elif stamps is not None:
+            stamps = Texts.of(stamps[rows])
         return ImageSource(
-            items, self.root, max_pixels=limit, left_out=self.left_out, numbers=self.numbers
+            self.items.only(positions),
+            self.root,
+            max_pixels=self.max_pixels,
+            left_out=self.left_out,
+            numbers=self.numbers,
+            stamps=stamps,
         )
+
+    def describe(self) -> dict[str, Plain]:
+        """Return what `load_source` needs beside the columns, ready for JSON.
+
+        Raises InputError of a source that lives in this process alone.
+        """
+        stamps = None if self.stamps is None else type(self.stamps).__name__
+        return {
+            "images": len(self),
+            "root": root_text(self.root),
+            "max_pixels": self.max_pixels,
+            "numbers": self.numbers,
+            "stamps": stamps,
+            "own_paths": self.items.paths is not self.items.ids,
+        }
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the columns and then `describe()` into a folder, for `load_source`."""
+        about, target = self.describe(), Path(folder)
+        make_folder(target)
+        _write_texts(target, "ids", self.items.ids)
+        if about["own_paths"]:
+            _write_texts(target, "paths", self.items.paths)
+        _write_labels(target, "labels", self.items.labels)
+        if isinstance(self.stamps, Texts):
+            _write_texts(target, "stamps", self.stamps)
+        elif self.stamps is not None:
+            _write_labels(target, "stamps", self.stamps)
+        with written(target / _ABOUT) as file:
+            file.write(json.dumps(about, indent=1).encode())
 
     def _held(self, position: int) -> ImageLike:
-        return self._file(position)
+        place = self.place(position)
+        return place if PLACE.match(place) is None else read_place(place, self.name(position))
 
-    def _file(self, position: int) -> Path:
-        path = Path(self.items[position].path)
-        return path if self.root is None else self.root / path
-
-
-def find_images(
-    path: str | os.PathLike[str],
-    labels: Labels = "auto",
-    *,
-    max_pixels: int = MAX_PIXELS,
-    exclude: str | Sequence[str] = (),
-) -> ImageSource:
-    """List the images of a folder, or of a CSV with the columns path,label[,id].
-
-    Images are told by the extension (see `EXTENSIONS`); hidden files and folders are left out. The
-    source's `left_out` counts what was not taken, its `notes` say what looks like a mistake. Links
-    are followed; a folder that is reached twice is read once.
-
-    Parameters
-    ----------
-    path
-        The folder, or the CSV file.
-    labels
-        "folders" takes the first folder below `path` as the label, "subfolders" the one below that;
-        "none" gives no labels; "auto" takes folders where the images lie in some. For a CSV "auto"
-        takes its label column, and "numbers" too, as numbers: near ones are alike.
-    max_pixels
-        More than this many pixels are refused before they are decoded.
-    exclude
-        Patterns (`*`, `?`, `[...]`) of what is left out: a path below the folder, or the name of a
-        file or of a folder with all that is in it. Of a CSV, of its paths and ids.
-    """
-    one_of("labels", labels, get_args(Labels))
-    patterns = [exclude] if isinstance(exclude, str) else list(exclude)
-    if not all(isinstance(pattern, str) and pattern for pattern in patterns):
-        raise InputError(f"exclude: expected patterns such as '*.gif', given {short(exclude)}")
-    root, left_out = Path(path), LeftOut(excluded=dict.fromkeys(patterns, 0))
-    folder, notes, numbers = root, list[str](), labels == "numbers"
-    if root.is_dir():
-        if numbers:
-            raise InputError(
-                f'{root}: labels="numbers" takes the label column of a CSV, and this is a folder; '
-                "give a CSV with the columns path,label"
-            )
-        paths = sorted(_walk(root, left_out))
-        counts = sorted(left_out.endings.items(), key=lambda pair: (-pair[1], pair[0]))
-        left_out.endings = dict(counts)
-        items = _folder_items(root, paths, labels, left_out)
-        notes = [*_of_lists(root), *_of_parts(root, items)]
-    elif root.suffix.lower() == ".csv" and root.is_file():
-        if labels in ("folders", "subfolders"):
-            raise InputError(
-                f'{root}: a CSV has a label column; take labels="auto", "numbers" or "none"'
-            )
-        items, folder = list(_csv_items(root, labels, left_out)), root.parent
-    else:
-        problem = "is no folder and no .csv file" if root.exists() else why_missing(str(path))
-        raise InputError(f"{root}: {problem}; give a folder of images or a .csv file")
-    return ImageSource(
-        items, folder, max_pixels=max_pixels, left_out=left_out, notes=notes, numbers=numbers
-    )
+    def _stamp(self, position: int) -> str:
+        return "" if self.stamps is None else self.stamps[position] or ""
 
 
-def escaped(text: str) -> str:
-    r"""Return text that can be stored: bytes of a file name that are no UTF-8 as \xff."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+_ABOUT = "images.json"
+_MOST = 1 << 16
 
 
-def _folder_items(root: Path, paths: list[str], labels: Labels, left_out: LeftOut) -> list[Item]:
-    if not paths:
-        there = f"; it holds {left_out}" if str(left_out) else ""
-        raise InputError(f"{root}: contains no images ({', '.join(sorted(EXTENSIONS))}){there}")
-    flat = [name for name in paths if "/" not in name]
-    if labels == "auto":
-        labels = "none" if len(flat) == len(paths) else "folders"
-    depth = {"none": 0, "folders": 1, "subfolders": 2}[labels]
-    shallow = [name for name in paths if name.count("/") < depth]
-    if shallow and len(shallow) == len(paths):
-        what = "subfolder" if depth == 1 else "folder in its subfolders"
-        raise InputError(f'{root}: has no {what} to take labels from; take labels="none"')
-    if shallow:
-        raise InputError(
-            f"{root}: {len(shallow)} images such as {short(escaped(shallow[0]))} lie beside the "
-            'class folders; move them into one, or take labels="none"'
-        )
-    names = map(escaped, paths)
-    return [
-        Item(name, path, name.split("/")[depth - 1] if depth else None)
-        for name, path in zip(names, paths, strict=True)
-    ]
-
-
-def _of_lists(root: Path) -> list[str]:
-    """Return notes on CSVs in the folder that list pictures and labels."""
-    notes = []
-    for file in sorted(file for file in root.glob("*.csv") if file.is_file())[:3]:
-        with suppress(OSError, UnicodeDecodeError), file.open(encoding="utf-8-sig") as lines:
-            columns = [name.strip() for name in lines.readline(4096).split(",")]
-            if {"path", "label"} <= set(columns):
-                notes.append(f"{file} lists pictures with labels; give it in place of the folder")
-    return notes
-
-
-def _of_parts(root: Path, items: Sequence[Item]) -> list[str]:
-    """Say that labels look like the parts a data set is divided into for training."""
-    folders = {item.label for item in items if item.label == item.id.partition("/")[0]}
-    splits = sorted(label for label in folders if label and label.lower() in _SPLITS)
-    if not splits or (len(splits) == 1 and len(folders) > 1):  # a train may be a class
-        return []
-    looks = f"labels that look like parts of a data set: {' and '.join(splits)}"
-    paths = [item.id.split("/") for item in items]
-    below = sorted({parts[1] for parts in paths if len(parts) > 2 and parts[0] in splits})
-    if not below:
-        return [f'{looks}; labels="none" leaves them out']
-    some = ", ".join([cut(name, 80) for name in below[:3]] + ["..."] * (len(below) > 3))
-    most = next((name for name in splits if name.lower().startswith("train")), splits[0])
-    return [
-        f'{looks}; for the labels below ({some}) give {root / most}, or take labels="subfolders"'
-    ]
-
-
-def _walk(root: Path, left_out: LeftOut) -> Iterator[str]:
-    """Yield the paths of images below `root`, "/" between the parts; count what is left out."""
-    seen: set[tuple[int, int]] = set()
-    # Links last: a folder is read under its own name, and a loop of links ends.
-    ahead, links = [""], list[str]()
-    while ahead or links:
-        if not ahead:
-            links.sort(reverse=True)
-            ahead.append(links.pop())
-        below = ahead.pop()
-        status = os.stat(root / below)
-        if (status.st_dev, status.st_ino) in seen:
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        try:
-            entries = list(os.scandir(root / below))
-        except PermissionError:
-            hint = "; exclude= leaves it out" if below else ""
-            raise InputError(
-                f"{escaped(str(root / below))}: may not be read (permission denied){hint}"
-            ) from None
-        left_out.empty += not entries
-        for entry in entries:
-            name = f"{below}/{entry.name}" if below else entry.name
-            if entry.name.startswith("."):
-                left_out.hidden += 1
-            elif left_out.excludes(name, entry.name):
-                continue
-            elif _is_folder(entry):
-                (links if entry.is_symlink() else ahead).append(name)
-            elif (ending := os.path.splitext(entry.name)[1].lower()) in EXTENSIONS:
-                yield name
-            else:
-                kind = escaped(cut(ending, 20))
-                left_out.endings[kind] = left_out.endings.get(kind, 0) + 1
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def load_source(folder: str | os.PathLike[str]) -> ImageSource:
+    """Return the source that was saved into a folder, its columns mapped; or raise InputError."""
+    place = Path(folder)
     try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
+        about = json.loads(read_regular(place, _ABOUT, _MOST))
+        if not isinstance(about, dict) or type(about.get("images")) is not int:
+            raise NotPlain("says not how many images there are")
+        count, root, stamps = about["images"], about.get("root"), about.get("stamps")
+        numbers, own = about.get("numbers"), about.get("own_paths")
+        wrong = root is not None and not isinstance(root, str)
+        if wrong or type(numbers) is not bool or type(own) is not bool or count < 0:
+            raise NotPlain("names no root, or another wrong value")
+        ids = _read_texts(place, "ids", count)
+        paths = _read_texts(place, "paths", count) if own else ids
+        items = Listing(ids, paths, _read_labels(place, "labels", count))
+        told: Texts | LabelColumn | None = None
+        if stamps == "Texts":
+            told = _read_texts(place, "stamps", count)
+        elif stamps is not None:
+            told = _read_labels(place, "stamps", count)
+    except (OSError, ValueError, NotPlain) as error:
+        said = reason(error)
+        raise InputError(f"{place}: holds no list of images that can be used ({said})") from error
+    source = ImageSource((), max_pixels=whole("max_pixels", about.get("max_pixels"), 1))
+    source._take(items, root and as_root(root), source.max_pixels, numbers, told)
+    return source
 
 
-def _csv_items(path: Path, labels: Labels, left_out: LeftOut) -> Iterator[Item]:
-    lines: dict[str, int] = {}
-    wanted = ["path"] if labels == "none" else ["path", "label"]
-    for line, row in csv_rows(path, wanted, "path,label[,id]"):
-        where = row["path"]
-        if not where or not row.get("id", where):
-            empty = "id is empty; leave out the column or fill it" if where else "path is empty"
-            raise InputError(f"{path}, line {line}: the {empty}")
-        where = where if is_url(where) else relative_path(where, path.parent)
-        id = row.get("id", where)
-        other = lines.setdefault(id, line)
-        if other != line:
-            hint = "" if "id" in row else ", so add a column id or remove one of the lines"
-            raise InputError(
-                f"{path}: lines {other} and {line} have the same id {short(id)}; ids must be "
-                f"unique{hint}"
-            )
-        parts = where.split("/")
-        above = ("/".join(parts[:end]) for end in range(1, len(parts) + 1))
-        if left_out.excludes(id, *parts, *above):
-            continue
-        if labels == "numbers" and row["label"]:
-            check_number(row["label"], f"{path}, line {line}")
-        yield Item(id, where, None if labels == "none" else row["label"] or None)
-    if not lines:
-        raise InputError(f"{path}: has no lines below its header")
+def _write_texts(folder: Path, name: str, texts: Texts) -> None:
+    _write(folder / f"{name}.utf8", texts.blob)
+    _write(folder / f"{name}.offsets.u64", texts.offsets.astype("<u8", copy=False))
 
 
-def csv_rows(
-    path: Path, wanted: Sequence[str], expected: str
-) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield (line number, row) of a CSV that has the columns `wanted`, else raise InputError.
-
-    It is UTF-8 with commas, semicolons or tabs; `expected` is its header, for messages.
-    """
-    refuse_device(path)
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as stream:
-            header = stream.readline()
-            stream.seek(0)
-            divider = max(",;\t", key=lambda one: _columns(header, one, wanted))
-            reader = csv.reader(stream, strict=True, delimiter=divider, skipinitialspace=True)
-            columns = list(map(str.strip, next(reader, [])))
-            known = (*wanted, *_OPTIONAL)
-            columns = [name.lower() if name.lower() in known else name for name in columns]
-            found = cut(",".join(columns), 80) or "an empty file"
-            if missing := [column for column in wanted if column not in columns]:
-                raise InputError(
-                    f"{path}: the header lacks {' and '.join(missing)}; expected {expected}, found "
-                    f"{found}"
-                )
-            named = [*filter(None, columns)]  # a spreadsheet may leave several without a name
-            if len(set(named)) != len(named):
-                raise InputError(f"{path}: the header names a column twice: {found}")
-            for row in reader:
-                if not any(map(str.strip, row)):
-                    continue
-                if len(row) != len(columns):
-                    raise InputError(
-                        f"{path}, line {reader.line_num}: {len(row)} fields under a header of "
-                        f"{len(columns)}; put text that holds commas in double quotes"
-                    )
-                yield reader.line_num, dict(zip(columns, map(str.strip, row), strict=True))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 text ({error.reason}); save it as UTF-8") from None
-    except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: is not a CSV ({error})") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+def _write_labels(folder: Path, name: str, labels: LabelColumn) -> None:
+    _write(folder / f"{name}.codes.i32", labels.codes.astype("<i4", copy=False))
+    _write_texts(folder, f"{name}.names", Texts.of(labels.names))
 
 
-def _columns(header: str, divider: str, wanted: Sequence[str]) -> int:
-    names = [name.strip(' "').lower() for name in re.split(f"[{divider}\r\n]", header)]
-    return sum(name in names for name in wanted)
+def _write(path: Path, values: np.ndarray) -> None:
+    with fresh(path) as file:
+        for start in range(0, len(values), 1 << 20):
+            file.write(values[start : start + (1 << 20)].tobytes())
 
 
-def relative_path(path: str, root: Path) -> str:
-    """Return a path relative to `root` where it lies below it, else absolute; "/" between parts."""
-    base = os.path.join(os.path.abspath(root), "")
-    return Path(os.path.normpath(os.path.join(base, path)).removeprefix(base)).as_posix()
+def _read_texts(folder: Path, name: str, count: int | None) -> Texts:
+    """Map a column; its sizes are checked, and what an offset says whenever it is used."""
+    blob = _mapped(folder, f"{name}.utf8", "u1")
+    offsets = _mapped(folder, f"{name}.offsets.u64", "<u8")
+    if len(offsets) < 1 or (count is not None and len(offsets) != count + 1):
+        raise NotPlain(f"{name} has {len(offsets) - 1} entries, and {count} are told")
+    if int(offsets[0]) != 0 or int(offsets[-1]) != len(blob):
+        raise NotPlain(f"{name}.utf8 has {len(blob)} bytes, and {int(offsets[-1])} are told")
+    return Texts(blob, offsets)
+
+
+def _read_labels(folder: Path, name: str, count: int) -> LabelColumn:
+    codes = _mapped(folder, f"{name}.codes.i32", "<i4")
+    names = list(_read_texts(folder, f"{name}.names", None))
+    if len(codes) != count:
+        raise NotPlain(f"{name} has {len(codes)} entries, and {count} are told")
+    if count and not -1 <= int(codes.min()) <= int(codes.max()) < len(names):
+        raise NotPlain(f"{name} names one of {len(names)} names that is none of them")
+    return LabelColumn(codes, names)
+
+
+def _mapped(folder: Path, name: str, kind: str) -> np.ndarray:
+    with open(open_regular(folder, name), "rb") as file:
+        size, each = os.fstat(file.fileno()).st_size, np.dtype(kind).itemsize
+        if size % each:
+            raise NotPlain(f"{name} has {size} bytes, no multiple of {each}")
+        return np.memmap(file, kind, "r") if size else np.zeros(0, kind)
+
+
+@cache
+def _reads_addresses() -> bool:
+    return find_spec("fsspec") is not None

@@ -6,7 +6,7 @@ import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, pairwise
-from typing import IO, ClassVar, Self, overload
+from typing import IO, ClassVar, Protocol, Self, TypeVar, overload
 
 import numpy as np
 
@@ -14,6 +14,7 @@ _RUN = 1 << 14
 """Strings decoded at once."""
 _IN_MEMORY = 1 << 20
 """Bytes above which a blob lies in a file of its own, which has no name and goes with it."""
+T = TypeVar("T")
 
 
 class Texts(Sequence[str]):
@@ -38,6 +39,11 @@ class Texts(Sequence[str]):
         while run := list(islice(rest, _RUN)):
             writer.extend(run)
         return cls(*writer.columns())
+
+    @classmethod
+    def blank(cls, n: int) -> Self:
+        """Return n empty strings, which take no room."""
+        return cls(np.empty(0, np.uint8), np.broadcast_to(np.uint64(0), (n + 1,)))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -70,6 +76,16 @@ class Texts(Sequence[str]):
 
     def __repr__(self) -> str:
         return f"<{len(self)} strings>"
+
+    def select(self, rows: np.ndarray) -> Texts:
+        """Return some rows `[n]` as strings of their own, in blocks and without decoding them."""
+        rows = np.asarray(rows, np.int64)
+        writer = TextsWriter()
+        for start in range(0, len(rows), _RUN):
+            some = rows[start : start + _RUN]
+            bounds = zip(self.offsets[some].tolist(), self.offsets[some + 1].tolist(), strict=True)
+            writer.extend_raw([self._between(*ends) for ends in bounds])
+        return Texts(*writer.columns())
 
     def raw(self, row: int) -> bytes:
         """Return the string's bytes."""
@@ -113,9 +129,12 @@ class TextsWriter:
 
     def extend(self, strings: Sequence[str]) -> None:
         """Add strings at the end."""
+        self.extend_raw([text.encode("utf-8", Texts.errors) for text in strings])
+
+    def extend_raw(self, strings: Sequence[bytes]) -> None:
+        """Add the bytes of strings at the end."""
         end = self._offsets[-1]
-        for text in strings:
-            raw = text.encode("utf-8", Texts.errors)
+        for raw in strings:
             self._pieces += raw
             end += len(raw)
             self._offsets.append(end)
@@ -153,6 +172,25 @@ class LabelColumn(Sequence[str | None]):
         codes = array("i", (known.setdefault(label, len(known) - 1) for label in labels))
         return cls(np.frombuffer(codes, np.int32), [name for name in known if name is not None])
 
+    def take(self, rows: np.ndarray) -> LabelColumn:
+        """Return the labels of some rows `[n]` as a column of their own."""
+        return LabelColumn(self.codes[rows], self.names)
+
+    def sorted(self) -> LabelColumn:
+        """Return the same labels; the names that occur are numbered in the order of code points."""
+        occurring = np.zeros(len(self.names) + 1, bool)
+        occurring[self.codes] = True  # -1 is the last
+        used = sorted(np.flatnonzero(occurring[:-1]).tolist(), key=self.names.__getitem__)
+        numbers = np.full(len(self.names) + 1, -1, np.int32)
+        numbers[used] = np.arange(len(used))
+        return LabelColumn(numbers[self.codes], [self.names[code] for code in used])
+
+    def counts(self) -> tuple[dict[str, int], int]:
+        """Return how many images have each label, by its name, and how many have none."""
+        column = self.sorted()
+        n_each = np.bincount(column.codes + 1, minlength=len(column.names) + 1).tolist()
+        return dict(zip(column.names, n_each[1:], strict=True)), n_each[0]
+
     def __len__(self) -> int:
         return len(self.codes)
 
@@ -179,6 +217,72 @@ class LabelColumn(Sequence[str | None]):
 
     def __repr__(self) -> str:
         return f"<{len(self)} labels of {len(self.names)} names>"
+
+
+class Rows(Protocol[T]):
+    """What gives a list for places `[n]`: strings or labels."""
+
+    def __getitem__(self, where: np.ndarray, /) -> list[T]: ...
+
+
+def in_runs(strings: Rows[T], rows: np.ndarray) -> Iterator[T]:
+    """Yield strings or labels of some rows `[n]`, fetched many at once."""
+    for start in range(0, len(rows), _RUN):
+        yield from strings[rows[start : start + _RUN]]
+
+
+def sorted_order(texts: Texts) -> np.ndarray:
+    """Return places `[n]` of the strings in the order of their bytes, equal ones as they stand.
+
+    Eight bytes are compared at a time, and the next eight of those alone that are equal so far.
+    """
+    starts, n = np.asarray(texts.offsets[:-1]).astype(np.int64), len(texts)
+    lengths = np.diff(texts.offsets).astype(np.int64)
+    order, places, group, depth = np.arange(n), np.arange(n), np.zeros(n, np.int64), 0
+    while len(places):
+        # `places` in the order stand for strings that equal their neighbors in `group` so far.
+        rows = order[places]
+        left = np.clip(lengths[rows] - depth, 0, 8)
+        keys = _eight_bytes(texts.blob, starts[rows] + depth, left)
+        sort = np.lexsort((left, keys, group))  # stable
+        order[places] = rows[sort]
+        keys, left, group = keys[sort], left[sort], group[sort]
+        new = np.ones(len(places) + 1, bool)
+        new[1:-1] = (keys[1:] != keys[:-1]) | (left[1:] != left[:-1]) | (group[1:] != group[:-1])
+        tied = ~(new[:-1] & new[1:]) & (left == 8)
+        group = np.cumsum(new[:-1])[tied]
+        places, depth = places[tied], depth + 8
+    return order
+
+
+def _eight_bytes(blob: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return up to eight bytes from each start on as numbers that sort as they do, uint64 `[n]`."""
+    keys, last = np.zeros(len(starts), np.uint64), max(len(blob) - 1, 0)
+    for place in range(8 if len(blob) else 0):
+        for start in range(0, len(starts), _RUN):
+            some = slice(start, start + _RUN)
+            byte = blob[np.minimum(starts[some] + place, last)]
+            keys[some] = keys[some] << np.uint64(8) | np.where(counts[some] > place, byte, 0)
+    return keys
+
+
+def hashes_of(strings: Iterable[str]) -> np.ndarray:
+    """Return Python's hashes of strings, int64 `[n]`; others in another process."""
+    return np.fromiter(map(hash, strings), np.int64)
+
+
+def first_twice(strings: Iterable[str]) -> tuple[int, int] | None:
+    """Return the places of the first string that comes twice; None where each comes once."""
+    hashes = hashes_of(strings)
+    ordered = np.sort(hashes)
+    again = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    if not len(again):
+        return None
+    suspected, first = np.isin(hashes, again), dict[str, int]()
+    for position, text in enumerate(strings):
+        if suspected[position] and (other := first.setdefault(text, position)) != position:
+            return other, position
+    return None
 
 
 def is_same(one: Sequence[object], other: object) -> bool:

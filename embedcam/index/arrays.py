@@ -3,6 +3,7 @@
 import hashlib
 import mmap
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ _BITS = {"float": (16, 32, 64), "uint": (8, 16, 32, 64), "int": (32, 64)}
 SUFFIXES = {f"{kind}{n}": f"{kind[0]}{n}" for kind, bits in _BITS.items() for n in bits}
 """Types of arrays, and how their files' names end."""
 BLOCK_BYTES = 16 << 20
+HELD = 1 << 20
+"""Bytes of an array above which it lies in a file, where it may grow with the collection."""
 Check = Callable[[np.ndarray], str | None]
 """Says what is wrong with stored rows, or None."""
 _RESTORE = "restore it from a copy, or build the index again"
@@ -59,6 +62,26 @@ def blocks(array: ArrayLike) -> Iterator[tuple[int, np.ndarray]]:
     step = block_rows(array)
     for start in range(0, array.shape[0], step):
         yield start, np.asarray(array[start : start + step])
+
+
+def scratch_array(
+    shape: tuple[int, ...], dtype: str, folder: Path | None = None, held: int | None = None
+) -> np.ndarray:
+    """Return a writable array, zero at first; of more bytes than are `held` in a nameless file.
+
+    It lies in `folder`, or where temporary files do, and goes with the array.
+    """
+    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    if size <= (HELD if held is None else held):
+        return np.zeros(shape, dtype)
+    with tempfile.TemporaryFile(dir=folder) as file:  # the map keeps what it held
+        # Claimed now: writing to a map of a file with holes kills the process on a full disk.
+        claim = getattr(os, "posix_fallocate", None)
+        if claim is None:
+            file.truncate(size)
+        else:
+            claim(file.fileno(), 0, size)
+        return np.memmap(file, np.dtype(dtype), "r+", shape=shape)
 
 
 def write_array(

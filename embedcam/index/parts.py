@@ -1,14 +1,16 @@
 """Rows and fitted arrays to be written: checked, streamed into a new folder, renamed into view."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from .._files import UNFINISHED, replace, sync_folder
 from ..errors import InputError
+from ..images.texts import LabelColumn, Texts, first_twice, in_runs, sorted_order
 from .arrays import SUFFIXES, ArrayLike, Check, Column, file_name, write_array
 from .reader import Index
 from .records import Json
@@ -72,13 +74,11 @@ class PartData:
 
 def check_ids(ids: Sequence[str]) -> None:
     """Refuse ids that are empty, no strings, or given twice."""
-    seen: set[str] = set()
     for row, text in enumerate(ids):
         if not isinstance(text, str) or not text:
             raise InputError(f"id {row} is {text!r}; an id is a string that is not empty")
-        if text in seen:
-            raise InputError(f"the id {text!r} is given twice; ids must be unique")
-        seen.add(text)
+    if (twice := first_twice(ids)) is not None:
+        raise InputError(f"the id {ids[twice[0]]!r} is given twice; ids must be unique")
 
 
 def quantize_coarse(cams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -118,24 +118,26 @@ class _Folder:
     def put(self, name: str, array: ArrayLike, dtype: str, wrong: Check | None = None) -> None:
         self.files[name] = write_array(self.folder, name, array, dtype, wrong)
 
-    def put_strings(self, stem: str, strings: Sequence[str]) -> list[bytes]:
-        """Write texts, and return their bytes."""
-        raw = []
-        for row, text in enumerate(strings):
-            if not isinstance(text, str):
-                raise InputError(f"{stem[:-1]} {row} is {text!r}; expected a string")
-            try:
-                raw.append(text.encode("utf-8"))
-            except UnicodeEncodeError as error:
-                raise InputError(
-                    f"{stem[:-1]} {row}, {text!r}, has no UTF-8 form; rename the file, or give "
-                    "other names"
-                ) from error
-        offsets = np.zeros(len(raw) + 1, np.uint64)
-        np.cumsum([len(one) for one in raw], out=offsets[1:], dtype=np.uint64)
-        self.put(f"{stem}.utf8", np.frombuffer(b"".join(raw), np.uint8), "uint8")
-        self.put(f"{stem}.offsets.u64", offsets, "uint64")
-        return raw
+    def put_strings(self, stem: str, strings: Iterable[str]) -> Texts:
+        """Write texts, and return them."""
+
+        def checked() -> Iterator[str]:
+            for row, text in enumerate(strings):
+                if not isinstance(text, str):
+                    raise InputError(f"{stem[:-1]} {row} is {text!r}; expected a string")
+                try:
+                    text.encode("utf-8")
+                except UnicodeEncodeError as error:
+                    raise InputError(
+                        f"{stem[:-1]} {row}, {text!r}, has no UTF-8 form; rename the file, or give "
+                        "other names"
+                    ) from error
+                yield text
+
+        texts = Texts.of(checked())
+        self.put(f"{stem}.utf8", texts.blob, "uint8")
+        self.put(f"{stem}.offsets.u64", texts.offsets, "uint64")
+        return texts
 
     def entry(self) -> Json:
         """Put the folder in place, durably, and return its entry for the manifest."""
@@ -154,7 +156,9 @@ def write_rows(
 ) -> Json:
     """Write rows of an `old` index, and behind them new ones, as one part; return its entry."""
     arrays = {} if new is None else new.arrays(columns)
-    ids, paths, labels = ([], [], []) if new is None else (new.ids, new.paths, new.labels)
+    ids: Iterable[str] = () if new is None else new.ids
+    paths: Iterable[str] = () if new is None else new.paths
+    labels: Iterable[str | None] = () if new is None else new.labels
     if old is not None:
         index, positions = old
         if index.marked and new is not None:
@@ -164,25 +168,25 @@ def write_rows(
             for name, column in columns.items()
             if name != MARKS or MARKS in arrays or index.marked
         }
-        rows = index.select(positions)
-        ids, paths, labels = [*rows.ids, *ids], [*rows.paths, *paths], [*rows.labels, *labels]
+        ids = chain(in_runs(index.ids, positions), ids)
+        paths = chain(in_runs(index.paths, positions), paths)
+        labels = chain(in_runs(index.labels, positions), labels)
     folder = _Folder(root, f"parts/{generation:06d}")
     for name, array in arrays.items():
         column = columns[name]
         folder.put(column.file, array, column.dtype, column.wrong)
-    raw = folder.put_strings("ids", ids)
-    # `sorted` is stable, so equal ids (one of them removed) stay in the order of their rows.
-    order, dtype = sorted(range(len(raw)), key=raw.__getitem__), order_dtype(len(raw))
-    folder.put(file_name("ids.order", dtype), np.array(order, dtype), dtype)
+    written = folder.put_strings("ids", ids)
+    # Equal ids (one of them removed) stay in the order of their rows.
+    order, dtype = sorted_order(written), order_dtype(len(written))
+    folder.put(file_name("ids.order", dtype), order.astype(dtype), dtype)
     folder.put_strings("paths", paths)
     try:  # code points sort as their UTF-8 bytes do
-        vocabulary = sorted({label for label in labels if label is not None})
+        known = LabelColumn.of(labels).sorted()
     except TypeError as error:
         raise InputError("labels must be strings or None") from error
-    folder.put_strings("labels", vocabulary)
-    codes: dict[str | None, int] = {None: -1} | {label: n for n, label in enumerate(vocabulary)}
-    folder.put("labels.codes.i32", np.array([codes[label] for label in labels], np.int32), "int32")
-    return {**folder.entry(), "count": len(raw)}
+    folder.put_strings("labels", known.names)
+    folder.put("labels.codes.i32", known.codes, "int32")
+    return {**folder.entry(), "count": len(written)}
 
 
 def write_fitted(root: Path, generation: int, fitted: Sequence[Arrays], shared: Arrays) -> Json:

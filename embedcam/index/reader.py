@@ -10,6 +10,7 @@ import numpy as np
 
 from .._checks import whole
 from ..errors import IndexFormatError, InputError
+from ..images.texts import hashes_of
 from . import manifest as manifest_file
 from . import search as searching
 from .arrays import Column, broken
@@ -275,11 +276,20 @@ class Index:
 
     def find_live(self, ids: Sequence[str]) -> dict[str, int]:
         """Return positions of those of the ids that the index holds live; others are left out."""
-        wanted = set(ids)
-        if len(wanted) * 16 < self.n_rows:
-            found = [(row, text) for text in wanted for row in self._find(text)]
-        else:  # one pass over all rows is cheaper than a bisection each
-            found = [(row, text) for row, text in enumerate(self.ids) if text in wanted]
+        found: list[tuple[int, str]] = []
+        if len(ids) * 16 < self.n_rows:
+            found = [(row, text) for text in dict.fromkeys(ids) for row in self._find(text)]
+        elif len(ids):  # one pass over all rows is cheaper than a bisection each
+            wanted = np.sort(hashes_of(ids))
+            for start in range(0, self.n_rows, _RUN):
+                texts = self.ids[start : start + _RUN]
+                hashes = hashes_of(texts)
+                at = np.minimum(np.searchsorted(wanted, hashes), len(wanted) - 1)
+                alike = np.flatnonzero(wanted[at] == hashes).tolist()
+                found += [(start + row, texts[row]) for row in alike]
+            known = {text for _, text in found}
+            asked = {text for text in ids if text in known}
+            found = [(row, text) for row, text in found if text in asked]
         alive = self.live([row for row, _ in found]).tolist()
         return {text: row for (row, text), is_live in zip(found, alive, strict=True) if is_live}
 

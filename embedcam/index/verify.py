@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import IndexFormatError, short
+from ..images.texts import Texts, first_twice, in_runs, sorted_order
 from .arrays import Column, blocks, broken, file_name, sha256_of, wrong_values
 from .faiss_files import REBUILD
 from .reader import Index
 from .rows import Part, StringTable, order_dtype
 
 Progress = Callable[[int, int], None]
-_SAMPLE = 32
+_SAMPLE, _RUN = 32, 1 << 14
 _EXACT = ("IndexFlat", "IndexFlatL2", "IndexFlatIP", "IndexIVFFlat", "IndexHNSWFlat")
 
 
@@ -193,44 +194,45 @@ def _wrong_strings(part: Part) -> Iterator[tuple[str, str]]:
 
 def _not_utf8(table: StringTable) -> int | None:
     """Return the first string that is not UTF-8 by itself."""
-    try:
-        table.blob.tobytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        return int(np.searchsorted(table.offsets, np.uint64(error.start), side="right")) - 1
-    # A valid whole can still be cut inside a character: a string begins with no continuation byte.
-    starts = np.asarray(table.offsets[:-1])
-    starts = starts[starts < len(table.blob)].astype(np.int64)
-    cut = np.flatnonzero((table.blob[starts] & 0xC0) == 0x80)
-    return int(cut[0]) if len(cut) else None
-
-
-def _wrong_order(part: Part) -> str | None:
-    order = np.asarray(part.order).astype(np.int64)
-    if not np.array_equal(np.sort(order), np.arange(part.count)):
-        return "is no permutation of the rows"
-    keys = [(part.ids.raw(row), row) for row in order.tolist()]
-    for earlier, later in pairwise(keys):
-        if earlier > later:
-            return f"the ids are not sorted at {short(later[0].decode('utf-8', 'replace'))}"
+    for first in range(0, len(table), _RUN):
+        bounds = np.asarray(table.offsets[first : first + _RUN + 1]).astype(np.int64)
+        piece = table.blob[bounds[0] : bounds[-1]]
+        bounds -= bounds[0]
+        try:
+            piece.tobytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            return first + int(np.searchsorted(bounds, error.start, side="right")) - 1
+        # A valid whole can still be cut inside a character: no string begins with a continuation.
+        starts = bounds[:-1][bounds[:-1] < len(piece)]
+        cut = np.flatnonzero((piece[starts] & 0xC0) == 0x80)
+        if len(cut):
+            return first + int(cut[0])
     return None
 
 
+def _wrong_order(part: Part) -> str | None:
+    order, expected = np.asarray(part.order), sorted_order(part.ids)
+    if np.array_equal(order, expected):
+        return None
+    if not np.array_equal(np.sort(order), np.arange(part.count)):
+        return "is no permutation of the rows"
+    keys = ((part.ids.raw(row), row) for row in map(int, order))
+    wrong = next(later for earlier, later in pairwise(keys) if earlier > later)
+    return f"the ids are not sorted at {short(wrong[0].decode('utf-8', 'replace'))}"
+
+
 def _unique(index: Index) -> Iterator[IndexFormatError]:
-    seen: set[str] = set()
-    alive = index.live(np.arange(index.n_rows)).tolist()
-    for part, start in zip(index.parts, index.starts.tolist(), strict=False):
-        where = f"{part.directory}/ids.utf8"
-        for row, text in enumerate(part.ids.tolist()):
-            if not text or (alive[start + row] and text in seen):
-                what = (
-                    f"the id {short(text)} is live twice"
-                    if text
-                    else f"the id of row {row} is empty"
-                )
-                yield broken(index.path, where, what)
-                return
-            if alive[start + row]:
-                seen.add(text)
+    for part in index.parts:
+        if len(empty := np.flatnonzero(part.ids.offsets[1:] == part.ids.offsets[:-1])):
+            what = f"the id of row {empty[0]} is empty"
+            yield broken(index.path, f"{part.directory}/ids.utf8", what)
+            return
+    live = index.live_positions()
+    ids = Texts.of(in_runs(index.ids, live))
+    if (twice := first_twice(ids)) is not None:
+        part = index.parts[int(np.searchsorted(index.starts, live[twice[1]], side="right")) - 1]
+        what = f"the id {short(ids[twice[1]])} is live twice"
+        yield broken(index.path, f"{part.directory}/ids.utf8", what)
 
 
 def _faiss(index: Index) -> Iterator[IndexFormatError]:

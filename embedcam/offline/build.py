@@ -1,31 +1,36 @@
 """The jobs: build an index, add images to one, and calibrate one. Each is plan, shard, merge."""
 
 import dataclasses
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 
 from ..errors import InputError
-from ..images import MAX_PIXELS, ImageSource, Item, load_batches
+from ..images import MAX_PIXELS, ImageSource, Item, as_root, load_batches
+from ..images.sources import Listing
+from ..images.texts import LabelColumn, Texts, in_runs
 from ..index import Index, IndexRows, PartData, writer
-from ..index.encoding import Encoding
+from ..index.encoding import Encoding, from_spec
 from ..network import EmbeddingNetwork
 from ..recipe.recipe import Recipe
 from . import merge, plan, shard
 from .checkpoint import Checkpoint, finished_job, remove_checkpoint
-from .cotangents import coded_labels
+from .cotangents import AnchorCotangents, coded_labels
+from .job import How, Job, job_of
 from .match import LEAST_MATCH, calibrate_match
 from .plan import SCRATCH_GB, Plan
 from .report import BuildReport, Changes, Stages, changes_since, report_of
-from .strategies import is_exact, strategy_for
+from .strategies import Strategy, is_exact, strategy_for
 from .triplets import pairs_digest
 from .trust import LEAST, calibrate_trust, forwarded, trust_rows
 
 log = logging.getLogger(__name__)
 
-_CHECKPOINT = ".building"
+CHECKPOINT = ".building"
 
 
 def build_index(
@@ -91,13 +96,44 @@ def build_index(
     EmbedcamError
         The disk is full or cannot be written; what is finished is used again.
     """
-    recipe, path = recipe or Recipe(), Path(path)
+    path = Path(path)
+    how = How(batch_size=batch_size, on_unreadable=on_unreadable, scratch_gb=scratch_gb)
+    writer.check_target(path, replace=True)
+    job, strategy = planned_build(
+        source, network, path, recipe, triplets=triplets, own_maps=own_maps, trust=trust, **how
+    )
+    with plan.disk_errors(path), writer.lock(path), network.one_thread_each():
+        if (done := finished_build(job, path, network, replace=replace)) is not None:
+            return done
+        checkpoint, stages = Checkpoint.owned(path / CHECKPOINT, job.choices.key), Stages(progress)
+        work = job.work(network, checkpoint, stages, workers, strategy)
+        shard.embed_chunks(work)
+        return write_build(job, work, path)
+
+
+def planned_build(
+    source: ImageSource,
+    network: EmbeddingNetwork,
+    path: Path,
+    recipe: Recipe | None,
+    *,
+    triplets: np.ndarray | None,
+    own_maps: bool,
+    trust: bool,
+    **how: Unpack[How],
+) -> tuple[Job, Strategy]:
+    """Return a build as a job, and how it finds weights; refuse what cannot be built.
+
+    Activations are cached where the disk of `path` has room for them.
+    """
+    recipe = recipe or Recipe()
     if source.numbers:
         recipe = dataclasses.replace(recipe, labels="numbers")
-    plan.check_options(source, network, batch_size, on_unreadable, scratch_gb)
+    batch_size = how["batch_size"]
+    amounts = (batch_size, how["on_unreadable"], how["scratch_gb"])
+    plan.check_options(source, network, *amounts)
     network.check(gradients=not recipe.entry.scored)
-    plan.warn_of_norm(recipe, network.normalize or network.already_normalized, 2)
-    writer.check_target(path, replace=True)
+    plan.warn_of_norm(recipe, network.normalize or network.already_normalized, 3)
     exact = is_exact(recipe, network.head_kind.matrix, network.normalize)
     strategy = strategy_for(network, recipe, exact=exact, batch_size=batch_size)
     identity = network.identity()
@@ -107,59 +143,89 @@ def build_index(
     note = plan.head_note(recipe, network)
     if note is not None:
         log.warning("%s", note)
-    # Once, before any is read: a file that changes meanwhile must not pass for the one indexed.
-    files = [source.fingerprint(position) for position in range(len(source))]
-    given = None if triplets is None else pairs_digest(triplets)
-    job = plan.job_digest(recipe, identity, source, files, batch_size, own_maps, given)
-    stages, generation = Stages(progress), 1
-    with plan.disk_errors(path), writer.lock(path), network.one_thread_each():
+    job = job_of(
+        source,
+        network,
+        recipe,
+        strategy,
+        identity,
+        path,
+        kind="build",
+        own_maps=own_maps,
+        trust=trust,
+        triplets=triplets,
+        **how,
+    )
+    return job, strategy
+
+
+def finished_build(
+    job: Job, path: Path, network: EmbeddingNetwork, *, replace: bool
+) -> BuildReport | None:
+    """Return what to report where an index holds what a job builds, None where it is to be built.
+
+    Another finished index is refused unless it is to be replaced. For the holder of its lock.
+    """
+    if not (path / "manifest.json").exists():
+        return None
+    with Index.open(path) as index:
+        if _tidied(index) != job.choices.key and replace:
+            return None
+        given = None if job.triplets is None else pairs_digest(job.triplets)
+        asked = (job.recipe, job.source, job.files, job.choices.own_maps, job.choices.trust)
+        skipped = plan.same_index(index, *asked, given, network)
+    log.info("%s holds these images already", path)
+    return BuildReport(path, 0, skipped, left_out=job.source.left_out)
+
+
+def write_build(job: Job, work: Plan, path: Path) -> BuildReport:
+    """Write the index of a job whose images are embedded: reductions, what is left, one commit.
+
+    For the holder of the index's lock.
+    """
+    choices, recipe, network, strategy = job.choices, work.recipe, work.network, work.strategy
+    embedded = merge.gather(work)
+    anchors = anchors_of(job, work, embedded)
+    shard.weigh_chunks(work, anchors, embedded.n_before)
+    note, root = plan.head_note(recipe, network), work.source.root
+    with work.stages("encode"):
+        encodings = encodings_of(work, embedded)
+        part = merge.encode(work, encodings, embedded, choices.own_maps, root)
+    made = merge.calibrate_build(work, encodings, embedded, part) if choices.trust else None
+    with work.stages("write"):
+        of = (embedded.ids, embedded.new, part.labels, recipe)
+        match = calibrate_match(*of) if choices.trust else None
+        grid = merge.grid_of(work)
+        named = [(network.layer, grid), *strategy.layers[1:]]
+        coarse = strategy.map_grid(grid) if choices.own_maps else None
+        entries = [
+            merge.layer_entry(*named[number], encoding, None if number else coarse)
+            for number, encoding in enumerate(encodings)
+        ]
+        if note is not None:
+            entries[0]["uses_positions"] = True
+        about = merge.header(
+            recipe,
+            {**job.identity.to_dict(), "loading": choices.loading},
+            root,
+            part.embeddings.shape[1],
+            network.normalize,
+            entries,
+            files=plan.files_digest(job.files[position] for position in embedded.positions),
+            given=job.triplets,
+        )
+        about["trust_calibration"] = merge.plain(made)
+        about["match_calibration"] = merge.plain(match)
+        shared = {**job.identity.arrays(), "embedding_mean": embedded.mean}
+        fitted = [encoding.fitted for encoding in encodings]
+        generation = 1
         if (path / "manifest.json").exists():
-            with Index.open(path) as index:
+            with Index.open(path, with_faiss=False) as index:
                 generation = index.manifest.generation + 1
-                if _tidied(index) == job or not replace:
-                    asked = (recipe, source, files, own_maps, trust, given, network)
-                    skipped = plan.same_index(index, *asked)
-                    log.info("%s holds these images already", path)
-                    return BuildReport(path, 0, skipped, left_out=source.left_out)
-        checkpoint, options = Checkpoint(path / _CHECKPOINT, job), (workers, on_unreadable)
-        work = Plan(network, source, recipe, strategy, checkpoint, stages, batch_size, *options)
-        plan.cache_within(work, own_maps * scratch_gb)
-        shard.embed_chunks(work)
-        embedded = merge.gather(work)
-        anchors = merge.anchors_of(work, embedded, triplets)
-        shard.weigh_chunks(work, anchors, embedded.n_before)
-        with stages("encode"):
-            encodings = merge.fit_encodings(work, embedded.mean)
-            part = merge.encode(work, encodings, embedded, own_maps, source.root)
-        made = merge.calibrate_build(work, encodings, embedded, part) if trust else None
-        with stages("write"):
-            match = calibrate_match(embedded.new, part.labels, recipe) if trust else None
-            grid = merge.grid_of(work)
-            named = [(network.layer, grid), *strategy.layers[1:]]
-            coarse = strategy.map_grid(grid) if own_maps else None
-            entries = [
-                merge.layer_entry(*named[number], encoding, None if number else coarse)
-                for number, encoding in enumerate(encodings)
-            ]
-            if note is not None:
-                entries[0]["uses_positions"] = True
-            about = merge.header(
-                recipe,
-                {**identity.to_dict(), "loading": network.spec},
-                source.root,
-                width,
-                network.normalize,
-                entries,
-                files=plan.files_digest([files[position] for position in embedded.positions]),
-                given=triplets,
-            )
-            about["trust_calibration"] = merge.plain(made)
-            about["match_calibration"] = merge.plain(match)
-            shared = {**identity.arrays(), "embedding_mean": embedded.mean}
-            checkpoint.mark_commit(job, generation)
-            fitted = [encoding.fitted for encoding in encodings]
-            writer.create(path, about, fitted, shared, part, replace=generation > 1)
-        remove_checkpoint(checkpoint.path)
+        key = job.choices.key
+        Checkpoint.owned(path / CHECKPOINT, key).mark_commit(key, generation)
+        writer.create(path, about, fitted, shared, part, replace=generation > 1)
+    remove_checkpoint(path / CHECKPOINT)
     notes = [] if note is None else [note]
     return _report(work, path, embedded, part, notes, '; resize="squash" shows all of each')
 
@@ -209,6 +275,7 @@ def add_images(
         The disk is full or cannot be written; what is finished is used again.
     """
     path = Path(path)
+    how = How(batch_size=batch_size, on_unreadable=on_unreadable, scratch_gb=scratch_gb)
     plan.check_options(source, network, batch_size, on_unreadable, scratch_gb)
     Index.open(path).close()  # refuse a folder without an index before a lock file appears in it
     with (
@@ -217,17 +284,8 @@ def add_images(
         Index.open(path) as index,
         network.one_thread_each(),
     ):
-        manifest, stages = index.manifest, Stages(progress)
-        index.refuse_prototypes(writer.ADD_INSTEAD)
-        recipe = Recipe.of_index(manifest)
-        if source.numbers and recipe.labels != "numbers":
-            raise InputError(
-                'this index\'s labels are classes and those given are numbers; take labels="auto" '
-                "(--labels auto), or build an index of numbers"
-            )
-        coded_labels(recipe, source.labels, source.ids)
-        encodings, exact = _encodings(index, recipe, network)
-        live, changes, gone = index.live_positions(), None, list[str]()
+        stages, changes, gone = Stages(progress), None, list[str]()
+        check_additions(index, source, network)
 
         def removed(changes: Changes, skipped: list[tuple[str, str]]) -> BuildReport:
             """Carry out an update that has nothing to add."""
@@ -244,20 +302,13 @@ def add_images(
                 _tidied(index)
                 return removed(changes, [])
             source = source.only(places)
-            live = np.setdiff1d(live, index.positions(gone))
-        strategy = strategy_for(network, recipe, exact=exact, batch_size=batch_size)
-        files = [source.fingerprint(position) for position in range(len(source))]
-        job = plan.job_digest(recipe, network.identity(), source, files, batch_size, *sorted(gone))
-        if _tidied(index) == job:
-            log.info("%s has these images already", path)
-            return BuildReport(path, 0, [], left_out=source.left_out)
+        job, strategy = planned_additions(index, source, network, gone=gone, **how)
+        if (done := finished_additions(job, index)) is not None:
+            return done
         if not update:
             plan.check_new(index, source)
-        layer, root = manifest.layers[0], manifest.images_root
-        with_maps, options = layer.coarse_grid is not None, (workers, on_unreadable)
-        checkpoint = Checkpoint(path / _CHECKPOINT, f"{job} {manifest.manifest_sha256}")
-        work = Plan(network, source, recipe, strategy, checkpoint, stages, batch_size, *options)
-        plan.cache_within(work, with_maps * scratch_gb)
+        checkpoint = Checkpoint.owned(path / CHECKPOINT, _key_of_additions(job))
+        work = job.work(network, checkpoint, stages, workers, strategy)
         shard.embed_chunks(work)
         if changes is not None:
             skipped = work.skipped()
@@ -265,22 +316,144 @@ def add_images(
             if len(skipped) == len(source):
                 remove_checkpoint(checkpoint.path)
                 return removed(changes, skipped)
-        embedded = merge.gather(work, index, live)
-        anchors = merge.anchors_of(work, embedded, None)
-        shard.weigh_chunks(work, anchors, embedded.n_before)
-        if merge.grid_of(work) != tuple(layer.grid or ()):
-            raise InputError(
-                f"the layer's grid is {list(merge.grid_of(work))} for these images and "
-                f"{list(layer.grid or ())} in the index; use the preprocessing that the index was "
-                "built with"
-            )
-        with stages("encode"):
-            part = merge.encode(work, encodings, embedded, with_maps, Path(root) if root else None)
-        with stages("write"):
-            checkpoint.mark_commit(job, manifest.generation + 1)
-            writer.append(path, part, removing=gone)
-        remove_checkpoint(checkpoint.path)
-    return dataclasses.replace(_report(work, path, embedded, part), changes=changes)
+        report = write_additions(job, work, index)
+    return dataclasses.replace(report, changes=changes)
+
+
+def check_additions(index: Index, source: ImageSource, network: EmbeddingNetwork) -> bool:
+    """Refuse what an index cannot take in; return whether its codes are dy/dz."""
+    index.refuse_prototypes(writer.ADD_INSTEAD)
+    recipe = Recipe.of_index(index.manifest)
+    if source.numbers and recipe.labels != "numbers":
+        raise InputError(
+            'this index\'s labels are classes and those given are numbers; take labels="auto" '
+            "(--labels auto), or build an index of numbers"
+        )
+    coded_labels(recipe, source.labels, source.ids)
+    return _encodings(index, recipe, network)[1]
+
+
+def planned_additions(
+    index: Index,
+    source: ImageSource,
+    network: EmbeddingNetwork,
+    *,
+    gone: Sequence[str] = (),
+    **how: Unpack[How],
+) -> tuple[Job, Strategy]:
+    """Return additions to an open index as a job, and how it finds weights."""
+    manifest = index.manifest
+    recipe = Recipe.of_index(manifest)
+    encoding = index.encoding(0)
+    strategy = strategy_for(
+        network,
+        recipe,
+        exact=plan.check_addable(recipe, encoding, network),
+        batch_size=how["batch_size"],
+    )
+    job = job_of(
+        source,
+        network,
+        recipe,
+        strategy,
+        network.identity(),
+        index.path,
+        kind="add",
+        own_maps=manifest.layers[0].coarse_grid is not None,
+        trust=False,
+        gone=gone,
+        index_sha256=manifest.manifest_sha256,
+        **how,
+    )
+    return job, strategy
+
+
+def finished_additions(job: Job, index: Index) -> BuildReport | None:
+    """Return what to report where a job's addition is what made an index as it is, else None."""
+    if _tidied(index) != job.choices.key:
+        return None
+    log.info("%s has these images already", index.path)
+    return BuildReport(index.path, 0, [], left_out=job.source.left_out)
+
+
+def gathered(job: Job, work: Plan, index: Index | None) -> merge.EmbeddedImages:
+    """Return what the embedding pass of a job gave, behind the rows of the index it adds to."""
+    if index is None:
+        return merge.gather(work)
+    live = np.setdiff1d(index.live_positions(), index.positions(job.gone))
+    return merge.gather(work, index, live)
+
+
+def anchors_of(job: Job, work: Plan, embedded: merge.EmbeddedImages) -> AnchorCotangents:
+    """Return the cotangents of all images of a job.
+
+    Who comes first keeps what is reduced over all of them beside the chunks.
+    """
+    statistics = None
+    if work.checkpoint.intact("reduced", 0):
+        statistics = work.checkpoint.read("reduced", 0)
+    anchors = merge.anchors_of(work, embedded, job.triplets, statistics)
+    if statistics is None:
+        work.checkpoint.write("reduced", 0, anchors.statistics())
+    return anchors
+
+
+def encodings_of(
+    work: Plan, embedded: merge.EmbeddedImages, index: Index | None = None
+) -> list[Encoding]:
+    """Return the layers' encodings: the index's, or what is fitted once all weights are known.
+
+    Who fits them first keeps them beside the chunks, so that all encode by the same.
+    """
+    if index is not None:
+        return [index.encoding(number) for number in range(len(index.layers))]
+    if not work.checkpoint.intact("fitted", 0):
+        encodings = merge.fit_encodings(work, embedded.mean)
+        arrays = {
+            f"layer{number}_{name}": array
+            for number, one in enumerate(encodings)
+            for name, array in one.fitted.items()
+        }
+        about = json.dumps([[one.spec(), one.n_channels] for one in encodings])
+        arrays["about"] = np.frombuffer(about.encode(), np.uint8)
+        work.checkpoint.write("fitted", 0, arrays)
+    kept, grid = work.checkpoint.read("fitted", 0), merge.grid_of(work)
+    encodings = []
+    for number, (spec, n_channels) in enumerate(json.loads(bytes(kept["about"]))):
+        of = f"layer{number}_"
+        fitted = {n.removeprefix(of): np.array(kept[n]) for n in kept if n.startswith(of)}
+        encodings.append(from_spec(spec, n_channels, fitted, grid))
+    return encodings
+
+
+def write_additions(job: Job, work: Plan, index: Index) -> BuildReport:
+    """Add the images of a job, which are embedded, to an open index; for the holder of its lock."""
+    manifest, path = index.manifest, index.path
+    layer, root = manifest.layers[0], manifest.images_root
+    embedded = gathered(job, work, index)
+    anchors = anchors_of(job, work, embedded)
+    shard.weigh_chunks(work, anchors, embedded.n_before)
+    if merge.grid_of(work) != tuple(layer.grid or ()):
+        raise InputError(
+            f"the layer's grid is {list(merge.grid_of(work))} for these images and "
+            f"{list(layer.grid or ())} in the index; use the preprocessing that the index was "
+            "built with"
+        )
+    encodings = encodings_of(work, embedded, index)
+    with work.stages("encode"):
+        of = (work, encodings, embedded, job.choices.own_maps)
+        part = merge.encode(*of, as_root(root) if root else None)
+    with work.stages("write"):
+        checkpoint = Checkpoint.owned(path / CHECKPOINT, _key_of_additions(job))
+        checkpoint.mark_commit(job.choices.key, manifest.generation + 1)
+        writer.append(path, part, removing=job.gone)
+    remove_checkpoint(checkpoint.path)
+    return _report(work, path, embedded, part)
+
+
+def _key_of_additions(job: Job) -> str:
+    # Chunks of weights depend on the rows there are, which the finished index no longer tells.
+    return f"{job.choices.key} {job.choices.index_sha256}"
 
 
 def calibrate_index(
@@ -303,11 +476,13 @@ def calibrate_index(
         index.refuse_prototypes("calibrate the index before compressing it")
         recipe = Recipe.of_index(manifest)
         # Read where they are asked for: a large collection's need not fit into memory.
-        embeddings, labels = IndexRows(index, live), list(index.labels[live])
-        made = {"match": (merge.plain(calibrate_match(embeddings, labels, recipe)), LEAST_MATCH)}
+        embeddings, labels = IndexRows(index, live), LabelColumn.of(in_runs(index.labels, live))
+        ids = Texts.of(in_runs(index.ids, live))
+        match = calibrate_match(ids, embeddings, labels, recipe)
+        made = {"match": (merge.plain(match), LEAST_MATCH)}
         if network is not None:
             encodings, _ = _encodings(index, recipe, network)
-            rows, source = trust_rows(len(live), recipe, network), indexed_images(index, images)
+            rows, source = trust_rows(ids, recipe, network), indexed_images(index, images)
             preprocess = network.require_preprocess()
             batches = load_batches(source, rows, preprocess, batch_size, workers=workers)
             views = forwarded(network, manifest.layer_names, batches)
@@ -337,16 +512,17 @@ def indexed_images(
     """Return the images of an open index as a source for a refit; `root` where they lie now."""
     index.refuse_prototypes("refit the index it was compressed from, and compress that again")
     live = index.live_positions()
-    listed = zip(index.ids[live], index.paths[live], index.labels[live], strict=True)
-    items = [Item(name, path, label) for name, path, label in listed]
-    if any(not item.path for item in items):
+    columns = (in_runs(strings, live) for strings in (index.ids, index.paths, index.labels))
+    items = Listing.of(map(Item, *columns))
+    if "" in items.paths:
         raise InputError(
             "the index does not know where its images lie (it was built from a data set or from "
             "features), so it cannot be refitted from them; build it again from its source"
         )
     chosen = index.manifest.images_root if root is None else root
-    folder, numbers = chosen and Path(chosen), index.manifest.near_share is not None
-    return ImageSource(items, folder or None, max_pixels=max_pixels, numbers=numbers)
+    folder = None if not chosen else as_root(chosen)
+    numbers = index.manifest.near_share is not None
+    return ImageSource(items, folder, max_pixels=max_pixels, numbers=numbers)
 
 
 def _encodings(
@@ -365,7 +541,7 @@ def _encodings(
 
 def _tidied(index: Index) -> str | None:
     """Return the job that made this generation and was killed before it tidied up, and tidy up."""
-    folder = index.path / _CHECKPOINT
+    folder = index.path / CHECKPOINT
     job = finished_job(folder, index.manifest.generation)
     empty = folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
     if job is not None or empty:

@@ -1,41 +1,69 @@
-"""Unfinished work on disk: chunks of arrays that a killed job finds again."""
+"""Unfinished work on disk: chunks of arrays that a killed job, or another process, finds again.
+
+Any number of processes may write to one folder. A chunk appears by one rename from a name that no
+other process has, and one that is there and whole stays; nobody waits, and nobody deletes what
+another writes.
+"""
 
 import json
 import os
+import re
+import secrets
+import tempfile
 import zlib
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Annotated, Self
 
 import numpy as np
 
 from .. import _files
 from ..errors import InputError
+from ..index.records import read_as, text, whole
 
 _KEY = "key.json"
 _COMMIT = "promise.json"
 _LISTING = "arrays.json"
 _MOST = 16 << 20
+_LARGEST = 1 << 62
 
 
-class _Entry(TypedDict):
+@dataclass(frozen=True)
+class _Entry:
     """What the listing of a chunk says of an array."""
 
-    dtype: str
-    shape: list[int]
+    dtype: Annotated[str, text(8, r"[<>|]?[biuf][1248]", "a type of numbers")]
+    shape: tuple[Annotated[int, whole(0, _LARGEST)], ...]
     crc32: int
 
 
-class Checkpoint:
-    """Keep chunks of named arrays in a folder that belongs to one key; another key empties it.
+@dataclass(frozen=True)
+class _Listing:
+    """What a chunk holds, and the stamp of what made it."""
 
-    The key is a digest of everything the chunks depend on. A chunk appears by one rename, with a
-    checksum of each array, so that one cut short by a power failure is computed again.
+    arrays: Mapping[Annotated[str, text(40, r"[a-z][a-z0-9_]*", "a name")], _Entry]
+    made_by: str
+
+
+class Checkpoint:
+    """Keep chunks of named arrays in a folder, each with a checksum of each array.
+
+    One cut short by a power failure is computed again. `made_by` is a stamp of what makes chunks
+    here: one with another stamp is as good as none.
     """
 
-    def __init__(self, path: Path, key: str) -> None:
-        self.path, self.key = path, key
+    def __init__(self, path: Path, made_by: str = "") -> None:
+        self.path, self.made_by = path, made_by
+
+    @classmethod
+    def owned(cls, path: Path, key: str) -> Self:
+        """Take over a folder, for whoever holds the lock of what is made from it.
+
+        The key is a digest of everything the chunks depend on; another key empties the folder. What
+        killed processes left unfinished goes.
+        """
         try:
             if _files.is_folder(path) and _value_of(path, _KEY, "key") != key:
                 _files.remove_tree(path)
@@ -46,57 +74,92 @@ class Checkpoint:
             ) from error
         _files.make_folder(path)
         if _value_of(path, _KEY, "key") != key:
-            _write_text(path / _KEY, json.dumps({"key": key}))
+            publish(path / _KEY, json.dumps({"key": key}).encode())
         for leftover in path.glob(f"*{_files.UNFINISHED}"):
             if leftover.is_dir() and not leftover.is_symlink():
                 _files.remove_tree(leftover)
             else:
                 leftover.unlink()
+        return cls(path)
 
     def write(self, stage: str, chunk: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """Keep the arrays of a chunk; they become visible all at once."""
+        """Keep the arrays of a chunk; they become visible all at once, unless it is there."""
         folder = self._folder(stage, chunk)
-        _files.remove_tree(folder)
-        unfinished = folder.with_suffix(_files.UNFINISHED)
-        unfinished.mkdir()
-        listing: dict[str, _Entry] = {}
-        for name, array in arrays.items():
-            array = np.ascontiguousarray(array)
-            (unfinished / f"{name}.bin").write_bytes(_bytes_of(array))
-            crc32 = zlib.crc32(_bytes_of(array))
-            listing[name] = {"dtype": array.dtype.str, "shape": [*array.shape], "crc32": crc32}
-        _write_text(unfinished / _LISTING, json.dumps([listing, _crc_of(listing)]))
-        os.replace(unfinished, folder)
+        unfinished = unfinished_name(folder)
+        try:
+            unfinished.mkdir()
+            entries: dict[str, _Entry] = {}
+            for name, array in arrays.items():
+                array = np.ascontiguousarray(array)
+                (unfinished / f"{name}.bin").write_bytes(_bytes_of(array))
+                entries[name] = _Entry(array.dtype.str, array.shape, zlib.crc32(_bytes_of(array)))
+            listing = json.loads(json.dumps(asdict(_Listing(entries, self.made_by))))
+            (unfinished / _LISTING).write_text(json.dumps([listing, _crc_of(listing)]))
+            while not give_name(unfinished, folder):
+                if self.intact(stage, chunk):  # another process was first
+                    return
+        finally:
+            _files.remove_tree(unfinished)
 
     def read(self, stage: str, chunk: int, *names: str) -> dict[str, np.ndarray]:
         """Return the named arrays of a finished chunk (all where none is named), memory-mapped."""
         folder = self._folder(stage, chunk)
-        listing = _read_listing(folder)
-        return {name: _open(folder / f"{name}.bin", listing[name]) for name in names or listing}
+        arrays = _read_listing(folder).arrays
+        return {name: _open(folder, name, arrays[name]) for name in names or arrays}
 
     def column(self, stage: str, chunk: int, name: str) -> np.ndarray:
         """Return one array of a finished chunk, memory-mapped."""
         return self.read(stage, chunk, name)[name]
 
-    def intact(self, stage: str, chunk: int) -> bool:
-        """Return whether an earlier run's chunk is whole, checksums included, or drop it."""
-        folder = self._folder(stage, chunk)
-        if not (folder / _LISTING).exists():
-            return False
-        with suppress(OSError, ValueError):
-            listing, arrays = _read_listing(folder), self.read(stage, chunk)
-            if all(zlib.crc32(_bytes_of(arrays[n])) == one["crc32"] for n, one in listing.items()):
-                return True
-        _files.remove_tree(folder)
+    def has(self, stage: str, chunk: int) -> bool:
+        """Return whether a chunk is there, whole or not."""
+        return (self._folder(stage, chunk) / _LISTING).exists()
+
+    def made(self, stage: str, chunk: int) -> str:
+        """Return the stamp of what made a chunk that is there."""
+        return _read_listing(self._folder(stage, chunk)).made_by
+
+    def whole(self, stage: str, chunk: int, *names: str) -> bool:
+        """Return whether a chunk is there, made by the same, and its arrays fit their checksums.
+
+        Of the named arrays, all where none is named.
+        """
+        with suppress(OSError, ValueError, KeyError):
+            listing = _read_listing(self._folder(stage, chunk))
+            arrays = self.read(stage, chunk, *names)
+            sums = (zlib.crc32(_bytes_of(arrays[n])) == listing.arrays[n].crc32 for n in arrays)
+            return listing.made_by == self.made_by and all(sums)
         return False
 
+    def intact(self, stage: str, chunk: int) -> bool:
+        """Return whether a chunk is there and whole, or put what is there aside."""
+        if self.whole(stage, chunk):
+            return True
+        self.put_aside(stage, chunk)
+        return False
+
+    def put_aside(self, stage: str, chunk: int) -> None:
+        """Take a chunk out of the way by a rename: who reads it may read on."""
+        folder = self._folder(stage, chunk)
+        with suppress(FileNotFoundError):
+            os.rename(folder, unfinished_name(folder))
+
+    def put_aside_but(self, stage: str) -> None:
+        """Take the chunks of all other stages out of the way: they depend on that one's."""
+        for listing in [*self.path.glob(f"*-*/{_LISTING}")]:
+            name, _, chunk = listing.parent.name.rpartition("-")
+            if name != stage and chunk.isdecimal():
+                self.put_aside(name, int(chunk))
+
     def array(self, name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Return a writable array on disk, zero at first, for results too large to hold."""
+        """Return a writable array on disk, zero at first, for results too large to hold.
+
+        Its file has no name, and goes with it.
+        """
         if 0 in shape:
             return np.zeros(shape, dtype)
-        path = self.path / f"{name}.array"
-        path.unlink(missing_ok=True)
-        with open(path, "xb") as file:  # never through a link
+        ending = f".{name}{_files.UNFINISHED}"
+        with tempfile.TemporaryFile(dir=self.path, suffix=ending) as file:
             size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
             # Claimed now: writing to a map of a file with holes kills the process on a full disk.
             claim = getattr(os, "posix_fallocate", None)
@@ -104,7 +167,7 @@ class Checkpoint:
                 file.truncate(size)
             else:
                 claim(file.fileno(), 0, size)
-        return np.memmap(path, np.dtype(dtype), "r+", shape=shape)
+            return np.memmap(file, np.dtype(dtype), "r+", shape=shape)
 
     def mark_commit(self, job: str, generation: int) -> None:
         """Note durably, just before it happens, that this job becomes that generation."""
@@ -114,6 +177,14 @@ class Checkpoint:
 
     def _folder(self, stage: str, chunk: int) -> Path:
         return self.path / f"{stage}-{chunk:07d}"
+
+
+def publish(path: Path, content: bytes) -> None:
+    """Write a small file that appears whole by one rename; of several the last one stays."""
+    unfinished = unfinished_name(path)
+    with _files.fresh(unfinished) as file:
+        file.write(content)
+    os.replace(unfinished, path)
 
 
 def finished_job(path: Path, generation: int) -> str | None:
@@ -145,19 +216,24 @@ def _value_of(folder: Path, name: str, key: str) -> str | int | None:
     return None
 
 
-def _open(path: Path, entry: _Entry) -> np.ndarray:
-    dtype, shape = np.dtype(entry["dtype"]), tuple(int(side) for side in entry["shape"])
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    if path.stat().st_size != size:
-        raise InputError(f"{path.name}: {path.stat().st_size} bytes where {size} were written")
-    return np.memmap(path, dtype, "r", shape=shape) if size else np.empty(shape, dtype)
+def _open(folder: Path, name: str, entry: _Entry) -> np.ndarray:
+    dtype, shape = np.dtype(entry.dtype), entry.shape
+    size = int(np.prod(shape, dtype=object)) * dtype.itemsize
+    try:
+        descriptor = _files.open_regular(folder, f"{name}.bin")
+    except _files.NotPlain as error:
+        raise InputError(f"{folder / name}.bin: {error}; run the same command again") from error
+    with open(descriptor, "rb") as file:
+        if (found := os.fstat(descriptor).st_size) != size:
+            raise InputError(f"{name}.bin: {found} bytes where {size} were written")
+        return np.memmap(file, dtype, "r", shape=shape) if size else np.empty(shape, dtype)
 
 
-def _read_listing(folder: Path) -> dict[str, _Entry]:
+def _read_listing(folder: Path) -> _Listing:
     with suppress(ValueError, TypeError):
         listing, crc = json.loads(_read(folder, _LISTING))
         if _crc_of(listing) == crc:
-            return dict(listing)
+            return read_as(_Listing, listing)
     raise InputError(f"{folder / _LISTING}: was altered; run the same command again")
 
 
@@ -169,7 +245,19 @@ def _crc_of(listing: object) -> int:
     return zlib.crc32(json.dumps(listing, sort_keys=True).encode())
 
 
-def _write_text(path: Path, text: str) -> None:
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
+def unfinished_name(path: Path) -> Path:
+    """Return a name beside a file or folder that no other process on any machine has."""
+    host = re.sub(r"[^A-Za-z0-9-]", "-", os.uname().nodename)[:40]
+    mine = f"{host}-{os.getpid()}-{secrets.token_hex(4)}"
+    return path.with_name(f"{path.name}.{mine}{_files.UNFINISHED}")
+
+
+def give_name(unfinished: Path, folder: Path) -> bool:
+    """Give a folder its name, or return that the name is taken."""
+    try:
+        os.rename(unfinished, folder)
+    except OSError:
+        if not os.path.lexists(folder):
+            raise
+        return False
+    return True

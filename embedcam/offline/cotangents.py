@@ -1,8 +1,9 @@
 """The cotangent of each anchor under a recipe: from cached embeddings alone, no forward pass."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
@@ -18,9 +19,15 @@ from ..targets import (
     whitening,
     with_own,
 )
-from .triplets import Classes, NearestOthers, TripletSampler, active, check_given, label_codes
-
-_BLOCK = 1 << 14
+from .triplets import (
+    Classes,
+    NearestOthers,
+    TripletSampler,
+    active,
+    check_given,
+    label_codes,
+    squares_of,
+)
 
 
 def coded_labels(
@@ -29,7 +36,7 @@ def coded_labels(
     """Return integer codes of classes, or float64 numbers, `[N]`; `names` are for an InputError."""
     if recipe.labels == "numbers":
         return label_values(labels, names)
-    return label_codes(list(labels))
+    return label_codes(labels)
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,10 @@ class AnchorCotangents:
     Of labels that are numbers, the image's own stands in place of a label's mean. These cotangents
     are at the head already: nothing is taken through the norm again, see `Recipe.head_norm`. The
     numbers were chosen on three sets of photographs, see docs/results/frontier.md.
+
+    What is reduced over all images is `statistics()`, which another process may have computed: with
+    it, an anchor that needs no neighbors is looked at alone. Sums that are too large to hold lie in
+    a file in `folder`.
     """
 
     def __init__(
@@ -72,11 +83,11 @@ class AnchorCotangents:
         labels: np.ndarray | None,
         mean: np.ndarray,
         given: np.ndarray | None = None,
+        statistics: Mapping[str, np.ndarray] | None = None,
+        folder: Path | None = None,
     ) -> None:
         self.recipe, self.embeddings, self.mean = recipe, embeddings, mean
         self._given, target = given, recipe.resolved_target
-        # Sums of the whitened cotangents over the images of each shared label, `[L D]`.
-        self._label_sums: np.ndarray | None = None
         if (given is not None) != (recipe.sampling == "given" and target == "margin"):
             raise InputError(
                 "an array of triplets goes with target 'margin' and sampling 'given', and with "
@@ -86,7 +97,54 @@ class AnchorCotangents:
             # All of them, once: a look at every triplet for every batch would take hours.
             check_given(given, len(embeddings))
         elif target != "centred":
-            self.sampler = TripletSampler(embeddings, labels, NearestOthers(embeddings), recipe)
+            of = (embeddings, labels, NearestOthers(embeddings), recipe)
+            self.sampler = TripletSampler(*of, statistics, folder)
+        self._statistics = {} if statistics is None else dict(statistics)
+        if statistics is not None:
+            shapes = {name: array.shape for name, array in statistics.items()}
+            if shapes != (expected := self._shapes()):
+                raise InputError(
+                    f"the statistics have the shapes {shapes}; those of these images have "
+                    f"{expected}: reduce them again"
+                )
+
+    def statistics(self) -> dict[str, np.ndarray]:
+        """Return what anchors need of all images, by name; computed where it was not given.
+
+        Of the embeddings f: "total" `[D]`, their sum; "squares" `[D D]`, that of f f^T;
+        "class_sums" `[C D]`, over the images of each label that several share; and "label_sums"
+        `[C D]`, of whitened cotangents over the same. All float64, over fixed blocks of images in
+        order: the same bytes wherever they are computed. What a recipe does not need is left out.
+        """
+        return {name: self._reduced(name) for name in self._shapes()}
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the statistics that the recipe needs."""
+        target, drawn = self.recipe.resolved_target, self.recipe.resolved_sampling != "all"
+        whitened = target in WHITENED
+        if self._given is not None or target == "centred" or (drawn and not whitened):
+            return {}
+        width, groups = self.embeddings.shape[1], self.sampler.groups
+        shapes: dict[str, tuple[int, ...]] = {"total": (width,)}
+        if whitened:
+            shapes["squares"] = (width, width)
+        if isinstance(groups, Classes):
+            n_shared = int(groups.shared.max(initial=-1)) + 1
+            names = ("class_sums", "label_sums") if whitened else ("class_sums",)
+            shapes |= dict.fromkeys(names, (n_shared, width))
+        return shapes
+
+    def _reduced(self, name: str) -> np.ndarray:
+        if name not in self._statistics:
+            if name == "squares":
+                self._statistics[name] = squares_of(self.embeddings)
+            elif name == "label_sums":
+                amounts = self._amounts(labelled=True)
+                sums = self.sampler.summed(lambda some: self._margins(some, amounts)[0])
+                self._statistics[name] = sums
+            else:
+                self._statistics[name] = getattr(self.sampler, name)
+        return self._statistics[name]
 
     def of(self, anchors: np.ndarray) -> Cotangents:
         """Return the cotangents of the anchors at positions `[a]`."""
@@ -133,12 +191,10 @@ class AnchorCotangents:
         classes = self.sampler.groups
         if not isinstance(classes, Classes):
             return self._margins(anchors, amounts)
-        if self._label_sums is None:
-            width = self.embeddings.shape[1]
-            self._label_sums = classes.sums(lambda some: self._margins(some, amounts)[0], width)
-        codes = classes.codes[anchors]
-        means = self._label_sums[classes.shared[codes]] / classes.sizes[codes][:, None]
-        return means, self.sampler.mean_difference(anchors)[1]
+        codes, sums = classes.codes[anchors], self._reduced("label_sums")
+        means = sums[classes.shared[codes]] / classes.sizes[codes][:, None]
+        n_near, n_far = self.sampler.labelled_counts(anchors)
+        return means, n_near * n_far
 
     def _amounts(self, *, labelled: bool) -> Whitened:
         return Whitened.of(self.recipe.resolved_target, self.recipe.norm, labelled)
@@ -152,10 +208,5 @@ class AnchorCotangents:
     @cached_property
     def _matrix(self) -> np.ndarray:
         """A of all embeddings, `[D D]`."""
-        n, width = self.embeddings.shape
-        total, squares = np.zeros(width), np.zeros((width, width))
-        for start in range(0, n, _BLOCK):
-            block = np.asarray(self.embeddings[start : start + _BLOCK], np.float64)
-            total += block.sum(0)
-            squares += block.T @ block
-        return whitening(squares / n, total / n, self._amounts(labelled=True).ridge)
+        n, ridge = len(self.embeddings), self._amounts(labelled=True).ridge
+        return whitening(self._reduced("squares") / n, self._reduced("total") / n, ridge)

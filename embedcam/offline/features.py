@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,10 @@ from torch import Tensor
 
 from .._checks import check_sides, wrong_number
 from ..errors import InputError, RecipeError
+from ..images.progress import Advance
+from ..images.texts import LabelColumn, Texts
 from ..index import PartData, check_target, create
+from ..index.arrays import scratch_array
 from ..index.identity import ALIKE, Identity
 from ..network import EmbeddingNetwork
 from ..network.checkpoints import read_affine
@@ -21,7 +25,7 @@ from .merge import MOST_COUNTED, SAMPLE, encode_rows, header, layer_entry, make_
 from .plan import check_amounts, disk_errors, warn_of_norm
 from .report import BuildReport, Stages, report_of
 from .strategies import POOLED_METHODS, HeadCodes, PooledClosedForm, is_exact
-from .triplets import sample_of
+from .triplets import sample_of, total_of
 
 BLOCK = 1024
 AGREEMENT = 1e-3
@@ -117,21 +121,23 @@ def build_from_features(
             "head that leads from one to the other"
         )
     head = head or AffineHead(np.eye(n_channels, dtype=np.float32))
-    embeddings, lengths = _agreeing(head, embeddings, pooled, normalize)
-    positive = _positive(recipe, pooled, positive_pooled)
-    names = [str(one) for one in (range(n) if ids is None else ids)]
-    kept_labels: list[str | None] = [None] * n if labels is None else list(labels)
+    stages, folder = Stages(progress), _beside(path)
+    with stages("check", n) as progressed, disk_errors(folder):
+        embeddings, lengths = _agreeing(head, embeddings, pooled, normalize, folder, progressed)
+        positive = _positive(recipe, pooled, positive_pooled)
+    names = ids if isinstance(ids, Texts) else Texts.of(map(str, range(n) if ids is None else ids))
+    kept_labels = LabelColumn.of(repeat(None, n) if labels is None else labels)
     if not len(names) == len(kept_labels) == n:
         raise InputError(f"{n} embeddings came with {len(names)} ids and {len(kept_labels)} labels")
     check_amounts(recipe, names, kept_labels, width, n_channels, triplets)
-    mean = embeddings.mean(axis=0, dtype=np.float64).astype(np.float32)
+    mean = (total_of(embeddings) / n).astype(np.float32)
     described, layer, shared = None, "given", {"embedding_mean": mean}
     if network is not None:
         identity = _identity(network, head, normalize, grid)
         described, layer = {**identity.to_dict(), "loading": network.spec}, network.layer
         shared |= identity.arrays()
     codes = coded_labels(recipe, kept_labels, names)
-    anchors = AnchorCotangents(recipe, embeddings, codes, mean, triplets)
+    anchors = AnchorCotangents(recipe, embeddings, codes, mean, triplets, folder=folder)
     exact, of = is_exact(recipe, head.matrix, normalize), (recipe, normalize, torch.device("cpu"))
     strategy = HeadCodes(*of, head, head.matrix) if exact else PooledClosedForm(*of, head)
     arrays = {"embedding": embeddings, "length": lengths}
@@ -139,19 +145,24 @@ def build_from_features(
 
     def weights(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         cotangents, rows = anchors.of(places), slice(0, len(places))
-        some = {name: values[places] for name, values in arrays.items()}
+        some = {name: np.asarray(values[places], np.float32) for name, values in arrays.items()}
         weighed = strategy.weigh(pooled, {**some, "grid": np.array(grid)}, rows, cotangents)
         return weighed["weights"], cotangents.counts
 
     def sample() -> np.ndarray:
-        places = sample_of(n, recipe.seed, SAMPLE)
+        places = sample_of(names, recipe.seed, SAMPLE)
         return np.concatenate([weights(some)[0] for some in _blocks(places)])
 
-    matrix = head.matrix if exact else None
-    encoding = make_encoding(recipe, matrix, grid, mean, normalize, sample, n_channels)
-    fields = {name: np.empty((n, *f.shape), f.dtype) for name, f in encoding.fields.items()}
-    counts, stages = np.empty(n, np.uint32), Stages(progress)
-    with stages("weights", n) as progressed:
+    with stages("reduce"), disk_errors(folder):
+        anchors.statistics()
+    with stages("weights", n) as progressed, disk_errors(folder):
+        matrix = head.matrix if exact else None
+        encoding = make_encoding(recipe, matrix, grid, mean, normalize, sample, n_channels)
+        fields = {
+            name: scratch_array((n, *field.shape), field.dtype, folder)
+            for name, field in encoding.fields.items()
+        }
+        counts = np.empty(n, np.uint32)
         for places in _blocks(np.arange(n)):
             values, used = weights(places)
             rows, _ = encode_rows(encoding, values, embeddings[places], mean, grid)
@@ -159,10 +170,11 @@ def build_from_features(
                 fields[name][places] = stored
             counts[places] = np.minimum(used, MOST_COUNTED)
             progressed(len(places))
-    part = PartData(names, kept_labels, [""] * n, embeddings, counts, [fields], [None])
+    part = PartData(names, kept_labels, Texts.blank(n), embeddings, counts, [fields], [None])
     entry = layer_entry(layer, grid, encoding, None)
     about = header(recipe, described, None, width, normalize, [entry], given=triplets)
-    about["match_calibration"] = plain(calibrate_match(embeddings, kept_labels, recipe))
+    with stages("match"):
+        about["match_calibration"] = plain(calibrate_match(names, embeddings, kept_labels, recipe))
     with stages("write"), disk_errors(path):
         create(path, about, [encoding.fitted], shared, part, replace=replace)
     return report_of(path, recipe, kept_labels, codes, counts, stages)
@@ -185,6 +197,11 @@ def read_head(path: str | Path) -> AffineHead:
     return AffineHead(affine.weight.detach().numpy(), bias)
 
 
+def _beside(path: Path) -> Path:
+    """Return the folder of an index, or the nearest above it that is there."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+
+
 def _blocks(places: np.ndarray) -> Iterator[np.ndarray]:
     return (places[start : start + BLOCK] for start in range(0, len(places), BLOCK))
 
@@ -195,18 +212,26 @@ def _matrix(name: str, values: np.ndarray) -> np.ndarray:
         shape = list(values.shape)
         raise InputError(f"{name} is {values.dtype} of shape {shape}; expected floats [N width]")
     _check_numbers(name, values)
-    return values.astype(np.float32, copy=False)
+    return values
 
 
-def _check_numbers(name: str, values: np.ndarray) -> None:
-    if wrong := wrong_number(values):
+def _check_numbers(name: str, values: np.ndarray, first: int = 0) -> None:
+    if wrong := wrong_number(values, first=first):
         raise InputError(f"{name}: {wrong}")
 
 
 def _agreeing(
-    head: AffineHead, embeddings: np.ndarray, pooled: np.ndarray, normalize: bool
+    head: AffineHead,
+    embeddings: np.ndarray,
+    pooled: np.ndarray,
+    normalize: bool,
+    folder: Path,
+    progressed: Advance,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return f `[N D]` and |z| `[N]` of embeddings that are what the head makes."""
+    """Return f `[N D]` and |z| `[N]` of embeddings that are what the head makes.
+
+    Those that are not stored as they were given lie in a file in `folder`.
+    """
     expected = (embeddings.shape[1], pooled.shape[1])
     bias = expected[:1] if head.bias is None else head.bias.shape
     if head.matrix.shape != expected or bias != expected[:1] or len(embeddings) != len(pooled):
@@ -217,21 +242,33 @@ def _agreeing(
     _check_numbers("the head's matrix", head.matrix)
     if head.bias is not None:
         _check_numbers("the head's bias", head.bias[None])
-    with np.errstate(over="ignore", invalid="ignore"):
-        z = head.output(pooled).astype(np.float32)
-    _check_numbers("what the head makes of the pooled vectors", z)
-    lengths, norms = np.linalg.norm(z, axis=1), np.linalg.norm(embeddings, axis=1)
-    if normalize:
-        if not (np.minimum(lengths, norms) > 0).all():
-            row = int(np.minimum(lengths, norms).argmin())
-            raise InputError(f"embedding {row} has length 0, so it has no direction")
-        z = z / lengths[:, None]
-        if (np.abs(norms - 1) > UNIT).any():
-            embeddings = embeddings / norms[:, None]
-    sizes = np.linalg.norm(z, axis=1)
+    n, norms = len(embeddings), np.empty(len(embeddings), np.float32)
+    for rows in _blocks(np.arange(n)):
+        norms[rows] = np.linalg.norm(embeddings[rows].astype(np.float32, copy=False), axis=1)
+    divided, stored = normalize and bool((np.abs(norms - 1) > UNIT).any()), embeddings
+    if divided or embeddings.dtype != np.float32:
+        stored = scratch_array(embeddings.shape, "float32", folder)
+    lengths, sizes, apart = (np.empty(n, np.float32) for _ in range(3))
+    for rows in _blocks(np.arange(n)):
+        with np.errstate(over="ignore", invalid="ignore"):
+            z = head.output(pooled[rows].astype(np.float32, copy=False)).astype(np.float32)
+        _check_numbers("what the head makes of the pooled vectors", z, int(rows[0]))
+        lengths[rows] = np.linalg.norm(z, axis=1)
+        some = embeddings[rows].astype(np.float32, copy=False)
+        if normalize:
+            shorter = np.minimum(lengths[rows], norms[rows])
+            if not (shorter > 0).all():
+                row = int(rows[shorter.argmin()])
+                raise InputError(f"embedding {row} has length 0, so it has no direction")
+            z = z / lengths[rows, None]
+        if divided:
+            some = some / norms[rows, None]
+        if stored is not embeddings:
+            stored[rows] = some
+        sizes[rows], apart[rows] = (np.linalg.norm(one, axis=1) for one in (z, z - some))
+        progressed(len(rows))
     # Relative to each, but near 0 an embedding is all rounding.
-    least = 1e-3 * sizes.max() + 1e-30
-    off = np.linalg.norm(z - embeddings, axis=1) / np.maximum(sizes, least)
+    off = apart / np.maximum(sizes, 1e-3 * sizes.max() + 1e-30)
     if off.max() > AGREEMENT:
         worst = int(off.argmax())
         raise InputError(
@@ -239,7 +276,7 @@ def _agreeing(
             f"activations (allowed: {AGREEMENT:g}); give the head that belongs to these features, "
             "and say whether the embeddings are L2-normalised"
         )
-    return embeddings, lengths
+    return stored, lengths
 
 
 def _identity(

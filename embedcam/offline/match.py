@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..images.number_labels import Reach, Values, number_of
+from ..images.number_labels import Reach, Values, numbers_of
+from ..images.texts import LabelColumn
 from ..index.arrays import ArrayLike
 from ..index.calibration import TEN, MatchCalibration, alike, match_evidence
 from ..index.search import nearest, without_itself
@@ -23,18 +24,19 @@ _FAR = 0.95
 
 
 def calibrate_match(
-    embeddings: ArrayLike, labels: Sequence[str | None], recipe: Recipe
+    ids: Sequence[str], embeddings: ArrayLike, labels: Sequence[str | None], recipe: Recipe
 ) -> dict[str, MatchCalibration] | None:
     """Fit match for "one" result and for "several"; None of too few."""
     total = embeddings.shape[0]
     if total < LEAST_MATCH:
         return None
-    rows = sample_of(total, recipe.seed, SAMPLE)
+    rows = sample_of(ids, recipe.seed, SAMPLE)
     found = nearest(embeddings, embeddings[rows], TEN + 1, recipe.metric)
     neighbors = without_itself(found, rows)
-    others = list(zip(neighbors.positions, neighbors.distances, strict=True))
-    reach = _reach(labels, recipe.near)
-    nearest_apart = np.array([apart[0] for _, apart in others])
+    column = LabelColumn.of(labels)
+    own, others = column.take(rows), column.take(neighbors.positions.reshape(-1))
+    reach = _reach(column, recipe.near)
+    nearest_apart = neighbors.distances[:, 0]
     # Knots: squared distances, and the share of the images whose nearest is as far or farther.
     knots = np.unique(np.quantile(nearest_apart, np.linspace(0, 1, _KNOTS)))
     shares = tuple(float((nearest_apart >= knot).mean()) for knot in knots)
@@ -42,11 +44,11 @@ def calibrate_match(
     calibrations = {}
     for name, count in (("one", 1), ("several", TEN)):
         evidence, right = [], []
-        for row, (places, apart) in zip(rows, others, strict=True):
-            known = [labels[place] for place in places[:count]]
-            if labels[row] is not None and known[0] is not None:
+        for query, (label, apart) in enumerate(zip(own, neighbors.distances, strict=True)):
+            known = others[query * TEN : query * TEN + count]
+            if label is not None and known[0] is not None:
                 evidence.append(match_evidence(apart[:count], alike(known[0], known, reach)))
-                right.append(bool(alike(labels[row], known[:1], reach)[0]))
+                right.append(bool(alike(label, known[:1], reach)[0]))
         enough = len(evidence) >= LEAST_MATCH
         fitted = fit_logistic(np.array(evidence), np.array(right)) if enough else ((), (), (), 0.0)
         calibrations[name] = MatchCalibration(
@@ -55,11 +57,11 @@ def calibrate_match(
     return calibrations
 
 
-def _reach(labels: Sequence[str | None], near: float | None) -> Reach:
+def _reach(labels: LabelColumn, near: float | None) -> Reach:
     """Return how far the kind of a value goes, where labels are numbers and there are two."""
     if near is None:
         return (), ()
-    values = np.array([number_of(label) for label in labels])
+    values = numbers_of(labels)
     known = values[~np.isnan(values)]
     if len(np.unique(known)) < 2:
         return tuple(known[:1].tolist()), (0.0,) * min(1, len(known))

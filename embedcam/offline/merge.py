@@ -3,15 +3,16 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..errors import InputError
-from ..images import Item
-from ..images.sources import relative_path
+from ..images import Root, root_text
+from ..images.places import stored_path
+from ..images.texts import LabelColumn, Texts, in_runs
 from ..index import Index, PartData
 from ..index.calibration import Calibration, MatchCalibration
 from ..index.encoding import Dense, Encoding, LowRank, TopM, fit_pca
@@ -20,7 +21,7 @@ from .cotangents import AnchorCotangents, coded_labels
 from .plan import Plan
 from .shard import map_chunk
 from .strategies import HeadCodes, is_derived, weights_of_layer
-from .triplets import pairs_digest, sample_of
+from .triplets import pairs_digest, sample_of, total_of
 from .trust import View, calibrate_trust, forwarded, in_closed_form, trust_rows
 
 SAMPLE, NUMBERS = 2048, 1 << 25
@@ -34,13 +35,15 @@ _NO_ROWS = np.empty(0, np.int64)
 class EmbeddedImages:
     """What the embedding pass gave.
 
-    `positions` `[n]` are places in the source of the images that could be used, which are `items`,
-    `embeddings` `[N D]` and `codes` of labels `[N]` of the images in the index already, then
-    theirs, `mean` `[D]` of those of the first build; `skipped` (id, reason) of the others.
+    `positions` `[n]` are places in the source of the images that could be used, `ids`, `paths` and
+    `labels` theirs; `embeddings` `[N D]` and `codes` of labels `[N]` of the images in the index
+    already, then theirs, `mean` `[D]` of the first build; `skipped` (id, reason) of the others.
     """
 
     positions: np.ndarray
-    items: list[Item]
+    ids: Texts
+    paths: Texts
+    labels: LabelColumn
     embeddings: np.ndarray
     mean: np.ndarray
     codes: np.ndarray | None
@@ -69,22 +72,33 @@ def gather(plan: Plan, index: Index | None = None, live: np.ndarray = _NO_ROWS) 
     shape = (len(live) + len(positions), new[0].shape[1])
     embeddings = plan.checkpoint.array("embeddings", "float32", shape)
     np.concatenate(new, out=embeddings[len(live) :])
-    items = [plan.source.items[position] for position in positions]
-    labels, names = [item.label for item in items], [item.id for item in items]
+    listed = plan.source.items
+    if len(positions) < len(listed):
+        listed = listed.only(positions)
     if index is None:
-        mean = embeddings.mean(axis=0, dtype=np.float64).astype(np.float32)
+        mean = (total_of(embeddings) / len(embeddings)).astype(np.float32)
     else:
-        mean, before = index.fitted("embedding_mean"), index.select(live)
-        labels, names = [*before.labels, *labels], [*before.ids, *names]
+        mean = index.fitted("embedding_mean")
         for start in range(0, len(live), _BLOCK):
             rows = live[start : start + _BLOCK]
             embeddings[start : start + len(rows)] = index.embeddings(rows)
+    labels, names = listed.labels, listed.ids
+    if len(live):
+        assert index is not None
+        labels = LabelColumn.of(chain(in_runs(index.labels, live), labels))
+        names = Texts.of(chain(in_runs(index.ids, live), names))
     codes = coded_labels(plan.recipe, labels, names)
     n_cropped = sum(int(plan.checkpoint.column("embed", c, "cropped")[0]) for c in chunks)
-    return EmbeddedImages(positions, items, embeddings, mean, codes, skipped, n_cropped)
+    columns = positions, listed.ids, listed.paths, listed.labels
+    return EmbeddedImages(*columns, embeddings, mean, codes, skipped, n_cropped)
 
 
-def anchors_of(plan: Plan, embedded: EmbeddedImages, given: np.ndarray | None) -> AnchorCotangents:
+def anchors_of(
+    plan: Plan,
+    embedded: EmbeddedImages,
+    given: np.ndarray | None,
+    statistics: Mapping[str, np.ndarray] | None = None,
+) -> AnchorCotangents:
     """Return the cotangents of all images; triplets that are given are places in the source."""
     if given is not None and embedded.skipped:
         places = np.full(len(plan.source), -1)
@@ -92,11 +106,12 @@ def anchors_of(plan: Plan, embedded: EmbeddedImages, given: np.ndarray | None) -
         given = places[np.asarray(given)[embedded.positions]]
         if (lost := (given < 0).any((1, 2))).any():
             raise InputError(
-                f"the triplets of image {embedded.items[lost.argmax()].id!r} name an image that "
+                f"the triplets of image {embedded.ids[int(lost.argmax())]!r} name an image that "
                 "could not be read (skipped: "
                 f"{', '.join(repr(name) for name, _ in embedded.skipped[:3])}); give it others"
             )
-    return AnchorCotangents(plan.recipe, embedded.embeddings, embedded.codes, embedded.mean, given)
+    of = (plan.recipe, embedded.embeddings, embedded.codes, embedded.mean, given, statistics)
+    return AnchorCotangents(*of, folder=plan.checkpoint.path)
 
 
 def fit_encodings(plan: Plan, mean: np.ndarray) -> list[Encoding]:
@@ -138,11 +153,13 @@ def make_encoding(
 
 
 def _sample(plan: Plan, name: str) -> np.ndarray:
-    """Return weights of a seeded sample of the images, `[n ...]`, of the layer of that name."""
-    arrays = plan.columns("weights", name)
+    """Return weights of a sample of the images, `[n ...]`, of the layer of that name."""
+    arrays, ids = plan.columns("weights", name), plan.source.ids
     starts = np.cumsum([0, *map(len, arrays)])
     most = max(plan.recipe.rank, min(SAMPLE, NUMBERS // arrays[0][0].size))
-    places = sample_of(int(starts[-1]), plan.recipe.seed, most)
+    if starts[-1] < len(ids):
+        ids = ids.select(np.concatenate([plan.embedded(chunk) for chunk in plan.chunks]))
+    places = sample_of(ids, plan.recipe.seed, most)
     owner = np.searchsorted(starts, places, side="right") - 1
     return np.concatenate([array[places[owner == c] - starts[c]] for c, array in enumerate(arrays)])
 
@@ -171,11 +188,12 @@ def encode(
     encodings: Sequence[Encoding],
     embedded: EmbeddedImages,
     with_maps: bool,
-    root: Path | None,
+    root: Root | None,
 ) -> PartData:
     """Return the images of the chunks as one part of an index; paths are relative to `root`."""
-    n, grid, items = len(embedded.positions), grid_of(plan), embedded.items
-    marks = np.concatenate(plan.columns("embed", "marks"))
+    n, grid = len(embedded.positions), grid_of(plan)
+    marks = plan.checkpoint.array("marks", "uint32", (n, 4))
+    np.concatenate(plan.columns("embed", "marks"), out=marks)
     fields = [
         {
             name: plan.checkpoint.array(f"{name}{number or ''}", field.dtype, (n, *field.shape))
@@ -202,9 +220,9 @@ def encode(
             maps[rows], scales[rows] = map_chunk(plan, chunk, factors[0])
         done = rows.stop
     return PartData(
-        ids=[item.id for item in items],
-        labels=[item.label for item in items],
-        paths=[_stored_path(item.path, plan.source.root, root) for item in items],
+        ids=embedded.ids,
+        labels=embedded.labels,
+        paths=_stored_paths(embedded.paths, plan.source.root, root),
         embeddings=embedded.new,
         triplets_used=counts,
         fields=list(fields),
@@ -213,12 +231,10 @@ def encode(
     )
 
 
-def _stored_path(path: str, root: Path | None, index_root: Path | None) -> str:
-    """Return a source's path as an index keeps it: relative to the index's root if below it."""
-    if not path or root == index_root:
-        return path
-    absolute = str((root or Path()).resolve() / path)
-    return absolute if index_root is None else relative_path(absolute, index_root.resolve())
+def _stored_paths(paths: Texts, root: Root | None, index_root: Root | None) -> Texts:
+    """Return a source's paths as an index keeps them: relative to the index's root if below it."""
+    roots = root_text(root), root_text(index_root)
+    return paths if roots[0] == roots[1] else Texts.of(stored_path(path, *roots) for path in paths)
 
 
 def grid_of(plan: Plan) -> tuple[int, int]:
@@ -238,7 +254,7 @@ def calibrate_build(
     plan: Plan, encodings: Sequence[Encoding], embedded: EmbeddedImages, part: PartData
 ) -> dict[str, Calibration] | None:
     """Calibrate trust for a new index, with the activations that its build cached."""
-    rows = trust_rows(len(part), plan.recipe, plan.network)
+    rows = trust_rows(part.ids, plan.recipe, plan.network)
 
     def fields(layer: int, chosen: np.ndarray) -> dict[str, np.ndarray]:
         stored = {name: np.asarray(array)[chosen] for name, array in part.fields[layer].items()}
@@ -273,7 +289,7 @@ def _views(plan: Plan, embedded: EmbeddedImages, rows: np.ndarray) -> Iterator[V
 def header(
     recipe: Recipe,
     network: dict[str, Any] | None,
-    root: Path | None,
+    root: Root | None,
     width: int,
     normalize: bool,
     layers: list[dict[str, Any]],
@@ -282,7 +298,7 @@ def header(
     given: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Return what the manifest of a new index says (index/README.md); `files` is a digest."""
-    images = {"root": None if root is None else str(root.resolve()), "files_sha256": files}
+    images = {"root": root_text(root), "files_sha256": files}
     centred, sampling = recipe.resolved_target == "centred", recipe.resolved_sampling
     n_drawn = recipe.n_triplets if given is None else given.shape[1]
     return {

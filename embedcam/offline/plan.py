@@ -6,20 +6,24 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
+import PIL
 import torch
 
+from .. import __version__
 from .._checks import one_of, whole
 from ..errors import EmbedcamError, ImageError, InputError, NetworkMismatch, RecipeError
-from ..images import Batch, ImageSource, embed, load_batches, map_batches
+from ..images import Batch, ImageSource, embed, load_batches, map_batches, root_text
 from ..images.batches import default_workers
+from ..images.texts import Texts
 from ..index import Index, check_factory
 from ..index.encoding import Encoding, LowRank, TopM
 from ..index.identity import Identity
@@ -42,7 +46,7 @@ SCRATCH_GB = 50.0
 """Activations cached between the passes, at most; beyond it stored maps cost one more forward."""
 CHUNK = 256
 """Images a chunk, at least; a kill loses at most one chunk of work."""
-_CHUNKS = 3
+_CHUNKS = 4
 """Version of what the chunks hold: older ones are not used again."""
 _DISK_ERRORS = {
     errno.ENOSPC,
@@ -59,7 +63,9 @@ _DISK_ERRORS = {
 class Plan:
     """One build's inputs, the checkpoint that keeps its unfinished work, and what shows progress.
 
-    `on_unreadable` is "fail" or "skip"; so many `workers` read images, and on a CPU run them.
+    `on_unreadable` is "fail" or "skip"; so many `workers` read images, and on a CPU run them; a
+    chunk has `per_chunk` images. Where `files` holds fingerprints of the source's images, one that
+    has another when it is read is an ImageError.
     """
 
     network: EmbeddingNetwork
@@ -71,21 +77,24 @@ class Plan:
     batch_size: int
     workers: int | None
     on_unreadable: str
+    per_chunk: int
+    files: Texts | None = None
 
     @property
     def chunks(self) -> range:
         """Chunks of the whole source."""
-        return range(-(-len(self.source) // chunk_size(self.batch_size, self.recipe.method)))
+        return range(-(-len(self.source) // self.per_chunk))
 
     def positions(self, chunk: int) -> np.ndarray:
         """Return places in the source of a chunk's images."""
-        size = chunk_size(self.batch_size, self.recipe.method)
+        size = self.per_chunk
         return np.arange(chunk * size, min((chunk + 1) * size, len(self.source)))
 
     def batches(
         self, positions: np.ndarray, *, marked: bool = False
     ) -> Generator[Batch, None, None]:
         """Load batches of images at these places in the source, `marked` with their files'."""
+        self._check_files(positions)
         of = (self.source, positions, self.network.require_preprocess(), self.batch_size)
         on_error: Literal["fail", "skip"] = "fail" if self.on_unreadable == "fail" else "skip"
         return load_batches(*of, workers=self.workers, on_error=on_error, marked=marked)
@@ -103,6 +112,7 @@ class Plan:
             with closing(self.batches(positions, marked=marked)) as batches:
                 yield from map(runs[0], batches)
             return
+        self._check_files(positions)
         of = (self.source, positions, self.network.require_preprocess(), self.batch_size, runs)
         on_error: Literal["fail", "skip"] = "fail" if self.on_unreadable == "fail" else "skip"
         alone = partial(torch.set_num_threads, 1)
@@ -114,6 +124,17 @@ class Plan:
         count = default_workers() if self.workers is None else max(1, self.workers)
         networks = self.network.side_by_side(count)
         return [(self.strategy.by(network), network) for network in networks]
+
+    def _check_files(self, positions: np.ndarray) -> None:
+        if self.files is None:
+            return
+        now = self.source.only(positions.tolist()).fingerprints()
+        for position, fingerprint in zip(positions.tolist(), now, strict=True):
+            if fingerprint != self.files[position]:
+                raise ImageError(
+                    f"{self.source.name(position)}: its file changed after the job was planned; "
+                    "put the old one back, or plan the job again in another folder"
+                )
 
     def embedded(self, chunk: int) -> np.ndarray:
         """Return places in the source of a finished chunk's images that could be embedded."""
@@ -142,46 +163,66 @@ def chunk_size(batch_size: int, method: str) -> int:
     return batch_size if method not in POOLED_METHODS else -(-CHUNK // batch_size) * batch_size
 
 
-def cache_within(plan: Plan, gigabytes: float) -> None:
-    """Have activations for stored maps cached, where they take at most so much."""
-    strategy = plan.strategy
+def caches_within(
+    strategy: Strategy, network: EmbeddingNetwork, n_images: int, folder: Path, gigabytes: float
+) -> bool:
+    """Return whether activations for stored maps take at most so much, and may be cached."""
     if not gigabytes or strategy.layers:  # several layers make stored maps along with their weights
-        return
-    probe = strategy.cached(plan.network.forward(plan.network.probe_images()).activations)
-    needed = 2 * probe["activations"].size * len(plan.source)
-    strategy.caches = needed <= min(
-        gigabytes * 1e9, 0.8 * shutil.disk_usage(plan.checkpoint.path).free
-    )
-    if not strategy.caches:
+        return False
+    probe = strategy.cached(network.forward(network.probe_images()).activations)
+    needed = 2 * probe["activations"].size * n_images
+    caches = needed <= min(gigabytes * 1e9, 0.8 * shutil.disk_usage(folder).free)
+    if not caches:
         log.warning(
             "keeping the activations of all images would take %.1f GB, more than allowed; the "
             "images' own maps take one more forward pass instead",
             needed / 1e9,
         )
+    return caches
 
 
 def job_digest(
     recipe: Recipe,
     identity: Identity,
     source: ImageSource,
-    files: list[str],
+    files: Texts,
     batch_size: int,
+    libraries: Mapping[str, str],
     *choices: int | str | np.ndarray | None,
 ) -> str:
     """Return a digest of everything the chunks of a job depend on."""
     digest = hashlib.sha256(recipe.resolved.digest().encode())
-    root = None if source.root is None else str(source.root.resolve())
-    digest.update(json.dumps([identity.to_dict(), root], sort_keys=True).encode())
-    for item, file in zip(source.items, files, strict=True):
-        digest.update(json.dumps([item.id, item.path, item.label, file]).encode())
+    about = [identity.to_dict(), root_text(source.root)]
+    digest.update(json.dumps(about, sort_keys=True).encode())
+    for column in listed_columns(source, files).values():
+        digest.update(hashlib.sha256(np.ascontiguousarray(column).data).digest())
     # The probe speaks for code that parameters do not show, to the bit: so do the chunks.
     probe = [array for _, array in sorted(identity.arrays().items())]
     # A picture that was skipped for its size may be read by another limit.
     choices += (chunk_size(batch_size, recipe.method), source.max_pixels)
-    for choice in (_CHUNKS, torch.__version__, np.__version__, *probe, *choices):
+    for choice in (_CHUNKS, *sorted(libraries.items()), *probe, *choices):
         data = choice.tobytes() if isinstance(choice, np.ndarray) else repr(choice).encode()
         digest.update(data + b"\0")
     return digest.hexdigest()
+
+
+def libraries_of(network: EmbeddingNetwork) -> dict[str, str]:
+    """Return versions of what computes the chunks of a job, by name."""
+    used = {"numpy": np.__version__, "pillow": PIL.__version__, "torch": torch.__version__}
+    source = str((network.spec or {}).get("network", "")).partition(":")[0]
+    if source in ("torchvision", "timm"):
+        used[source] = version(source)
+    return {"embedcam": __version__, **used}
+
+
+def listed_columns(source: ImageSource, files: Texts) -> dict[str, np.ndarray]:
+    """Return what a source lists, with its files' fingerprints, as arrays by name."""
+    labels, names = source.labels, Texts.of(source.labels.names)
+    texts = {"ids": source.ids, "paths": source.items.paths, "files": files, "names": names}
+    columns: dict[str, np.ndarray] = {"labels": labels.codes}
+    for name, column in texts.items():
+        columns[name], columns[f"{name}_ends"] = column.blob, column.offsets
+    return columns
 
 
 def check_options(
@@ -286,9 +327,12 @@ class _FirstPass(Exception):  # noqa: N818 - an event, caught above
     """A method has made its first pass."""
 
 
-def files_digest(fingerprints: Sequence[str]) -> str:
+def files_digest(fingerprints: Iterable[str]) -> str:
     """Return SHA-256 over what tells of each image's file whether it changed, in order."""
-    return hashlib.sha256("\n".join(fingerprints).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for place, fingerprint in enumerate(fingerprints):
+        digest.update(f"{chr(10) if place else ''}{fingerprint}".encode())
+    return digest.hexdigest()
 
 
 def same_index(
@@ -333,7 +377,7 @@ def same_index(
         if [item.label for item in items] != list(index.labels[live]):
             words.append("other labels")
         stored = manifest.images.files_sha256 if manifest.images else None
-        if stored not in (None, files_digest([files[place] for place in places])):
+        if stored not in (None, files_digest(files[place] for place in places)):
             words.append("image files changed since")
     if words:
         raise InputError(

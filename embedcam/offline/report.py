@@ -1,7 +1,6 @@
 """What a job tells the user, and how a collection differs from its index."""
 
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -11,9 +10,10 @@ from typing import Self
 import numpy as np
 
 from ..errors import InputError, cut
-from ..images import DatasetSource, ImageSource, LeftOut
+from ..images import DatasetSource, ImageSource, LeftOut, is_url, root_text
 from ..images.number_labels import number_of
 from ..images.progress import Advance, progress_of
+from ..images.texts import LabelColumn
 from ..index import Index
 from ..index.arrays import ArrayLike
 from ..recipe.recipe import Recipe
@@ -166,11 +166,10 @@ def report_of(
     stages: Stages,
 ) -> BuildReport:
     """Return what a job did with images of these labels; `codes` end with theirs."""
-    counts, n_single, numbers = Counter(labels), 0, None
-    n_unlabelled = counts.pop(None, 0)
+    (counts, n_unlabelled), n_single, numbers = LabelColumn.of(labels).counts(), 0, None
     if codes is not None and recipe.resolved_target != "centred" and recipe.sampling != "given":
         n_single = int(alone(codes)[len(codes) - len(labels) :].sum())
-    by_class = {name: counts[name] for name in sorted(filter(None, counts))}
+    by_class = {name: count for name, count in counts.items() if name}
     if recipe.labels == "numbers":
         values, by_class = [number_of(label) for label in counts], {}
         numbers = (min(values), max(values)) if values else None
@@ -209,7 +208,7 @@ def changes_since(
             places.append(place)
     # Absolute paths are of images that were added from elsewhere, which are left alone.
     left = [(name, path) for name, (path, _, _) in known.items() if path]
-    vanished = [name for name, path in left if not Path(path).is_absolute()]
+    vanished = [name for name, path in left if not (Path(path).is_absolute() or is_url(path))]
     n_known = len(source) - len(new)
     if n_indexed and not n_known:
         raise InputError(
@@ -232,7 +231,7 @@ def _check_root(index: Index, source: ImageSource) -> None:
             "a data set has no files to compare; update from a folder or a CSV: find_images(...)"
         )
     stored = index.manifest.images_root
-    root = None if source.root is None else str(source.root.resolve())
+    root = root_text(source.root)
     if stored is None:
         raise InputError(
             f"{index.path}: was not built from a folder or a CSV, so there is nothing to compare "

@@ -35,7 +35,10 @@ def embed_chunks(plan: Plan, chunks: range | None = None) -> None:
     sizes = {chunk: len(plan.positions(chunk)) for chunk in chunks}
     done_chunks = {chunk for chunk in sizes if plan.checkpoint.intact("embed", chunk)}
     if plan.on_unreadable == "fail":  # what an earlier run skipped fails now
-        done_chunks = {chunk for chunk in done_chunks if not plan.unusable(chunk)}
+        for chunk in [chunk for chunk in done_chunks if plan.unusable(chunk)]:
+            plan.checkpoint.put_aside("embed", chunk)
+            plan.checkpoint.put_aside_but("embed")  # where it can be read now, it counts there
+            done_chunks.remove(chunk)
     todo = [chunk for chunk in sizes if chunk not in done_chunks]
     if done := sum(sizes[chunk] for chunk in done_chunks):
         n_images = sum(sizes.values())
@@ -203,6 +206,9 @@ def map_chunk(plan: Plan, chunk: int, factors: np.ndarray) -> tuple[np.ndarray, 
 
     `factors` multiply the cached activations: decoded weights `[n K]` or `[n K H W]`, or codes.
     """
+    if plan.checkpoint.whole("maps", chunk):  # drawn by a shard
+        arrays = plan.checkpoint.read("maps", chunk, "maps", "scales")
+        return np.asarray(arrays["maps"]), np.asarray(arrays["scales"])
     if plan.strategy.layers:
         arrays = plan.checkpoint.read("weights", chunk, "own", "own_scales")
         return np.asarray(arrays["own"]), np.asarray(arrays["own_scales"])

@@ -5,15 +5,18 @@ anchor's triplets do not depend on batches, on workers, or on where a killed bui
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import InputError
 from ..images.number_labels import Values
+from ..images.texts import LabelColumn
 from ..index import Neighbors, nearest
+from ..index.arrays import ArrayLike, scratch_array
 from ..index.search import SLACK, in_batches, rank, without_itself
 from ..recipe.recipe import Recipe
 
@@ -29,7 +32,9 @@ EXACT = 1 << 13
 """Images up to which every one is compared with all others for its nearest."""
 LIST, PROBES, TRAINED, ROUNDS = 512, 16, 64, 10
 """Images a list, lists looked at, images a centroid is trained on, and rounds of it."""
-_SUMMED = _ADDED = 1 << 14
+SUMMED = 1 << 14
+"""Images summed at once: fixed, and taken in order, so that whoever sums gives the same bytes."""
+_ADDED = 1 << 14
 _GATHERED = 8 << 20
 """Numbers of candidates' embeddings held at once."""
 
@@ -37,9 +42,25 @@ Nearest = Callable[[np.ndarray, int], np.ndarray]
 """(anchor positions [a], k) -> positions [a k] of each anchor's nearest other images, in order."""
 
 
-def sample_of(n: int, seed: int, most: int) -> np.ndarray:
-    """Draw which of n rows stand for all: all, or a seeded sample of `most`, rising."""
-    return np.sort(np.random.default_rng(seed).permutation(n)[:most])
+def sample_of(ids: Sequence[str], seed: int, most: int) -> np.ndarray:
+    """Choose which of n images stand for all: all, or `most` by a hash of their ids; rising places.
+
+    An image's number is the first 8 bytes, big-endian, of BLAKE2b (of 8 bytes) over the seed in
+    decimal, a zero byte and the id in UTF-8; the smallest are taken. So the same images are chosen
+    in whatever order, and by however many processes, they are looked at.
+    """
+    n = len(ids)
+    if n <= most:
+        return np.arange(n)
+    before, numbers = b"%d\0" % seed, np.empty(n, np.uint64)
+    for start in range(0, n, SUMMED):
+        names = ids[start : start + SUMMED]
+        keys = (before + name.encode("utf-8", "surrogateescape") for name in names)
+        digests = b"".join(hashlib.blake2b(key, digest_size=8).digest() for key in keys)
+        numbers[start : start + len(names)] = np.frombuffer(digests, ">u8")
+    last = np.partition(numbers, most - 1)[most - 1]
+    below, equal = np.flatnonzero(numbers < last), np.flatnonzero(numbers == last)
+    return np.sort(np.concatenate([below, equal[: most - len(below)]]))
 
 
 class Classes:
@@ -62,25 +83,27 @@ class Classes:
         self.ranks[self.order[known]] = np.flatnonzero(known)
         self.shared = np.where(self.sizes > 1, np.cumsum(self.sizes > 1) - 1, -1)
 
-    def sums(self, rows: Callable[[np.ndarray], np.ndarray], width: int) -> np.ndarray:
-        """Sum `rows(positions)` `[b width]` over each shared class, float64 `[C width]`."""
+    def sums(self, rows: Callable[[np.ndarray], np.ndarray], sums: np.ndarray) -> np.ndarray:
+        """Add `rows(positions)` `[b D]` to the `sums` of each shared class, `[C D]`."""
         # Images alone have none: a collection mostly without labels would take as many numbers as
         # its embeddings, in doubles.
-        sums = np.zeros((int((self.sizes > 1).sum()), width))
-        shared = np.flatnonzero(self.sizes[self.codes] > 1)
-        for start in range(0, len(shared), _SUMMED):
-            places = shared[start : start + _SUMMED]
-            np.add.at(sums, self.shared[self.codes[places]], rows(places))
+        for start in range(0, len(self.codes), SUMMED):
+            numbers = self.shared[self.codes[start : start + SUMMED]]
+            if len(places := np.flatnonzero(numbers >= 0)):
+                # One after the other, in order: the same sums for any division into blocks.
+                np.add.at(sums, numbers[places], rows(start + places))
         return sums
 
 
-def label_codes(labels: list[str | None]) -> np.ndarray | None:
+def label_codes(labels: Sequence[str | None]) -> np.ndarray | None:
     """Return labels as integers `[N]`, one without a label a class of its own; None without any."""
-    if all(label is None for label in labels):
+    column = LabelColumn.of(labels).sorted()
+    if not len(column.names):
         return None
-    known = {label: code for code, label in enumerate(sorted({s for s in labels if s is not None}))}
-    free = iter(range(len(known), len(known) + len(labels)))
-    return np.array([next(free) if label is None else known[label] for label in labels], np.int64)
+    codes = column.codes.astype(np.int64)
+    without = np.flatnonzero(codes < 0)
+    codes[without] = len(column.names) + np.arange(len(without))
+    return codes
 
 
 def alone(labels: np.ndarray) -> np.ndarray:
@@ -95,12 +118,21 @@ class TripletSampler:
     the shares of `Values`. The sampling is "random" (with replacement), "semihard" (D(a,p) < D(a,n)
     < D(a,p) + margin, else the nearest beyond; Schroff et al. 2015), "hard" (negatives from the 50
     nearest images of other labels) or "all" (no draw: `mean_difference` is exact).
+
+    Sums of all images that are known already are `statistics`, by name; sums that are too large to
+    hold lie in a file in `folder`.
     """
 
     def __init__(
-        self, embeddings: np.ndarray, labels: np.ndarray | None, nearest: Nearest, recipe: Recipe
+        self,
+        embeddings: np.ndarray,
+        labels: np.ndarray | None,
+        nearest: Nearest,
+        recipe: Recipe,
+        statistics: Mapping[str, np.ndarray] | None = None,
+        folder: Path | None = None,
     ) -> None:
-        n = len(embeddings)
+        n, self._statistics, self._folder = len(embeddings), statistics or {}, folder
         if n < 3:
             raise InputError(
                 f"{n} images are too few for triplets, which take an anchor, a positive and a "
@@ -173,7 +205,7 @@ class TripletSampler:
             p_mean = self._gathered_mean(near)
             same = self._n_excluded == self._n_near
             mean = p_mean if same else self._gathered_mean(excluded)
-            n_sum = self._total - vectors - excluded.shape[1] * mean
+            n_sum = self.total - vectors - excluded.shape[1] * mean
             difference[~known] = p_mean - n_sum / n_outside
             counts[~known] = near.shape[1] * n_outside
         return difference, counts
@@ -182,21 +214,25 @@ class TripletSampler:
         """Return which anchors have positives and negatives by their labels, `[a]` booleans."""
         return np.asarray(self.groups.ranks[anchors] >= 0)
 
+    def labelled_counts(self, anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return how many positives and negatives labelled anchors have, `[a]` each."""
+        groups, ranks = self.groups, self.groups.ranks[anchors]
+        near, far = groups.near[ranks], groups.far[ranks]
+        return near[:, 1] - near[:, 0] - 1, len(groups.order) - (far[:, 1] - far[:, 0])
+
     def _labelled_difference(
         self, anchors: np.ndarray, borrowed: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        groups, ranks = self.groups, self.groups.ranks[anchors]
-        near, far = groups.near[ranks], groups.far[ranks]
-        n_near = near[:, 1] - near[:, 0] - 1
-        n_far = len(groups.order) - (far[:, 1] - far[:, 0])
+        groups, (n_near, n_far) = self.groups, self.labelled_counts(anchors)
         if isinstance(groups, Classes):
-            near_sum = far_sum = self._sums[groups.shared[groups.codes[anchors]]]
-            total, few = self._total, n_near < borrowed
+            near_sum = far_sum = self.class_sums[groups.shared[groups.codes[anchors]]]
+            total, few = self.total, n_near < borrowed
         else:
+            sums, ranks = self._sums_below, groups.ranks[anchors]
             near_sum, far_sum = (
-                self._sums[one[:, 1]] - self._sums[one[:, 0]] for one in (near, far)
+                sums[one[:, 1]] - sums[one[:, 0]] for one in (groups.near[ranks], groups.far[ranks])
             )
-            total, few = self._sums[-1], np.zeros(len(anchors), bool)
+            total, few = np.asarray(sums[-1]), np.zeros(len(anchors), bool)
         p_mean = (near_sum - np.asarray(self.embeddings[anchors], np.float64)) / n_near[:, None]
         if few.any():
             share = ((borrowed - n_near[few]) / (2 * borrowed))[:, None]
@@ -260,21 +296,60 @@ class TripletSampler:
 
     @cached_property
     def _squares(self) -> np.ndarray:
-        return np.asarray(np.einsum("nd,nd->n", self.embeddings, self.embeddings))
+        squares = np.empty(len(self.embeddings), np.float32)
+        for start in range(0, len(squares), SUMMED):
+            block = np.asarray(self.embeddings[start : start + SUMMED])
+            squares[start : start + SUMMED] = np.einsum("nd,nd->n", block, block)
+        return squares
 
     @cached_property
-    def _total(self) -> np.ndarray:
-        return np.asarray(self.embeddings.sum(axis=0, dtype=np.float64))
+    def total(self) -> np.ndarray:
+        """The sum of all embeddings, float64 `[D]`."""
+        known = self._statistics.get("total")
+        return total_of(self.embeddings) if known is None else known
 
     @cached_property
-    def _sums(self) -> np.ndarray:
-        """Sums over each shared class `[C D]`, or over all images before each rank `[n + 1, D]`."""
-        if isinstance(self.groups, Classes):
-            return self.groups.sums(lambda rows: self.embeddings[rows], self.embeddings.shape[1])
-        ordered = np.asarray(self.embeddings[self.groups.order])
-        sums = np.zeros((len(ordered) + 1, ordered.shape[1]))
-        np.cumsum(ordered, axis=0, dtype=np.float64, out=sums[1:])
+    def class_sums(self) -> np.ndarray:
+        """Sums over each label that images share, float64 `[C D]`."""
+        known = self._statistics.get("class_sums")
+        if known is not None:
+            return known
+        return self.summed(lambda rows: np.asarray(self.embeddings[rows]))
+
+    def summed(self, rows: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """Sum `rows(positions)` `[b D]` over each label that images share, float64 `[C D]`."""
+        assert isinstance(self.groups, Classes)
+        shape = (int(self.groups.shared.max(initial=-1)) + 1, self.embeddings.shape[1])
+        return self.groups.sums(rows, scratch_array(shape, "float64", self._folder))
+
+    @cached_property
+    def _sums_below(self) -> np.ndarray:
+        """Sums over all images before each rank, float64 `[n + 1, D]`."""
+        order = self.groups.order
+        shape = (len(order) + 1, self.embeddings.shape[1])
+        sums = scratch_array(shape, "float64", self._folder)
+        for start in range(0, len(order), SUMMED):
+            rows = np.asarray(self.embeddings[order[start : start + SUMMED]], np.float64)
+            rows[0] += sums[start]  # what was summed goes on: the same for any division into blocks
+            np.cumsum(rows, axis=0, out=sums[start + 1 : start + 1 + len(rows)])
         return sums
+
+
+def total_of(embeddings: ArrayLike) -> np.ndarray:
+    """Sum embeddings `[N D]` over fixed blocks in order, float64 `[D]`."""
+    total = np.zeros(embeddings.shape[1])
+    for start in range(0, embeddings.shape[0], SUMMED):
+        total += np.sum(embeddings[start : start + SUMMED], axis=0, dtype=np.float64)
+    return total
+
+
+def squares_of(embeddings: ArrayLike) -> np.ndarray:
+    """Sum f f^T of embeddings `[N D]` over fixed blocks in order, float64 `[D D]`."""
+    squares = np.zeros((embeddings.shape[1],) * 2)
+    for start in range(0, embeddings.shape[0], SUMMED):
+        block = np.asarray(embeddings[start : start + SUMMED], np.float64)
+        squares += block.T @ block
+    return squares
 
 
 class NearestOthers:
@@ -325,7 +400,7 @@ class NearestOthers:
         n_lists = max(1, n // LIST)
         lists: Any = faiss.index_factory(width, f"IVF{n_lists},SQ8")
         lists.cp.niter, lists.nprobe = ROUNDS, min(PROBES, n_lists)
-        sample = sample_of(n, 0, TRAINED * n_lists)
+        sample = np.sort(np.random.default_rng(0).permutation(n)[: TRAINED * n_lists])
         lists.train(np.ascontiguousarray(self.embeddings[sample], np.float32))
         for start in range(0, n, _ADDED):
             lists.add(np.ascontiguousarray(self.embeddings[start : start + _ADDED], np.float32))

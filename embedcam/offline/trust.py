@@ -7,7 +7,6 @@ one computed on the image itself, by the very target that `DirectWeights` comput
 """
 
 import math
-import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ import numpy as np
 from ..errors import ImageError
 from ..images import Batch
 from ..images.progress import Advance
-from ..index.arrays import ArrayLike
+from ..images.texts import LabelColumn, Texts
+from ..index.arrays import ArrayLike, scratch_array
 from ..index.calibration import Calibration, correlation, evidence
 from ..index.encoding import Encoding, LowRank
 from ..index.search import draw_negatives, nearest
@@ -27,7 +27,7 @@ from ..ops import coefficients, drawn_and_signed, signed_cams
 from ..recipe.recipe import Recipe
 from ..targets import head_cotangent, query_cotangent
 from .cotangents import AnchorCotangents, coded_labels
-from .triplets import sample_of
+from .triplets import sample_of, total_of
 
 SAMPLE = 512
 """Images that play queries, at most."""
@@ -43,7 +43,7 @@ _BIN = 40
 """Images behind one 10th percentile, at least."""
 _SHARE = 8
 """One of so many images plays a query where it takes a gradient of its own."""
-_MAPPED, _BLOCK = 1 << 16, 1 << 12
+_HELD, _BLOCK = 32 << 20, 1 << 12
 
 Rows = Callable[[int, np.ndarray], dict[str, np.ndarray]]
 """Fields of a layer's encoding at some rows, with "embedding" where it uses that."""
@@ -55,15 +55,16 @@ def in_closed_form(recipe: Recipe, network: EmbeddingNetwork) -> bool:
     return affine and recipe.method == "gradcam" and recipe.sampling != "given"
 
 
-def trust_rows(n_rows: int, recipe: Recipe, network: EmbeddingNetwork) -> np.ndarray:
-    """Draw rows that play queries, in order; none where there are too few.
+def trust_rows(ids: Sequence[str], recipe: Recipe, network: EmbeddingNetwork) -> np.ndarray:
+    """Choose rows that play queries, in order; none where there are too few.
 
     Fewer where each takes a gradient beside its forward pass.
     """
+    n_rows = len(ids)
     if n_rows < LEAST:
         return np.empty(0, np.int64)
     most = SAMPLE if in_closed_form(recipe, network) else min(SAMPLE, max(LEAST, n_rows // _SHARE))
-    return sample_of(n_rows, recipe.seed, most)
+    return sample_of(ids, recipe.seed, most)
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def leave_out(
 
     Returns the sample in order, by the names of `COUNTS`; with codes where `closed_form`.
     """
-    total, names = embeddings.shape[0], np.array([*labels, None], object)[:-1]
+    total, column = embeddings.shape[0], LabelColumn.of(labels)
     n_parts = min(len(rows), math.ceil(LEFT_OUT * len(rows) / total))
     part_of = np.random.default_rng(recipe.seed).permutation(len(rows)) % n_parts
     sample: dict[tuple[str, int], HeldOut] = {}
@@ -213,24 +214,27 @@ def leave_out(
 
     for part in range(n_parts):
         out = rows[part_of == part]
-        rest = np.setdiff1d(np.arange(total), out)
+        is_left = np.ones(total, bool)
+        is_left[out] = False
+        rest = np.flatnonzero(is_left)
         vectors, queries = _taken(embeddings, rest), np.asarray(embeddings[out])
-        rest_names, every = names[rest], np.arange(len(rest))
-        names_at = rest_names.__getitem__
+        rest_labels, every = column.take(rest), np.arange(len(rest))
         if closed_form:
-            mean = vectors.mean(axis=0, dtype=np.float64).astype(np.float32)
-            coded = coded_labels(recipe, rest_names.tolist(), [""] * len(rest))
+            mean = (total_of(vectors) / len(rest)).astype(np.float32)
+            coded = coded_labels(recipe, rest_labels, Texts.blank(len(rest)))
             anchors = AnchorCotangents(recipe, vectors, coded, mean)
         for name, count in COUNTS.items():
             neighbors = nearest(vectors, queries, count, recipe.metric)
             found = zip(out, queries, neighbors.positions, neighbors.distances, strict=True)
             for row, query, near, distances in found:
-                negatives = draw_negatives(np.delete(every, near), rest_names[near], names_at)
+                others = np.delete(every, near)
+                labels_at = rest_labels.__getitem__
+                negatives = draw_negatives(others, rest_labels[near], labels_at)
                 codes = direct = nothing
                 if closed_form:
-                    close, others = vectors[near], vectors[negatives]
+                    close, apart = vectors[near], vectors[negatives]
                     codes = at_head(anchors.of(near).values, close)
-                    values = query_cotangent(target, recipe.norm, query, close, others)
+                    values = query_cotangent(target, recipe.norm, query, close, apart)
                     direct = at_head(values[None], query[None])[0]
                 places = rest[near], distances, rest[negatives]
                 sample[name, row] = HeldOut(int(row), *places, codes, direct)
@@ -239,10 +243,7 @@ def leave_out(
 
 def _taken(embeddings: ArrayLike, rows: np.ndarray) -> np.ndarray:
     """Return those rows; of a large collection in a file of their own, not in memory."""
-    if len(rows) < _MAPPED:
-        return np.asarray(embeddings[rows])
-    with tempfile.TemporaryFile() as file:
-        taken = np.memmap(file, np.float32, "w+", shape=(len(rows), embeddings.shape[1]))
+    taken = scratch_array((len(rows), embeddings.shape[1]), "float32", held=_HELD)
     for start in range(0, len(rows), _BLOCK):
         taken[start : start + _BLOCK] = embeddings[rows[start : start + _BLOCK]]
     return taken

@@ -31,6 +31,7 @@ from . import (
     indexes,
     onnx,
     receipts,
+    scale,
     service,
     soak,
     trusting,
@@ -80,6 +81,10 @@ SECTIONS: dict[str, Section] = {
     "receipts": _each(receipts.report, 20),
     "features": _one(lambda o, folder: features.report(o.rows, 100 * o.rounds, folder)),
     "onnx": _each(onnx.onnx_report, 4),
+    "scale": lambda o, folder: (
+        scale.report(n * o.rows // 1000, folder, labels, width)
+        for n, labels, width in ((10_000, 1000, 128), (2_000, 0, 64))
+    ),
 }
 OTHERS = {"service": service.main, "soak": soak.main}
 

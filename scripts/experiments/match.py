@@ -77,7 +77,9 @@ def figures(
     """The columns, of one half, NaN where one means nothing; match and whether it was right."""
     indexed, asked = halves(labels, seed, CASES[case])
     known = [None] * len(indexed) if case == "none" else labels[indexed].tolist()
-    made = calibrate_match(embeddings[indexed], known, Recipe(seed=seed))
+    made = calibrate_match(
+        [str(row) for row in indexed], embeddings[indexed], known, Recipe(seed=seed)
+    )
     assert made is not None
     calibration = made["several"]
 

@@ -86,7 +86,7 @@ def calibrated(
         embeddings, pooled, path, recipe, grid=(7, 7), labels=labels, progress=False
     )
     with Index.open(path) as index:
-        maps, sample = one.views[0].activations, trust_rows(len(rows), recipe, network)
+        maps, sample = one.views[0].activations, trust_rows(index.ids, recipe, network)
         made = calibrate_trust(
             recipe, network, [index.encoding(0)], lambda _, some: index.select(some).fields(0),
             embeddings, labels, sample,

@@ -3,16 +3,18 @@
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 from .._checks import check_sides
 from .._options import Values, checked_values, chosen, setting
 from ..errors import InputError, NetworkError, Plain, reason, short
 
 if TYPE_CHECKING:
-    from ..index import Manifest
+    from ..index import Manifest, RunEntry
     from ..network import EmbeddingNetwork
     from ..onnx import OnnxNetwork
 
@@ -69,7 +71,7 @@ class NetworkSettings:
     autocast: str | None = _text(help="compute in half precision", choices=("bf16", "fp16", "off"))
     output: str | int | None = _text(check=_text_or_number)
     layout: str | None = _text()
-    channels_last: bool = setting(False)
+    channels_last: bool | None = setting(None, kind=bool)
     seed: int = setting(0)
 
 
@@ -94,6 +96,64 @@ class ImageSettings:
     max_pixels: int | None = _whole(
         "N", "of a picture; larger ones are refused unread (default 89478485)", least=1
     )
+
+
+@contextmanager
+def run_by(
+    options: argparse.Namespace, network: "EmbeddingNetwork", earlier: "RunEntry | None" = None
+) -> "Iterator[EmbeddingNetwork]":
+    """Yield a network run by torch or ONNX Runtime, as the options say or as an `earlier` run was.
+
+    A file that is made for it is removed at the end.
+    """
+    if runtime_of(options, earlier) != "onnx":
+        yield network
+        return
+    from ..export import opened_for, through_onnx
+
+    if options.onnx is not None:
+        yield opened_for(network, options.onnx)
+        return
+    with TemporaryDirectory(prefix="embedcam-", ignore_cleanup_errors=True) as folder:
+        file = os.path.join(folder, "network.onnx")
+        yield through_onnx(network, file, progress=options.progress)
+
+
+def runtime_of(options: argparse.Namespace, earlier: "RunEntry | None" = None) -> str:
+    """Return what runs the forward passes; refuse, before a network is loaded, what cannot."""
+    file = getattr(options, "onnx", None)
+    if file is not None and options.runtime == "torch":
+        raise InputError(f"--onnx {file} is run by ONNX Runtime; leave out --runtime torch")
+    if file is not None:
+        if not os.path.isfile(file):
+            raise InputError(f"--onnx {file}: there is no such file")
+        return "onnx"
+    runtime = options.runtime or (earlier.runtime if earlier else "torch")
+    if runtime == "onnx":
+        from ..export import check_packages
+
+        try:
+            check_packages()
+        except NetworkError as error:
+            if options.runtime:
+                raise
+            raise NetworkError(
+                f"the index was built by ONNX Runtime, and {error}, or give --runtime torch"
+            ) from error
+    return str(runtime)
+
+
+def loading_of_file(path: str, asked: Mapping[str, Plain]) -> Values:
+    """Return how torch loads the network of an ONNX file: as it says, but for what is `asked`."""
+    from ..onnx import OnnxNetwork
+
+    described = OnnxNetwork(path).described
+    if described is None or not described.loading:
+        raise InputError(
+            f"{path} does not say how torch loads its network, which a build needs beside it; give "
+            "--network, too"
+        )
+    return _loaded_again(described.loading, asked, f"{path} names")
 
 
 def torch_network(options: argparse.Namespace, manifest: "Manifest") -> "EmbeddingNetwork":
@@ -134,10 +194,15 @@ def network_of_index(manifest: "Manifest", asked: Mapping[str, Plain]) -> Values
             "this index was built with a network that was not loaded by name; write a function "
             "that returns it, and give --network package.module:function"
         )
+    return _loaded_again(loading, asked, "this index names")
+
+
+def _loaded_again(loading: Mapping[str, Any], asked: Mapping[str, Plain], names: str) -> Values:
+    """Return how a network is loaded, as an index or a file says, code of its own refused."""
     name = str(loading.get("network", ""))
     if "network" not in asked and name.partition(":")[0] not in _LIBRARIES:
         raise InputError(
-            f"this index names the network {name!r}, which is code of whoever built it; if you "
+            f"{names} the network {name!r}, which is code of whoever built it; if you "
             f"trust it, say so with --network {name}"
         )
     for option in _FILES:

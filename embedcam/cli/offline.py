@@ -12,7 +12,16 @@ from ..errors import InputError, RecipeError, printable, reason, show_json
 from ..images.progress import progress_of
 from ..recipe import WHITENED, Recipe
 from ..recipe.recipe import read_toml, shipped_recipe
-from .networks import ImageSettings, NetworkSettings, load_named, network_of_index, torch_network
+from .networks import (
+    ImageSettings,
+    NetworkSettings,
+    load_named,
+    loading_of_file,
+    network_of_index,
+    run_by,
+    runtime_of,
+    torch_network,
+)
 from .output import counted, emit, fidelity_lines, images_of, note, size_text, some_of
 
 if TYPE_CHECKING:
@@ -55,6 +64,7 @@ def add(options: Namespace) -> None:
     with Index.open(options.index) as index:
         index.refuse_prototypes(ADD_INSTEAD)  # before a network is loaded
         network = network_of_index(index.manifest, chosen(options, NetworkSettings))
+        earlier = index.manifest.run
         known = index.find_live(source.ids) if options.skip_existing else ()
     if known:
         note(options, f"{counted(len(known), 'image')} left out: in the index already")
@@ -62,8 +72,10 @@ def add(options: Namespace) -> None:
     if known and not len(source):
         report = BuildReport(Path(options.index), 0, [], left_out=source.left_out)
         return _report(options, report, "added")
-    loaded = load_named(network)
-    report = add_images(source, loaded, options.index, update=options.update, **_work(options))
+    runtime_of(options, earlier)
+    with run_by(options, load_named(network), earlier) as loaded:
+        work = _work(options)
+        report = add_images(source, loaded, options.index, update=options.update, **work)
     _report(options, report, "added")
 
 
@@ -229,7 +241,7 @@ def _build_images(
     from ..offline import build_index, indexed_images
 
     path = options.images or images.get("path")
-    own_maps = not options.no_own_maps
+    own_maps, earlier = not options.no_own_maps, None
     if again or (options.refit and path is None):
         # What is not said is as it was; without images, those that the index knows are taken.
         with Index.open(options.index) as index:
@@ -243,6 +255,7 @@ def _build_images(
                 own_maps &= index.manifest.layers[0].coarse_grid is not None
             if index.manifest.network is not None or not network.get("network"):
                 network = network_of_index(index.manifest, network)
+            earlier = index.manifest.run
     elif path is None:
         raise InputError(
             "no images were given; name a folder or a CSV before the index, or set [images] path "
@@ -251,21 +264,27 @@ def _build_images(
     if path is not None:
         kept = ("labels", "exclude", "max_pixels")
         source = images_of(options, path, **{k: images[k] for k in kept if k in images})
+    runtime_of(options, earlier)
+    if options.onnx is not None and not network.get("network"):
+        network = loading_of_file(options.onnx, network)
     loaded = load_named(network)
     if network.get("layer") is None:
         name = loaded.name or network["network"]
         note(options, f"{name}: explaining layer {loaded.layer} (--layer takes another)")
-    return build_index(
-        source,
-        loaded,
-        options.index,
-        recipe,
-        triplets=_given_triplets(options),
-        own_maps=own_maps,
-        trust=not options.no_trust,
-        replace=options.refit,
-        **_work(options, images.get("on_unreadable", "fail")),
-    )
+    work = _work(options, images.get("on_unreadable", "fail"))
+    with run_by(options, loaded, earlier) as run:
+        repeated = run.repeat_run(earlier)
+        return build_index(
+            source,
+            run,
+            options.index,
+            recipe,
+            triplets=_given_triplets(options),
+            own_maps=own_maps,
+            trust=not options.no_trust,
+            replace=options.refit,
+            **{**work, "batch_size": work["batch_size"] or repeated},
+        )
 
 
 def _build_features(options: Namespace, recipe: Recipe, network: Values) -> "BuildReport":
@@ -275,6 +294,8 @@ def _build_features(options: Namespace, recipe: Recipe, network: Values) -> "Bui
         raise InputError(
             "an index from features needs --embeddings, --pooled and --grid; one is missing"
         )
+    if options.onnx or options.runtime:
+        raise InputError("features were made elsewhere: leave out --onnx and --runtime")
     if options.images:
         raise InputError("give either IMAGES or --embeddings and --pooled, not both")
     pooled, embeddings = read_array(options.pooled), read_array(options.embeddings)

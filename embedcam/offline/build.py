@@ -12,6 +12,7 @@ from ..images import MAX_PIXELS, ImageSource, Item, load_batches
 from ..index import Index, IndexRows, PartData, writer
 from ..index.encoding import Encoding
 from ..network import EmbeddingNetwork
+from ..onnx import runtime_version
 from ..recipe.recipe import Recipe
 from . import merge, plan, shard
 from .checkpoint import Checkpoint, finished_job, remove_checkpoint
@@ -34,7 +35,7 @@ def build_index(
     path: str | Path,
     recipe: Recipe | None = None,
     *,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     workers: int | None = None,
     on_unreadable: str = "fail",
     triplets: np.ndarray | None = None,
@@ -57,7 +58,8 @@ def build_index(
     recipe
         The choices; None takes the defaults, which are what measured best.
     batch_size
-        Images a forward pass; changes nothing beyond float rounding.
+        Images a forward pass; changes nothing beyond float rounding. None takes what suits the
+        network and the device (`usual_passes`).
     workers
         Threads that decode images; None takes one for each core.
     on_unreadable
@@ -99,8 +101,8 @@ def build_index(
     plan.warn_of_norm(recipe, network.normalize or network.already_normalized, 2)
     writer.check_target(path, replace=True)
     exact = is_exact(recipe, network.head_kind.matrix, network.normalize)
-    strategy = strategy_for(network, recipe, exact=exact, batch_size=batch_size)
-    identity = network.identity()
+    identity, run = network.identity(), plan.run_of(network, batch_size)
+    strategy = strategy_for(network, recipe, exact=exact, batch_size=run.batch_size)
     width, n_channels = len(identity.probe_embedding), len(identity.probe_pooled)
     plan.check_method(recipe, network, width)
     plan.check_amounts(recipe, source.ids, source.labels, width, n_channels, triplets)
@@ -110,7 +112,7 @@ def build_index(
     # Once, before any is read: a file that changes meanwhile must not pass for the one indexed.
     files = [source.fingerprint(position) for position in range(len(source))]
     given = None if triplets is None else pairs_digest(triplets)
-    job = plan.job_digest(recipe, identity, source, files, batch_size, own_maps, given)
+    job = plan.job_digest(recipe, identity, source, files, run, own_maps, given)
     stages, generation = Stages(progress), 1
     with plan.disk_errors(path), writer.lock(path):
         if (path / "manifest.json").exists():
@@ -122,7 +124,7 @@ def build_index(
                     log.info("%s holds these images already", path)
                     return BuildReport(path, 0, skipped, left_out=source.left_out)
         checkpoint, options = Checkpoint(path / _CHECKPOINT, job), (workers, on_unreadable)
-        work = Plan(network, source, recipe, strategy, checkpoint, stages, batch_size, *options)
+        work = Plan(network, source, recipe, strategy, checkpoint, stages, run, *options)
         plan.cache_within(work, own_maps * scratch_gb)
         shard.embed_chunks(work)
         embedded = merge.gather(work)
@@ -153,6 +155,9 @@ def build_index(
                 files=plan.files_digest([files[position] for position in embedded.positions]),
                 given=triplets,
             )
+            about["run"] = dataclasses.asdict(run)
+            if run.runtime == "onnx":
+                about["libraries"]["onnxruntime"] = runtime_version()
             about["trust_calibration"] = merge.plain(made)
             about["match_calibration"] = merge.plain(match)
             shared = {**identity.arrays(), "embedding_mean": embedded.mean}
@@ -170,7 +175,7 @@ def add_images(
     path: str | Path,
     *,
     update: bool = False,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     workers: int | None = None,
     on_unreadable: str = "fail",
     scratch_gb: float = SCRATCH_GB,
@@ -193,7 +198,9 @@ def add_images(
         The source is the whole collection that the index was built from: what is new is added,
         what has vanished is removed, and what has changed is replaced, in one step; see
         `BuildReport.changes`.
-    batch_size, workers, on_unreadable, scratch_gb, progress
+    batch_size
+        Images a forward pass; None takes the build's, where that ran on the same kind of device.
+    workers, on_unreadable, scratch_gb, progress
         As for `build_index`.
 
     Raises
@@ -221,7 +228,10 @@ def add_images(
                 "(--labels auto), or build an index of numbers"
             )
         coded_labels(recipe, source.labels, source.ids)
+        if (repeated := network.repeat_run(manifest.run)) is not None and batch_size is None:
+            batch_size = repeated
         encodings, exact = _encodings(index, recipe, network)
+        run = plan.run_of(network, batch_size)
         live, changes, gone = index.live_positions(), None, list[str]()
 
         def removed(changes: Changes, skipped: list[tuple[str, str]]) -> BuildReport:
@@ -240,9 +250,9 @@ def add_images(
                 return removed(changes, [])
             source = source.only(places)
             live = np.setdiff1d(live, index.positions(gone))
-        strategy = strategy_for(network, recipe, exact=exact, batch_size=batch_size)
+        strategy = strategy_for(network, recipe, exact=exact, batch_size=run.batch_size)
         files = [source.fingerprint(position) for position in range(len(source))]
-        job = plan.job_digest(recipe, network.identity(), source, files, batch_size, *sorted(gone))
+        job = plan.job_digest(recipe, network.identity(), source, files, run, *sorted(gone))
         if _tidied(index) == job:
             log.info("%s has these images already", path)
             return BuildReport(path, 0, [], left_out=source.left_out)
@@ -251,7 +261,7 @@ def add_images(
         layer, root = manifest.layers[0], manifest.images_root
         with_maps, options = layer.coarse_grid is not None, (workers, on_unreadable)
         checkpoint = Checkpoint(path / _CHECKPOINT, f"{job} {manifest.manifest_sha256}")
-        work = Plan(network, source, recipe, strategy, checkpoint, stages, batch_size, *options)
+        work = Plan(network, source, recipe, strategy, checkpoint, stages, run, *options)
         plan.cache_within(work, with_maps * scratch_gb)
         shard.embed_chunks(work)
         if changes is not None:
@@ -283,7 +293,7 @@ def calibrate_index(
     network: EmbeddingNetwork | None = None,
     *,
     images: str | Path | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     workers: int | None = None,
     progress: bool | None = None,
 ) -> dict[str, int]:
@@ -301,10 +311,12 @@ def calibrate_index(
         embeddings, labels = IndexRows(index, live), list(index.labels[live])
         made = {"match": (merge.plain(calibrate_match(embeddings, labels, recipe)), LEAST_MATCH)}
         if network is not None:
+            repeated = network.repeat_run(manifest.run)
             encodings, _ = _encodings(index, recipe, network)
+            of_run = plan.run_of(network, repeated if batch_size is None else batch_size)
             rows, source = trust_rows(len(live), recipe, network), indexed_images(index, images)
             preprocess = network.require_preprocess()
-            batches = load_batches(source, rows, preprocess, batch_size, workers=workers)
+            batches = load_batches(source, rows, preprocess, of_run.batch_size, workers=workers)
             views = forwarded(network, manifest.layer_names, batches)
 
             def fields(layer: int, chosen: np.ndarray) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ import shutil
 import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +18,7 @@ import torch
 from .._checks import one_of, whole
 from ..errors import EmbedcamError, ImageError, InputError, NetworkMismatch, RecipeError
 from ..images import Batch, ImageSource, embed, load_batches
-from ..index import Index, check_factory
+from ..index import Index, RunEntry, check_factory
 from ..index.encoding import Encoding, LowRank, TopM
 from ..index.identity import Identity
 from ..methods import Subject, run_method
@@ -65,9 +65,14 @@ class Plan:
     strategy: Strategy
     checkpoint: Checkpoint
     stages: Stages
-    batch_size: int
+    run: RunEntry
     workers: int | None
     on_unreadable: str
+
+    @property
+    def batch_size(self) -> int:
+        """Images a forward pass."""
+        return self.run.batch_size
 
     @property
     def chunks(self) -> range:
@@ -137,7 +142,7 @@ def job_digest(
     identity: Identity,
     source: ImageSource,
     files: list[str],
-    batch_size: int,
+    run: RunEntry,
     *choices: int | str | np.ndarray | None,
 ) -> str:
     """Return a digest of everything the chunks of a job depend on."""
@@ -149,21 +154,33 @@ def job_digest(
     # The probe speaks for code that parameters do not show, to the bit: so do the chunks.
     probe = [array for _, array in sorted(identity.arrays().items())]
     # A picture that was skipped for its size may be read by another limit.
-    choices += (chunk_size(batch_size, recipe.method), source.max_pixels)
+    choices += (chunk_size(run.batch_size, recipe.method), source.max_pixels)
+    choices += (run.runtime, run.channels_last)
     for choice in (_CHUNKS, torch.__version__, np.__version__, *probe, *choices):
         data = choice.tobytes() if isinstance(choice, np.ndarray) else repr(choice).encode()
         digest.update(data + b"\0")
     return digest.hexdigest()
 
 
+def run_of(network: EmbeddingNetwork, batch_size: int | None) -> RunEntry:
+    """Return how a checked network is run, in batches of that size, None for the usual one."""
+    usual = network.usual_run
+    return usual if batch_size is None else replace(usual, batch_size=batch_size)
+
+
 def check_options(
-    source: ImageSource, network: EmbeddingNetwork, batch_size: int, unreadable: str, gb: float
+    source: ImageSource,
+    network: EmbeddingNetwork,
+    batch_size: int | None,
+    unreadable: str,
+    gb: float,
 ) -> None:
     """Refuse options that no job can work with."""
     if len(source) == 0:
         raise InputError("there are no images to index; give a folder or a CSV that names some")
     one_of("on_unreadable", unreadable, ("fail", "skip"))
-    whole("batch_size", batch_size, 1)
+    if batch_size is not None:
+        whole("batch_size", batch_size, 1)
     if not gb >= 0:
         raise InputError(f"scratch_gb = {gb!r}; give a number of at least 0")
     network.require_preprocess()

@@ -19,7 +19,7 @@ from embedcam import EmbeddingNetwork, Explainer, Index, build_index, find_image
 from embedcam.errors import EmbeddingError, InputError, NetworkError, NetworkMismatch
 from embedcam.export import opened_for, through_onnx
 from embedcam.index import RunEntry
-from embedcam.network import Features
+from embedcam.network import Features, load_network
 from embedcam.onnx import OnnxNetwork
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
@@ -95,6 +95,17 @@ def test_what_it_is_and_how_it_is_run(file: Path) -> None:
     assert network.identity().to_dict() == torchs.identity().to_dict()
     assert network.repeat_run(RunEntry("onnx", "cpu", 7, False)) == 7
     assert network.repeat_run(RunEntry("torch", "cpu", 7, True)) is None
+
+
+def test_weights_with_channels_last_are_exported(tmp_path: Path) -> None:
+    torchs = load_network("test_passes:made", layer="relu")
+    network = through_onnx(torchs, tmp_path / "n.onnx", progress=False)
+    assert torchs.channels_last
+    assert not network.usual_run.channels_last
+    alike(network.forward(noise()), torchs.forward(noise()))
+    described = OnnxNetwork(tmp_path / "n.onnx").described
+    assert described is not None
+    assert described.loading == torchs.spec
 
 
 def test_a_masked_picture_may_be_zero_and_a_bad_one_is_named(flat, tmp_path) -> None:

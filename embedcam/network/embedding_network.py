@@ -239,7 +239,7 @@ class EmbeddingNetwork:
         if self.device.type != "cpu" or kind != "float32":
             raise NetworkError(
                 f"the network computes in {kind} on {self.device}, and ONNX Runtime runs it in "
-                "float32 on the CPU; load it so, or leave ONNX Runtime out"
+                "float32 on the CPU; load it so, or leave that out (--runtime torch)"
             )
         differs = difference_of(self.identity(), session.identity())
         if differs is not None:

@@ -25,7 +25,7 @@ from .index.identity import compare
 from .network import EmbeddingNetwork
 from .network.module import full_float32
 from .onnx import Described, Head, OnnxNetwork
-from .onnx.network import EMBEDDING, output_name
+from .onnx.network import EMBEDDING, NORM, output_name
 from .ops import resize
 
 if TYPE_CHECKING:
@@ -68,7 +68,8 @@ def export_onnx(
     Its input is `images` float32 `[B 3 H W]`, B of any size, H and W too where the network takes
     any, which `detail=2` makes use of; its outputs are `activations` `[B K H W]`, `activations_1`
     and so on for an index of several layers, and `embedding` `[B D]`, of length 1 where the index
-    is normalized. It is held against torch before it is put in place.
+    is normalized, and then `norm` `[B]`, its length before that. It is held against torch before it
+    is put in place.
 
     Parameters
     ----------
@@ -92,7 +93,6 @@ def export_onnx(
     IndexFormatError
         No index, or a broken one.
     """
-    began = time.perf_counter()
     target = check_target(path)
     with (
         nullcontext(index)
@@ -105,14 +105,49 @@ def export_onnx(
             "this index was built from features alone and does not know its network, so none can "
             "be exported for it; build it again naming the network"
         )
-    identity = network.identity()
-    compare(stored, identity)
-    _refuse_unexportable(network)
+    compare(stored, network.identity())
     layers = (network.layer, *(name for name in names if name != network.layer))
+    return _write(network, layers, target, progress)
+
+
+def through_onnx(
+    network: EmbeddingNetwork,
+    path: str | Path,
+    *,
+    threads: int | None = 1,
+    progress: bool | None = None,
+) -> EmbeddingNetwork:
+    """Write a network's file, and return the network with its forward passes run from it.
+
+    The file stays the caller's; it is held against torch as `export_onnx` does. Derivatives are
+    torch's as before: see `EmbeddingNetwork.with_session`. Raises as `export_onnx`.
+    """
+    _write(network, (network.layer,), check_target(path), progress)
+    return opened_for(network, path, threads)
+
+
+def opened_for(
+    network: EmbeddingNetwork, path: str | Path, threads: int | None = 1
+) -> EmbeddingNetwork:
+    """Return a network run by an ONNX file that was exported of it.
+
+    On one thread, since a build runs several passes side by side; None takes as many as torch.
+    """
+    threads = torch.get_num_threads() if threads is None else threads
+    return network.with_session(OnnxNetwork(path, preprocess=network.preprocess, threads=threads))
+
+
+def _write(
+    network: EmbeddingNetwork, layers: tuple[str, ...], target: Path, progress: bool | None
+) -> ExportReport:
+    """Write a network's file, hold it against torch, and put it in place."""
+    began = time.perf_counter()
+    _refuse_unexportable(network)
+    identity = network.identity()
     # Half-precision autocast is not exported, and the file does not claim it.
     plain = network.without_autocast()
     settings = replace(identity, precision="float32").to_dict()
-    described = Described(__version__, settings, layers, _head_of(plain))
+    described = Described(__version__, settings, layers, _head_of(plain), network.spec)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         for free in (True, False):
@@ -210,11 +245,12 @@ class Traced(nn.Module):
         self._run = network.traceable(layers)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return of `[B 3 H W]` each layer's `[B K H W]`, then the embedding `[B D]`."""
+        """Return of `[B 3 H W]` each layer's `[B K H W]`, then embedding `[B D]`, norm `[B]`."""
         z, maps = self._run(images)
-        if self._normalize:
-            z = z / torch.linalg.vector_norm(z, dim=1, keepdim=True)
-        return (*maps, z)
+        if not self._normalize:
+            return (*maps, z)
+        norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+        return (*maps, z / norm, norm[:, 0])
 
 
 def onnx_model(network: EmbeddingNetwork, layers: Sequence[str], free: bool) -> "ModelProto":
@@ -235,7 +271,7 @@ def onnx_model(network: EmbeddingNetwork, layers: Sequence[str], free: bool) -> 
                 verbose=False,
                 external_data=False,
                 input_names=["images"],
-                output_names=[*names, EMBEDDING],
+                output_names=[*names, EMBEDDING, *([NORM] if network.normalize else [])],
                 dynamic_shapes=(shapes,),
             )
         assert program is not None
@@ -289,7 +325,7 @@ def _compared(network: EmbeddingNetwork, path: Path, layers: Sequence[str]) -> f
     probe = network.probe_images(2)
     noise = np.random.default_rng(0).standard_normal((_RANDOM_PICTURES, *probe.shape[1:]))
     pictures = np.concatenate([probe, noise.astype(np.float32)])
-    names = [*(output_name(place) for place in range(len(layers))), EMBEDDING]
+    names = [*(output_name(place) for place in range(len(layers))), EMBEDDING, NORM]
     worst = 0.0
     # Of one picture, of a batch of another size than the one that was traced, and larger.
     larger = resize(pictures[:1], (2 * pictures.shape[2], 2 * pictures.shape[3]))
@@ -297,8 +333,10 @@ def _compared(network: EmbeddingNetwork, path: Path, layers: Sequence[str]) -> f
         with full_float32(network.device):
             expected = network.embed(batch, layers)
         outputs = written.embed(batch, layers)
-        ours = [*outputs.activations, outputs.embedding]
-        torchs = [*expected.activations, expected.embedding]
+        ours, torchs = (
+            [*one.activations, one.embedding, *([] if one.norm is None else [one.norm])]
+            for one in (outputs, expected)
+        )
         for name, one, other in zip(names, ours, torchs, strict=True):
             off = _relative(one, other)
             if not off <= TOLERANCE:

@@ -205,6 +205,7 @@ def test_the_command_line_names_what_helps(say, folder, tmp_path) -> None:
     assert code == 0, err
     assert err.splitlines() == [
         "bad_factory:make: explaining layer spoil (--layer takes another)",
+        "forward passes: batches of 8, channels last, torch",
         f"skipped {BLANK}: the embedding is zero and cannot be normalised",
         "labels: 3 (c0, c1, c2), of 4 images each",
         "not taken: 1 excluded by white.png, 0 excluded by *.gif, 1 skipped",

@@ -244,7 +244,8 @@ def test_the_command_says_what_it_did(photos: Path, add: Callable[..., Any]) -> 
     replaced(photos / "c1/004.png")
     (photos / "c2/005.png").unlink()
     code, out, err = add(photos, "--update")
-    assert (code, err) == (0, "labels: 3 (c0, c1, c2), of 1 (c2) to 3 (c1) images each\n")
+    said = "labels: 3 (c0, c1, c2), of 1 (c2) to 3 (c1) images each\n"
+    assert (code, err) == (0, f"forward passes: batches of 8, torch\n{said}")
     assert out.startswith(
         f"{index}: 5 new (c0/030.png, c0/033.png, c1/031.png, ...), 1 changed (c1/004.png), "
         "1 vanished (c2/005.png); 10 as before, in "

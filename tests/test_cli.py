@@ -197,6 +197,7 @@ def test_a_named_network_tells_its_layer(say: Say, tmp_path: Path) -> None:
     assert code == 0
     assert err == (
         "torchvision:squeezenet1_1: explaining layer features (--layer takes another)\n"
+        "forward passes: batches of 8, channels last, torch\n"
         "labels: 3 (0, 1, 2), of 4 images each\n"
         "the crop leaves out more than a quarter of 12 of 12 pictures; --resize squash shows all "
         "of each\n"

@@ -152,7 +152,8 @@ def test_an_interruption_is_130_and_says_how_to_go_on(say, index, monkeypatch):
         assert say(*build) == (130, "", said(""))  # nothing is kept yet
         patch.undo()
         patch.setattr("embedcam.offline.merge.fit_encodings", interrupted)
-        assert say(*build) == (130, "", again)
+        passes = "forward passes: batches of 8, torch\n"
+        assert say(*build) == (130, "", passes + again)
         assert say(*build)[2] == done + again
     assert say(*build, "--quiet")[::2] == (0, "")
     monkeypatch.setattr(Explainer, "explain", interrupted)

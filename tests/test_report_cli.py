@@ -31,8 +31,9 @@ def test_a_folder_of_queries_is_one_page(say, tmp_path):
     out = tmp_path / "out"
     code, told, noted = say("queries", "--report", out, "-n", 2, "--batch-size", 2)
     assert (code, told) == (0, f"{out}/index.html: 6 queries\n")
-    assert noted.startswith("note: queries/broken.jpg: is not an image of a known kind")
-    assert noted.count("\n") == 1
+    passes, unreadable = noted.splitlines()
+    assert passes == "forward passes: batches of 2, torch"
+    assert unreadable.startswith("note: queries/broken.jpg: is not an image of a known kind")
     explainer = Explainer("my.index", load_network("cli_toy_network:make", layer="relu"))
     source = find_images("queries", "none")
     write_report(explainer, source, tmp_path / "same", n_neighbors=2, batch_size=2)
@@ -44,7 +45,8 @@ def test_a_folder_of_queries_is_one_page(say, tmp_path):
 def test_pictures_are_queries_too(say, tmp_path):
     named = ["photos/1/1.png", "queries/deep/er/1.png"]
     told = f"{tmp_path}/a/index.html: 2 queries\n"
-    assert say(*named, "--report", tmp_path / "a", "--scale", "each") == (0, told, "")
+    passes = "forward passes: batches of 8, torch\n"
+    assert say(*named, "--report", tmp_path / "a", "--scale", "each") == (0, told, passes)
     lines = (tmp_path / "a/explanations.jsonl").read_text().splitlines()
     assert [json.loads(line)["query"] for line in lines] == named
 

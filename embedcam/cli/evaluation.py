@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from .._options import chosen
 from ..errors import InputError, show, show_json
-from .networks import torch_network
+from .networks import run_by, runtime_of, torch_network
 from .online import check_file, check_folder
-from .output import columns, images_of, note
+from .output import columns, images_of, note, say_run
 
 if TYPE_CHECKING:
     from ..evaluate.settings import Record
@@ -42,11 +42,15 @@ def evaluate(options: Namespace) -> None:
         of_boxes(options.boxes, source)
     if options.masks:
         of_masks(options.masks, source)
-    with Index.open(options.index) as index:
+    runtime_of(options)
+    with (
+        Index.open(options.index) as index,
+        run_by(options, torch_network(options, index.manifest), threads=None) as network,
+    ):
         evaluation = evaluate_index(
             index,
             source,
-            torch_network(options, index.manifest),
+            network,
             boxes=options.boxes,
             masks=options.masks,
             indexed=options.indexed,
@@ -57,6 +61,7 @@ def evaluate(options: Namespace) -> None:
             workers=options.workers,
             progress=options.progress,
         )
+        say_run(options, network, settings.batch_size)
     # Files first: a reader that goes away (`| head`) ends the command.
     for what, file, save in (
         ("page", options.html, evaluation.save_html),

@@ -3,8 +3,10 @@
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from .._checks import check_sides
@@ -12,7 +14,7 @@ from .._options import Values, checked_values, chosen, setting
 from ..errors import InputError, NetworkError, Plain, reason, short
 
 if TYPE_CHECKING:
-    from ..index import Manifest
+    from ..index import Manifest, RunEntry
     from ..network import EmbeddingNetwork
     from ..onnx import OnnxNetwork
 
@@ -69,7 +71,7 @@ class NetworkSettings:
     autocast: str | None = _text(help="compute in half precision", choices=("bf16", "fp16", "off"))
     output: str | int | None = _text(check=_text_or_number)
     layout: str | None = _text()
-    channels_last: bool = setting(False)
+    channels_last: bool | None = setting(None, kind=bool)
     seed: int = setting(0)
 
 
@@ -94,6 +96,68 @@ class ImageSettings:
     max_pixels: int | None = _whole(
         "N", "of a picture; larger ones are refused unread (default 89478485)", least=1
     )
+
+
+@contextmanager
+def run_by(
+    options: argparse.Namespace,
+    network: "EmbeddingNetwork",
+    earlier: "RunEntry | None" = None,
+    threads: int | None = 1,
+) -> "Iterator[EmbeddingNetwork]":
+    """Yield a network run by torch or ONNX Runtime, as the options say or as an `earlier` run was.
+
+    On so many `threads` a pass, None on as many as torch; ONNX Runtime's file, where one is made
+    for it, is removed at the end.
+    """
+    if runtime_of(options, earlier) != "onnx":
+        yield network
+        return
+    from ..export import opened_for, through_onnx
+
+    if options.onnx is not None:
+        yield opened_for(network, options.onnx, threads)
+        return
+    with TemporaryDirectory(prefix="embedcam-", ignore_cleanup_errors=True) as folder:
+        file = os.path.join(folder, "network.onnx")
+        yield through_onnx(network, file, progress=options.progress, threads=threads)
+
+
+def runtime_of(options: argparse.Namespace, earlier: "RunEntry | None" = None) -> str:
+    """Return what runs the forward passes; refuse, before a network is loaded, what cannot."""
+    file = getattr(options, "onnx", None)
+    if file is not None and options.runtime == "torch":
+        raise InputError(f"--onnx {file} is run by ONNX Runtime; leave out --runtime torch")
+    if file is not None:
+        if not os.path.isfile(file):
+            raise InputError(f"--onnx {file}: there is no such file")
+        return "onnx"
+    runtime = options.runtime or (earlier.runtime if earlier else "torch")
+    if runtime == "onnx":
+        from ..export import check_packages
+
+        try:
+            check_packages()
+        except NetworkError as error:
+            if options.runtime:
+                raise
+            raise NetworkError(
+                f"the index was built by ONNX Runtime, and {error}, or give --runtime torch"
+            ) from error
+    return str(runtime)
+
+
+def loading_of_file(path: str, asked: Mapping[str, Plain]) -> Values:
+    """Return how torch loads the network of an ONNX file: as it says, but for what is `asked`."""
+    from ..onnx import OnnxNetwork
+
+    described = OnnxNetwork(path).described
+    if described is None or not described.loading:
+        raise InputError(
+            f"{path} does not say how torch loads its network, which a build needs beside it; give "
+            "--network, too"
+        )
+    return _loaded_again(described.loading, asked, path, "built")
 
 
 def torch_network(options: argparse.Namespace, manifest: "Manifest") -> "EmbeddingNetwork":
@@ -143,10 +207,17 @@ def network_again(
             f"this {what} was {done} with a network that was not loaded by name; write a function "
             "that returns it, and give --network package.module:function"
         )
+    return _loaded_again(loading, asked, f"this {what}", done)
+
+
+def _loaded_again(
+    loading: Mapping[str, Plain], asked: Mapping[str, Plain], who: str, done: str
+) -> Values:
+    """Return how a network is loaded, as an index or a file says, code of its own refused."""
     name = str(loading.get("network", ""))
     if "network" not in asked and name.partition(":")[0] not in _LIBRARIES:
         raise InputError(
-            f"this {what} names the network {name!r}, which is code of whoever {done} it; if you "
+            f"{who} names the network {name!r}, which is code of whoever {done} it; if you "
             f"trust it, say so with --network {name}"
         )
     for option in _FILES:
@@ -154,8 +225,8 @@ def network_again(
         known = option in asked or not isinstance(file, str) or file == "random"
         if not known and not os.path.isfile(str(file)):
             raise NetworkError(
-                f"the {what} was {done} with --{option} {file}, which is not there any more; say "
-                f"where it lies now with --{option} FILE"
+                f"{who.replace('this', 'the', 1)} was {done} with --{option} {file}, which is not "
+                f"there any more; say where it lies now with --{option} FILE"
             )
     return {**loading, **asked}
 

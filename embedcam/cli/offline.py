@@ -16,8 +16,11 @@ from .networks import (
     ImageSettings,
     NetworkSettings,
     load_named,
+    loading_of_file,
     network_again,
     network_of_index,
+    run_by,
+    runtime_of,
     torch_network,
 )
 from .output import counted, emit, fidelity_lines, images_of, note, size_text, some_of
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 
     from ..images import ImageSource
     from ..images.texts import LabelColumn, Texts
+    from ..index import RunEntry
     from ..network import EmbeddingNetwork
     from ..offline import BuildReport
     from ..offline.report import Changes
@@ -62,12 +66,13 @@ def add(options: Namespace) -> None:
     """Add images to an index."""
     from ..offline import BuildReport, add_images
 
-    source, network = _additions(options, options.index)
+    source, network, earlier = _additions(options, options.index)
     if options.skip_existing and not len(source):
         report = BuildReport(Path(options.index), 0, [], left_out=source.left_out)
         return _report(options, report, "added")
-    loaded = load_named(network)
-    report = add_images(source, loaded, options.index, update=options.update, **_work(options))
+    with run_by(options, load_named(network), earlier) as loaded:
+        work = _work(options)
+        report = add_images(source, loaded, options.index, update=options.update, **work)
     _report(options, report, "added")
 
 
@@ -78,31 +83,34 @@ def plan(options: Namespace) -> None:
     work = _work(options)
     del work["workers"], work["progress"]
     if options.add_to:
-        source, named = _additions(options, options.add_to)
+        source, named, earlier = _additions(options, options.add_to)
         if not len(source):
             raise InputError(
                 f"{options.add_to} holds these images already; there is nothing to add"
             )
         where = {"add_to": options.add_to, **work}
-        report = plan_job(source, load_named(named), options.job, pieces=options.pieces, **where)
+        with run_by(options, load_named(named), earlier) as network:
+            report = plan_job(source, network, options.job, pieces=options.pieces, **where)
     else:
         options.index = options.refit
         again = bool(options.refit)
         recipe, images, named = _choices(options, again)
-        source, network, own_maps = _inputs(options, images, named, again)
+        source, loaded, own_maps, earlier = _inputs(options, images, named, again)
         work["on_unreadable"] = options.on_unreadable or images.get("on_unreadable", "fail")
-        report = plan_job(
-            source,
-            network,
-            options.job,
-            recipe,
-            pieces=options.pieces,
-            triplets=_given_triplets(options),
-            own_maps=own_maps,
-            trust=not options.no_trust,
-            replace=again,
-            **work,
-        )
+        with run_by(options, loaded, earlier) as network:
+            work["batch_size"] = work["batch_size"] or network.repeat_run(earlier)
+            report = plan_job(
+                source,
+                network,
+                options.job,
+                recipe,
+                pieces=options.pieces,
+                triplets=_given_triplets(options),
+                own_maps=own_maps,
+                trust=not options.no_trust,
+                replace=again,
+                **work,
+            )
     if report.not_taken:
         note(options, f"not taken: {report.not_taken}")
     last, times = report.n_pieces - 1, ("", ", twice", ", three times")[report.rounds - 1]
@@ -169,19 +177,21 @@ def _network_of_job(options: Namespace) -> "EmbeddingNetwork":
     return load_named(network_again(loading, chosen(options, NetworkSettings), "job", "planned"))
 
 
-def _additions(options: Namespace, path: str) -> tuple["ImageSource", Values]:
-    """Return the images to add to an index, and how its network is loaded."""
+def _additions(options: Namespace, path: str) -> tuple["ImageSource", Values, "RunEntry | None"]:
+    """Return the images to add to an index, how its network is loaded, and how it was run."""
     from ..index import ADD_INSTEAD, Index
 
     source = images_of(options, options.images)
     with Index.open(path) as index:
         index.refuse_prototypes(ADD_INSTEAD)  # before a network is loaded
         network = network_of_index(index.manifest, chosen(options, NetworkSettings))
+        earlier = index.manifest.run
         known = index.find_live(source.ids) if options.skip_existing else ()
     if known:
         note(options, f"{counted(len(known), 'image')} left out: in the index already")
         source = source.only([row for row, name in enumerate(source.ids) if name not in known])
-    return source, network
+    runtime_of(options, earlier)
+    return source, network, earlier
 
 
 def remove(options: Namespace) -> None:
@@ -343,30 +353,33 @@ def _build_images(
 ) -> "BuildReport":
     from ..offline import build_index
 
-    source, loaded, own_maps = _inputs(options, images, network, again)
-    return build_index(
-        source,
-        loaded,
-        options.index,
-        recipe,
-        triplets=_given_triplets(options),
-        own_maps=own_maps,
-        trust=not options.no_trust,
-        replace=options.refit,
-        **_work(options, images.get("on_unreadable", "fail")),
-    )
+    source, loaded, own_maps, earlier = _inputs(options, images, network, again)
+    work = _work(options, images.get("on_unreadable", "fail"))
+    with run_by(options, loaded, earlier) as run:
+        work["batch_size"] = work["batch_size"] or run.repeat_run(earlier)
+        return build_index(
+            source,
+            run,
+            options.index,
+            recipe,
+            triplets=_given_triplets(options),
+            own_maps=own_maps,
+            trust=not options.no_trust,
+            replace=options.refit,
+            **work,
+        )
 
 
 def _inputs(
     options: Namespace, images: Values, network: Values, again: bool
-) -> tuple["ImageSource", "EmbeddingNetwork", bool]:
-    """Return the images to build from, the network, and whether their own maps are kept."""
+) -> tuple["ImageSource", "EmbeddingNetwork", bool, "RunEntry | None"]:
+    """Return the images to build from, the network, whether own maps are kept, an earlier run."""
     from ..images import MAX_PIXELS
     from ..index import Index
     from ..offline import indexed_images
 
     path = options.images or images.get("path")
-    own_maps = not options.no_own_maps
+    own_maps, earlier = not options.no_own_maps, None
     if again or (options.refit and path is None):
         # What is not said is as it was; without images, those that the index knows are taken.
         with Index.open(options.index) as index:
@@ -380,6 +393,7 @@ def _inputs(
                 own_maps &= index.manifest.layers[0].coarse_grid is not None
             if index.manifest.network is not None or not network.get("network"):
                 network = network_of_index(index.manifest, network)
+            earlier = index.manifest.run
     elif path is None:
         raise InputError(
             "no images were given; name a folder or a CSV before the index, or set [images] path "
@@ -388,11 +402,14 @@ def _inputs(
     if path is not None:
         kept = ("labels", "exclude", "max_pixels")
         source = images_of(options, path, **{k: images[k] for k in kept if k in images})
+    runtime_of(options, earlier)
+    if options.onnx is not None and not network.get("network"):
+        network = loading_of_file(options.onnx, network)
     loaded = load_named(network)
     if network.get("layer") is None:
         name = loaded.name or network["network"]
         note(options, f"{name}: explaining layer {loaded.layer} (--layer takes another)")
-    return source, loaded, own_maps
+    return source, loaded, own_maps, earlier
 
 
 def _build_features(options: Namespace, recipe: Recipe, network: Values) -> "BuildReport":
@@ -402,6 +419,8 @@ def _build_features(options: Namespace, recipe: Recipe, network: Values) -> "Bui
         raise InputError(
             "an index from features needs --embeddings, --pooled and --grid; one is missing"
         )
+    if options.onnx or options.runtime:
+        raise InputError("features were made elsewhere: leave out --onnx and --runtime")
     if options.images:
         raise InputError("give either IMAGES or --embeddings and --pooled, not both")
     pooled, embeddings = read_array(options.pooled), read_array(options.embeddings)

@@ -21,7 +21,7 @@ from ..ops import attended
 from ..recipe import Recipe
 from ..recipe.registry import LayersMethod, Method, find_method
 from .networks import query_network
-from .output import columns, counted, images_of, note, some_of
+from .output import columns, counted, images_of, note, say_run, some_of
 
 if TYPE_CHECKING:
     from ..explain import Explainer, Explanation
@@ -427,13 +427,14 @@ def _write_report(
 ) -> None:
     from ..report import write_report
 
+    say_run(options, explainer.network, options.batch_size)
     report = write_report(
         explainer,
         queries,
         options.report,
         scale=options.scale,
         features=options.features,
-        batch_size=options.batch_size or 16,
+        batch_size=options.batch_size,
         progress=options.progress,
         **asked,
     )

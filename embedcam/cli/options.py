@@ -59,18 +59,26 @@ def _network(command: ArgumentParser) -> None:
     add_options(command.add_argument_group("network"), NetworkSettings)
 
 
-def _work(command: ArgumentParser) -> None:
+def _work(command: ArgumentParser) -> _ActionsContainer:
     group = command.add_argument_group("work")
     add = _adder(group)
-    add("--batch-size N", "images a pass (default 32)", POSITIVE, default=32)
+    add("--batch-size N", "images a pass (default by the device)", POSITIVE)
     add("--workers N", "threads that decode images", WHOLE)
     add_options(group, ImageSettings, "on_unreadable")
     add("--scratch-gb GB", "disk for activations kept meanwhile (default 50)", AMOUNT, default=50.0)
+    return group
 
 
 def _online(add: Callable[..., None]) -> None:
     add(*MOVED)
     add("--onnx FILE", "the network as `embedcam export` wrote it, run without torch")
+
+
+def _runtime(group: _ActionsContainer, onnx: bool = True) -> None:
+    text = "what runs the forward passes (default torch, of an index as it was built)"
+    group.add_argument("--runtime", choices=("torch", "onnx"), help=text)
+    if onnx:
+        _adder(group)("--onnx FILE", "the network as `embedcam export` wrote it, for those passes")
 
 
 def _transfer(add: Callable[..., None]) -> None:
@@ -112,7 +120,7 @@ def _built(command: ArgumentParser, *more: tuple[str, str]) -> None:
     add_options(group, Choices)
     _adder(group)("--no-own-maps", "keep no maps of the images")
     _adder(group)("--no-trust", "calibrate neither trust nor match")
-    _work(command)
+    _runtime(_work(command))
 
 
 def plan(command: ArgumentParser) -> None:
@@ -153,7 +161,7 @@ def add(command: ArgumentParser) -> None:
     add("--update", text)
     add_options(command, ImageSettings, "labels", "exclude", "max_pixels")
     _network(command)
-    _work(command)
+    _runtime(_work(command))
 
 
 def remove(command: ArgumentParser) -> None:
@@ -212,7 +220,7 @@ def explain(command: ArgumentParser) -> None:
     add("--report FOLDER", text)
     text = "the activations averaged under each map, K numbers: with --json in its records; with "
     add("--features", f"{text}--report in its lines, and as FOLDER/features.npy, a row a line")
-    add("--batch-size N", "of a report: queries a pass (default 16)", POSITIVE)
+    add("--batch-size N", "of a report: queries a pass (default by the device)", POSITIVE)
     text = "of a report, which begins with results of another label: {}"
     add_options(command, ImageSettings, "labels", help=text)
     one_way = _adder(command.add_mutually_exclusive_group())
@@ -248,6 +256,7 @@ def serve(command: ArgumentParser) -> None:
     add("-n --n-neighbors N", "results a query (default 5)", POSITIVE)
     _transfer(add)
     _online(add)
+    _runtime(command, onnx=False)
     group = command.add_argument_group(
         "limits",
         "Besides: 10 s for the head of a request, of 64 KiB at most; 20 s for a client to read\n"
@@ -284,6 +293,7 @@ def evaluate(command: ArgumentParser) -> None:
     add_options(group, Settings)
     _adder(group)("--workers N", "threads that decode images", WHOLE)
     add_options(group, ImageSettings, "on_unreadable")
+    _runtime(group)
 
 
 def export(command: ArgumentParser) -> None:

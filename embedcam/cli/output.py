@@ -5,7 +5,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from .command_line import for_command_line
 if TYPE_CHECKING:
     from ..images import ImageSource
     from ..index import Index, Manifest
+    from ..preprocess import Network
 
 _JOBS = ("embedcam.offline.shard", "embedcam.progress")
 """Loggers that say how far a job is."""
@@ -28,6 +29,13 @@ def note(options: Namespace, text: str) -> None:
     """Print something worth knowing on the error stream, so that output stays clean."""
     if options.progress is None:
         say(for_command_line(text))
+
+
+def say_run(options: Namespace, network: "Network | None", batch_size: int | None) -> None:
+    """Note how forward passes are run, `batch_size` None in the usual batches."""
+    if network is not None:
+        usual = network.usual_run
+        note(options, str(replace(usual, batch_size=batch_size or usual.batch_size)))
 
 
 @contextmanager
@@ -133,7 +141,7 @@ def images_of(options: Namespace, path: str | Path, **otherwise: Any) -> "ImageS
 _TOLD = (
     "format_version", "generation", "counts", "recipe", "recipe_sha256", "sign", "method", "target",
     "norm", "triplets", "images", "network", "embedding", "metric", "layers", "fit", "faiss",
-    "libraries", "compressed",
+    "libraries", "compressed", "run",
 )  # fmt: skip
 """Entries of the manifest that `info --json` repeats."""
 

@@ -5,14 +5,19 @@ import socket
 import sys
 from argparse import Namespace
 from contextlib import ExitStack, closing
+from typing import TYPE_CHECKING
 
 from .._options import chosen
 from ..errors import printable, sentence, show, show_json
 from ..images import MAX_PIXELS
 from ..service import check_installed
-from .networks import query_network
+from .networks import query_network, run_by, runtime_of, torch_network
 from .online import check_folder, explainer_of
-from .output import attached, counted, note
+from .output import attached, counted, note, say_run
+
+if TYPE_CHECKING:
+    from ..network import EmbeddingNetwork
+    from ..onnx import OnnxNetwork
 
 
 def serve(options: Namespace) -> None:
@@ -33,12 +38,19 @@ def serve(options: Namespace) -> None:
     with ExitStack() as stack:
         with Index.open(options.index, with_faiss=False) as index:
             bound = stack.enter_context(closing(server.bind(options.host, options.port)))
-            network = query_network(options, index.manifest)
+            runtime_of(options)
+            network: EmbeddingNetwork | OnnxNetwork
+            if options.onnx is None:
+                loaded = torch_network(options, index.manifest)
+                network = stack.enter_context(run_by(options, loaded, threads=None))
+            else:
+                network = query_network(options, index.manifest)
             # Of an indexed picture: what the index was let hold may be larger than an upload.
             pixels = max(options.max_pixels or 0, MAX_PIXELS)
             # Its own to open: after a reload the old version is let go of.
             explainer = explainer_of(options, index, network, options.index, pixels)
             stack.enter_context(explainer)
+            say_run(options, explainer.network, limits.batch)
         app = create_app(explainer, limits=limits, hosts=_hosts(options, bound))
         _announce(options, bound, len(explainer.index))
         with attached(log, {"embedcam": level}):

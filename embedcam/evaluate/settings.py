@@ -30,7 +30,7 @@ class Settings:
     measures : groups among `GROUPS`
     controls, examples : draw baselines; best and worst ones shown, each
     seed : of every sample and every random weight
-    batch_size : images a forward pass; None for 8 on a CPU, 32 elsewhere
+    batch_size : images a forward pass; None for what suits the network and the device
     """
 
     n_neighbors: int = setting(5, "N", "neighbours a map (default 5)", letter="-n", least=1)
@@ -68,7 +68,7 @@ class Settings:
     examples: int = setting(3, "N", "best and worst on the page (default 3 each)", least=0)
     seed: int = setting(0, "N", "of every sample (default 0)", least=0)
     batch_size: int | None = setting(
-        None, "N", "images a pass (default 8 on a CPU)", kind=int, least=1, table="work"
+        None, "N", "images a pass (default by the device)", kind=int, least=1, table="work"
     )
 
     def __post_init__(self) -> None:

@@ -9,7 +9,6 @@ import numpy as np
 
 from ..images import Batch, ImageSource, embed, load_batches
 from ..images.progress import Advance, progress_of
-from ..methods.subject import inputs_a_pass
 from .gallery import Gallery, OwnRows
 from .maps import Draw, Mapper, Question, Questions, Seen
 from .measures import MEAN, TRANSFERRED, Maps, Number, columns, localized
@@ -41,7 +40,7 @@ class Work:
     def __post_init__(self) -> None:
         network = self.mapper.network
         self.preprocess = network.require_preprocess()
-        self.batch_size = self.settings.batch_size or inputs_a_pass(network.device)
+        self.batch_size = self.settings.batch_size or network.usual_run.batch_size
 
     def wants(self, group: str) -> bool:
         """Return whether a group of measures was asked for."""

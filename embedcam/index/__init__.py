@@ -6,7 +6,7 @@ checks.
 """
 
 from .faiss_files import check_factory
-from .manifest import FORMAT_VERSION, Manifest
+from .manifest import FORMAT_VERSION, Manifest, RunEntry
 from .parts import PartData, check_ids, quantize_coarse
 from .reader import REMOVED, Index, Selection, Stored
 from .rows import IndexRows
@@ -34,6 +34,7 @@ __all__ = [
     "Neighbors",
     "PartData",
     "REMOVED",
+    "RunEntry",
     "Selection",
     "Stored",
     "Verification",

@@ -94,12 +94,8 @@ def compare(stored: Identity, given: Identity) -> None:
     alike = stored.structure_sha256 == given.structure_sha256
     retrained = not same and stored.precision == given.precision and alike
     allowed = SAME if precise or retrained else ALIKE
-    probes = {
-        "embedding": (stored.probe_embedding, given.probe_embedding),
-        "pooled activations": (stored.probe_pooled, given.probe_pooled),
-    }
-    difference, what = max((_difference(*pair), key) for key, pair in probes.items())
-    numbers = "{} in the index, {} given".format(*map(_first, probes[what]))
+    difference, what, pair = _furthest(stored, given)
+    numbers = "{} in the index, {} given".format(*map(_first, pair))
     about = (
         f"parameters {stored.parameters_sha256[:12]} ({stored.precision}) in the index, "
         f"{given.parameters_sha256[:12]} ({given.precision}) given"
@@ -118,6 +114,29 @@ def compare(stored: Identity, given: Identity) -> None:
             NetworkWarning,
             stacklevel=3,
         )
+
+
+def difference_of(one: Identity, other: Identity) -> str | None:
+    """Return in what two forms of a network differ, in words; None where they compute the same."""
+    for key in ("layer", "preprocess", "normalize"):
+        mine, theirs = getattr(one, key), getattr(other, key)
+        if mine != theirs:
+            of = "" if isinstance(mine, dict) else f", {mine!r} and {theirs!r}"
+            return f"their {key} differs{of}"
+    difference, what, _ = _furthest(one, other)
+    if difference <= SAME:
+        return None
+    return f"on the probe picture they differ by {difference:.2g} in the {what} ({SAME:g} allowed)"
+
+
+def _furthest(one: Identity, other: Identity) -> tuple[float, str, tuple[np.ndarray, np.ndarray]]:
+    """Return the largest relative difference of the probe, of what, and its two arrays."""
+    probes = {
+        "embedding": (one.probe_embedding, other.probe_embedding),
+        "pooled activations": (one.probe_pooled, other.probe_pooled),
+    }
+    difference, what = max((_difference(*pair), key) for key, pair in probes.items())
+    return difference, what, probes[what]
 
 
 def _refuse_another(stored: Identity, given: Identity) -> None:

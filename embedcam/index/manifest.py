@@ -50,7 +50,8 @@ def _preprocess(value: object) -> AnyPreprocess:
         raise Wrong(f": {str(error)[:200]}") from error
 
 
-def _loading(value: object) -> Json:
+def loading_of(value: object) -> Json:
+    """Return the arguments that load a network again, those that name code or files checked."""
     read_as(_Loading, value)  # the other arguments are `load_network`'s to check
     return of_type(dict, value)
 
@@ -217,7 +218,27 @@ class NetworkEntry:
     output: Name | Annotated[int, whole(-_SIDE, _SIDE)] | None = None
     layout: Name | None = None
     precision: Name | None = None
-    loading: Annotated[Json, _loading] | None = None
+    loading: Annotated[Json, loading_of] | None = None
+
+
+@dataclass(frozen=True)
+class RunEntry:
+    """How a network's forward passes are run, which later additions repeat."""
+
+    runtime: Literal["torch", "onnx"]
+    device: Annotated[str, text(100)]
+    batch_size: Annotated[int, whole(1, 1 << 20)]
+    channels_last: bool
+
+    @property
+    def words(self) -> str:
+        """What a person reads of it."""
+        last = ", channels last" if self.channels_last else ""
+        by = {"torch": "torch", "onnx": "ONNX Runtime"}[self.runtime]
+        return f"batches of {self.batch_size:,}{last}, {by}"
+
+    def __str__(self) -> str:
+        return f"forward passes: {self.words}"
 
 
 @dataclass(frozen=True)
@@ -324,6 +345,7 @@ class Manifest:
     tombstones: TombstonesEntry | None
     faiss: FaissEntry | None
     compressed: CompressedEntry | None = None
+    run: RunEntry | None = None
     trust_calibration: Mapping[Situation, Calibration] | None = None
     match_calibration: Mapping[Situation, MatchCalibration] | None = None
     manifest_sha256: Sha256 = ""
@@ -400,7 +422,7 @@ class Manifest:
     def derived_header(self, encodings: Sequence[Json]) -> Json:
         """Return the header of an index merged from these rows, its layers encoded as said."""
         same = ("recipe", "network", "embedding", "metric", "method", "target", "norm", "triplets")
-        header = self.entries(*same, "libraries", "images", "layers")
+        header = self.entries(*same, "libraries", "images", "layers", "run")
         layers = zip(header["layers"], encodings, strict=True)
         # The digest is of the files of all images, which are no longer the rows.
         images = header["images"] and {**header["images"], "files_sha256": None}

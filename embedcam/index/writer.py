@@ -52,7 +52,8 @@ _OURS = re.compile(
 )
 _CALIBRATIONS = ("trust_calibration", "match_calibration")
 _NEEDED = ("recipe", "embedding", "metric", "method", "target", "norm", "triplets", "layers")
-_OPTIONAL = ("sign", "network", "images", "libraries", "fitted_on", "compressed", *_CALIBRATIONS)
+_RARE = ("compressed", "run", *_CALIBRATIONS)
+_OPTIONAL = ("sign", "network", "images", "libraries", "fitted_on", *_RARE)
 # Per thread and task, so that a job which holds the lock can call `append` and the others, while a
 # second thread is as busy as a second process.
 _locked: ContextVar[frozenset[Path]] = ContextVar("embedcam_locked_indexes", default=frozenset())
@@ -77,7 +78,8 @@ def create(
         "norm", "triplets" (dict), "layers" (a list of dicts "name", "channels", "grid", "cells",
         "encoding" (`Encoding.spec()`), "coarse_grid"), and optionally "network" (dict or None),
         "images" (dict or None), "libraries" (dict of versions), "sign" ("margin"), "fitted_on"
-        (else the part's rows) and "compressed" (dict, of an index of prototypes).
+        (else the part's rows), "compressed" (dict, of an index of prototypes) and "run" (dict: how
+        the network's forward passes were run).
     fitted : for each layer, arrays kept once, by name (`Encoding.fitted`).
     shared : arrays kept once for the whole index, by name: "embedding_mean" and the like.
     part : the rows; memory maps are streamed.
@@ -363,7 +365,7 @@ def _first_manifest(
         raise InputError(
             f"the header has the unknown {unknown}; it takes {sorted({*_NEEDED, *_OPTIONAL})}"
         )
-    present = [key for key in ("compressed", *_CALIBRATIONS) if header.get(key) is not None]
+    present = [key for key in _RARE if header.get(key) is not None]
     chosen = {key: header.get(key) for key in (*_NEEDED, "network", "images", *present)}
     try:
         manifest: Json = json.loads(json.dumps(chosen, allow_nan=False))

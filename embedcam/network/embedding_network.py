@@ -10,7 +10,8 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, ClassVar, Self, TypeVar, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -19,8 +20,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._checks import check_sides, one_of, whole
 from .._files import ProcessLock
-from ..errors import InputError, NetworkError
-from ..index.identity import Identity, compare
+from ..errors import EmbeddingError, InputError, NetworkError, NetworkMismatch
+from ..index.identity import Identity, compare, difference_of
+from ..index.manifest import RunEntry
 from ..preprocess import (
     AnyPreprocess,
     Embedded,
@@ -28,6 +30,7 @@ from ..preprocess import (
     Transform,
     from_transform,
     refuse_random,
+    usual_passes,
 )
 from ..preprocess.probe import probe_inputs
 from .gradients import HeadPass
@@ -41,6 +44,7 @@ from .module import (
     by_chance,
     full_float32,
     hash_parameters,
+    is_convolutional,
     message_of,
     no_gradients,
     one_thread,
@@ -61,6 +65,9 @@ from .runner import (
     in_graph,
     with_positions,
 )
+
+if TYPE_CHECKING:
+    from ..onnx import OnnxNetwork
 
 Numbers = TypeVar("Numbers", np.ndarray, Tensor)
 DEFAULT_INPUT_SIZE = (224, 224)
@@ -99,7 +106,8 @@ class EmbeddingNetwork:
         Picture -> input `[C H W]`: a `Preprocess`, or what `from_transform` takes; without one,
         (H, W) of the input where it is fixed.
     device, channels_last
-        Where the module is, by default where its parameters are; the memory format of its images.
+        Where the module is, by default where its parameters are; the memory format of its images,
+        None for what suits the kind of network where that changes no result.
     autocast
         torch.bfloat16 or torch.float16 to compute in it; results are float32.
     name
@@ -129,7 +137,7 @@ class EmbeddingNetwork:
         input_size: tuple[int, int] | None = None,
         device: str | torch.device | None = None,
         autocast: torch.dtype | None = None,
-        channels_last: bool = False,
+        channels_last: bool | None = None,
         name: str | None = None,
     ) -> None:
         refuse_parts(trunk, head)
@@ -138,7 +146,12 @@ class EmbeddingNetwork:
         chooses = output is None or isinstance(output, str | int) or callable(output)
         for setting, value, fits, expected in (
             ("normalize", normalize, isinstance(normalize, bool), "True or False"),
-            ("channels_last", channels_last, isinstance(channels_last, bool), "True or False"),
+            (
+                "channels_last",
+                channels_last,
+                isinstance(channels_last, bool | None),
+                "True, False or None",
+            ),
             ("name", name, isinstance(name, str | None), "a text, or None"),
             ("autocast", autocast, autocast in _AUTOCAST, "torch.bfloat16, torch.float16 or None"),
             ("output", output, chooses, "a name, a position or a function"),
@@ -166,7 +179,7 @@ class EmbeddingNetwork:
         refuse_elsewhere(module, place)
         self.module, self.layer, self.name = module, str(layer), name
         self.output, self.normalize = output, normalize
-        self.autocast, self.channels_last = autocast, channels_last
+        self.autocast = autocast
         self.runner = Runner(
             module,
             self.layer,
@@ -177,13 +190,16 @@ class EmbeddingNetwork:
             input_size,
             place,
             autocast,
-            channels_last,
+            bool(channels_last),
             normalize,
             (layout, grid, prefix_tokens),
         )
         self.spec: dict[str, Any] | None = None
         self._kind: HeadKind | None = None
         self._steady = self._sound = False
+        self._session: OnnxNetwork | None = None
+        # Whether the memory format is settled, and whether the module's may be changed with it.
+        self._format_known, self.owns_module = channels_last is not None, False
 
     @classmethod
     def from_parts(
@@ -210,7 +226,7 @@ class EmbeddingNetwork:
         """Return this network computing in the precision of its parameters."""
         plain = copy.copy(self)
         plain.runner = copy.copy(self.runner)
-        plain.autocast = plain.runner.autocast = plain._kind = None
+        plain.autocast = plain.runner.autocast = plain._kind = plain._session = None
         return plain
 
     def side_by_side(self, count: int) -> list[Self]:
@@ -239,6 +255,41 @@ class EmbeddingNetwork:
         )
         return other
 
+    def with_session(self, session: "OnnxNetwork") -> Self:
+        """Return this network with its passes without gradients run by its own ONNX file.
+
+        `session` is the file opened, as an `OnnxNetwork`; derivatives, other layers and what the
+        head is are torch's as before. Parameters that change later do not change the file.
+
+        Raises
+        ------
+        NetworkMismatch
+            The file holds another network.
+        NetworkError
+            This network is not on the CPU or not in float32, or the file does not tell all.
+        """
+        kind = str(self.autocast or self.dtype).removeprefix("torch.")
+        if self.device.type != "cpu" or kind != "float32":
+            raise NetworkError(
+                f"the network computes in {kind} on {self.device}, and ONNX Runtime runs it in "
+                "float32 on the CPU; load it so, or leave that out (--runtime torch)"
+            )
+        differs = difference_of(self.identity(), session.identity())
+        if differs is not None:
+            raise NetworkMismatch(
+                f"the ONNX file holds another network than the one it is to run: {differs}; write "
+                "it again with `embedcam export`, or leave it out (--runtime onnx makes its own)"
+            )
+        network = copy.copy(self)
+        network._session = session
+        if session.embed(self.probe_images()).norm is None and not self.head_kind.affine:
+            raise NetworkError(
+                "the ONNX file does not tell the length of its embeddings before they are "
+                "normalised, and what follows the layer is not affine; write it again with "
+                "`embedcam export`"
+            )
+        return network
+
     # Facts
 
     @property
@@ -255,6 +306,43 @@ class EmbeddingNetwork:
     def hooked(self) -> bool:
         """Whether layers are found by hooks: False where trunk and head were given."""
         return self.runner.parts is None
+
+    @property
+    def onnx_file(self) -> Path | None:
+        """The file that runs its passes without gradients; None where torch does."""
+        return None if self._session is None else self._session.path
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether images go in with their channels last in memory; see `check_steady`."""
+        return self.runner.channels_last
+
+    @property
+    def usual_run(self) -> RunEntry:
+        """How forward passes are run where nobody says otherwise: see `usual_passes`."""
+        if self._session is not None:
+            return self._session.usual_run
+        batch_size, _ = self._usual_passes()
+        return RunEntry("torch", self.device.type, batch_size, self.channels_last)
+
+    def repeat_run(self, run: RunEntry | None) -> int | None:
+        """Return the batch size of an earlier run, and take its memory format where none was given.
+
+        None, and nothing is taken, of a run by another runtime or on another kind of device.
+        """
+        usual = self.usual_run
+        if run is None or (run.runtime, run.device) != (usual.runtime, usual.device):
+            return None
+        if not self._format_known:
+            self._format_known = True
+            self._put_channels_last(run.channels_last)
+        return run.batch_size
+
+    def _usual_passes(self) -> tuple[int, bool]:
+        half = (self.autocast or self.dtype) in (torch.bfloat16, torch.float16)
+        return usual_passes(
+            "torch", self.device.type, convolutional=is_convolutional(self.module), half=half
+        )
 
     @property
     def layout_options(self) -> LayoutOptions:
@@ -349,7 +437,15 @@ class EmbeddingNetwork:
         NetworkError
             Training mode; a layer called twice or never; an unusable embedding.
         """
-        return self.runner.forward(images, allow_zero)
+        if self._session is None:
+            return self.runner.forward(images, allow_zero)
+        try:
+            embedding, norm, (maps,) = self._by_session(self._session, images)
+        except EmbeddingError:
+            if not allow_zero:
+                raise
+            return self.runner.forward(images, allow_zero)
+        return Features(*map(torch.from_numpy, (embedding, norm, maps)))
 
     __call__ = forward
 
@@ -361,7 +457,21 @@ class EmbeddingNetwork:
 
     def embed(self, images: Images, layers: Sequence[str] | None = None) -> Embedded:
         """Embed images `[B C H W]` into NumPy arrays; raises as `forward`."""
-        return self.runner.embed(images, layers)
+        if self._session is None or layers not in (None, (self.layer,), [self.layer]):
+            return self.runner.embed(images, layers)
+        return self._by_session(self._session, images)
+
+    def _by_session(self, session: "OnnxNetwork", images: Images) -> Embedded:
+        """Embed images by the network's ONNX file."""
+        embedded = session.embed(images.detach() if isinstance(images, Tensor) else images)
+        head = None
+        if embedded.norm is None:
+            # An older file keeps no lengths; `with_session` has seen that the head is affine.
+            head = session.affine_head(lambda: self.head_kind.weight(self.device).numpy())
+        if head is None:
+            return embedded
+        norm = [head.norm(maps) for maps in embedded.activations[0]]
+        return embedded._replace(norm=np.array(norm, np.float32))
 
     def run_several(
         self, images: Images, layers: Sequence[str], differentiable: bool = True
@@ -440,7 +550,10 @@ class EmbeddingNetwork:
         self._sound = gradients
 
     def check_steady(self) -> None:
-        """Refuse an embedding that depends on the rest of its batch, or on chance; asked once."""
+        """Refuse an embedding that depends on the rest of its batch, or on chance; asked once.
+
+        Then the memory format is settled, where it was not given.
+        """
         if self._steady or self.runner.over_positions:
             return
         probes, random = self.probe_images(2), RandomOperations()
@@ -470,7 +583,26 @@ class EmbeddingNetwork:
                 for _ in range(_REPEATS):  # chance that torch knows nothing of
                     run_again()
                 raise
+            if not self._format_known:
+                self._choose_format(alone, probes[:1], allowed)
         self._steady = True
+
+    def _choose_format(self, expected: Features, probe: np.ndarray, allowed: float) -> None:
+        """Have channels last where the table says so and the probe comes out the same."""
+        self._format_known = True
+        if not self._usual_passes()[1]:
+            return
+        self._put_channels_last(True)
+        try:
+            _refuse_difference(expected, self.forward(probe), allowed, "", "")
+        except NetworkError:  # such as of a module that takes views of contiguous memory only
+            self._put_channels_last(False)
+
+    def _put_channels_last(self, last: bool) -> None:
+        self.runner.channels_last = last
+        if self.owns_module:
+            # Else the weights are laid out anew in every pass.
+            self.module.to(memory_format=torch.channels_last if last else torch.contiguous_format)
 
     # The head
 

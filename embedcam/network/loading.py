@@ -63,7 +63,7 @@ def load_network(
     preprocess: Transform | None = None,
     device: str | torch.device | None = None,
     autocast: torch.dtype | str | None = None,
-    channels_last: bool = False,
+    channels_last: bool | None = None,
     seed: int = 0,
 ) -> EmbeddingNetwork:
     """Return a network by name, in eval mode; its embedding is the input of its classifier.
@@ -93,7 +93,7 @@ def load_network(
     seed
         Of random weights.
     normalize, output, layout, grid, prefix_tokens, device, channels_last
-        As of `EmbeddingNetwork`; the module is moved to the device.
+        As of `EmbeddingNetwork`; the module is moved to the device, its weights to the format.
 
     Raises
     ------
@@ -155,6 +155,7 @@ def load_network(
         channels_last=channels_last,
         name=network,
     )
+    result.owns_module = True
     del arguments["preprocess"], arguments["device"]
     cast = next((name for name, kind in _AUTOCAST.items() if kind and kind == autocast), None)
     spec = {**arguments, "layer": result.layer, "size": sides, "autocast": cast}

@@ -121,6 +121,15 @@ def input_channels(module: nn.Module) -> int:
     return 3 if first is None else first.in_channels
 
 
+def is_convolutional(module: nn.Module) -> bool:
+    """Return whether a module has more convolutions over images than linear maps."""
+    parts = [*module.modules()]
+    convolutions = sum(isinstance(part, nn.Conv2d) for part in parts)
+    # An attention's own projections are no modules of their own.
+    linear = sum(isinstance(part, nn.Linear | nn.MultiheadAttention) for part in parts)
+    return convolutions > linear
+
+
 def module_device(module: nn.Module) -> torch.device:
     """Return where a module's parameters or buffers are; the CPU if it has none."""
     return next((tensor.device for tensor in _tensors(module)), torch.device("cpu"))

@@ -39,7 +39,7 @@ def build_index(
     path: str | Path,
     recipe: Recipe | None = None,
     *,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     workers: int | None = None,
     on_unreadable: str = "fail",
     triplets: np.ndarray | None = None,
@@ -62,7 +62,8 @@ def build_index(
     recipe
         The choices; None takes the defaults, which are what measured best.
     batch_size
-        Images a forward pass; changes nothing beyond float rounding.
+        Images a forward pass; changes nothing beyond float rounding. None takes what suits the
+        network and the device (`usual_passes`).
     workers
         Threads that decode images; None takes one for each core.
     on_unreadable
@@ -129,14 +130,13 @@ def planned_build(
     recipe = recipe or Recipe()
     if source.numbers:
         recipe = dataclasses.replace(recipe, labels="numbers")
-    batch_size = how["batch_size"]
-    amounts = (batch_size, how["on_unreadable"], how["scratch_gb"])
+    amounts = (how["batch_size"], how["on_unreadable"], how["scratch_gb"])
     plan.check_options(source, network, *amounts)
     network.check(gradients=not recipe.entry.scored)
     plan.warn_of_norm(recipe, network.normalize or network.already_normalized, 3)
     exact = is_exact(recipe, network.head_kind.matrix, network.normalize)
-    strategy = strategy_for(network, recipe, exact=exact, batch_size=batch_size)
-    identity = network.identity()
+    identity, run = network.identity(), plan.run_of(network, how["batch_size"])
+    strategy = strategy_for(network, recipe, exact=exact, batch_size=run.batch_size)
     width, n_channels = len(identity.probe_embedding), len(identity.probe_pooled)
     plan.check_method(recipe, network, width)
     plan.check_amounts(recipe, source.ids, source.labels, width, n_channels, triplets)
@@ -214,6 +214,9 @@ def write_build(job: Job, work: Plan, path: Path) -> BuildReport:
             files=plan.files_digest(job.files[position] for position in embedded.positions),
             given=job.triplets,
         )
+        about["run"] = dataclasses.asdict(choices.run)
+        if "onnxruntime" in choices.libraries:
+            about["libraries"]["onnxruntime"] = choices.libraries["onnxruntime"]
         about["trust_calibration"] = merge.plain(made)
         about["match_calibration"] = merge.plain(match)
         shared = {**job.identity.arrays(), "embedding_mean": embedded.mean}
@@ -236,7 +239,7 @@ def add_images(
     path: str | Path,
     *,
     update: bool = False,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     workers: int | None = None,
     on_unreadable: str = "fail",
     scratch_gb: float = SCRATCH_GB,
@@ -259,7 +262,9 @@ def add_images(
         The source is the whole collection that the index was built from: what is new is added,
         what has vanished is removed, and what has changed is replaced, in one step; see
         `BuildReport.changes`.
-    batch_size, workers, on_unreadable, scratch_gb, progress
+    batch_size
+        Images a forward pass; None takes the build's, where that ran on the same kind of device.
+    workers, on_unreadable, scratch_gb, progress
         As for `build_index`.
 
     Raises
@@ -323,6 +328,7 @@ def add_images(
 def check_additions(index: Index, source: ImageSource, network: EmbeddingNetwork) -> bool:
     """Refuse what an index cannot take in; return whether its codes are dy/dz."""
     index.refuse_prototypes(writer.ADD_INSTEAD)
+    network.repeat_run(index.manifest.run)
     recipe = Recipe.of_index(index.manifest)
     if source.numbers and recipe.labels != "numbers":
         raise InputError(
@@ -343,14 +349,13 @@ def planned_additions(
 ) -> tuple[Job, Strategy]:
     """Return additions to an open index as a job, and how it finds weights."""
     manifest = index.manifest
-    recipe = Recipe.of_index(manifest)
-    encoding = index.encoding(0)
-    strategy = strategy_for(
-        network,
-        recipe,
-        exact=plan.check_addable(recipe, encoding, network),
-        batch_size=how["batch_size"],
+    repeated, recipe = network.repeat_run(manifest.run), Recipe.of_index(manifest)
+    how["batch_size"] = repeated if how["batch_size"] is None else how["batch_size"]
+    exact, run = (
+        plan.check_addable(recipe, index.encoding(0), network),
+        plan.run_of(network, how["batch_size"]),
     )
+    strategy = strategy_for(network, recipe, exact=exact, batch_size=run.batch_size)
     job = job_of(
         source,
         network,
@@ -461,7 +466,7 @@ def calibrate_index(
     network: EmbeddingNetwork | None = None,
     *,
     images: str | Path | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     workers: int | None = None,
     progress: bool | None = None,
 ) -> dict[str, int]:
@@ -481,10 +486,12 @@ def calibrate_index(
         match = calibrate_match(ids, embeddings, labels, recipe)
         made = {"match": (merge.plain(match), LEAST_MATCH)}
         if network is not None:
+            repeated = network.repeat_run(manifest.run)
             encodings, _ = _encodings(index, recipe, network)
+            of_run = plan.run_of(network, repeated if batch_size is None else batch_size)
             rows, source = trust_rows(ids, recipe, network), indexed_images(index, images)
             preprocess = network.require_preprocess()
-            batches = load_batches(source, rows, preprocess, batch_size, workers=workers)
+            batches = load_batches(source, rows, preprocess, of_run.batch_size, workers=workers)
             views = forwarded(network, manifest.layer_names, batches)
 
             def fields(layer: int, chosen: np.ndarray) -> dict[str, np.ndarray]:

@@ -17,9 +17,11 @@ import numpy as np
 from .. import _files
 from .._checks import whole as checked_whole
 from ..errors import IndexFormatError, InputError, NetworkMismatch, reason
+from ..export import opened_for
 from ..images import ImageSource, load_source
 from ..images.texts import Texts
 from ..index.identity import Identity
+from ..index.manifest import RunEntry
 from ..index.records import Json, Wrong, of_type, read_as, text, whole
 from ..network import EmbeddingNetwork, load_network
 from ..recipe.recipe import Recipe
@@ -30,6 +32,7 @@ from .plan import (
     chunk_size,
     job_digest,
     libraries_of,
+    run_of,
 )
 from .report import Stages
 from .strategies import Strategy, is_exact, strategy_for
@@ -65,7 +68,7 @@ class Choices:
     libraries: Mapping[Annotated[str, text(40)], Annotated[str, text(80)]]
     n_images: Annotated[int, whole(1, _MOST)]
     n_pieces: Annotated[int, whole(1, _MOST)]
-    batch_size: Annotated[int, whole(1, _MOST)]
+    run: RunEntry
     per_chunk: Annotated[int, whole(1, _MOST)]
     rounds: Annotated[int, whole(1, 3)]
     on_unreadable: Literal["fail", "skip"]
@@ -79,7 +82,7 @@ class Choices:
 class How(TypedDict):
     """How the work of a job is done, as `build_index` has it."""
 
-    batch_size: int
+    batch_size: int | None
     on_unreadable: str
     scratch_gb: float
 
@@ -154,9 +157,9 @@ class Job:
         if strategy is None:
             exact = is_exact(self.recipe, network.head_kind.matrix, network.normalize)
             of = (network, self.recipe)
-            strategy = strategy_for(*of, exact=exact, batch_size=choices.batch_size)
+            strategy = strategy_for(*of, exact=exact, batch_size=choices.run.batch_size)
         strategy.caches = choices.caches
-        how = (choices.batch_size, workers, choices.on_unreadable, choices.per_chunk)
+        how = (choices.run, workers, choices.on_unreadable, choices.per_chunk)
         # A job of this process has just listed them.
         files = None if self.path is None else self.files
         return Plan(network, self.source, self.recipe, strategy, checkpoint, stages, *how, files)
@@ -164,6 +167,9 @@ class Job:
     def admit(self, network: EmbeddingNetwork | None) -> EmbeddingNetwork:
         """Return the network (None loads it) if it and the libraries are those of the plan."""
         network = self._load() if network is None else network
+        network.repeat_run(self.choices.run)
+        if self.choices.run.runtime == "onnx" and network.onnx_file is None:
+            network = opened_for(network, self._onnx_file)
         here, planned = libraries_of(network), self.choices.libraries
         if here != planned:
             raise InputError(
@@ -190,8 +196,16 @@ class Job:
             )
         return network
 
-    def save(self, path: Path) -> "Job":
-        """Write the job to a folder; workers see it by one rename, once all of it is there."""
+    @property
+    def _onnx_file(self) -> Path:
+        assert self.path is not None
+        return self.path / f"network-{self.choices.key[:16]}.onnx"
+
+    def save(self, path: Path, onnx_file: Path | None = None) -> "Job":
+        """Write the job to a folder; workers see it by one rename, once all of it is there.
+
+        `onnx_file` is what runs the network, where torch does not.
+        """
         job, choices = replace(self, path=path), json.loads(json.dumps(asdict(self.choices)))
         _files.make_folder(path)
         key, given = self.choices.key, {}
@@ -206,6 +220,8 @@ class Job:
         columns = {"files": self.files.blob, "files_ends": self.files.offsets}
         arrays = {**columns, **self.identity.arrays(), **given}
         Checkpoint(path, key).write(_stage(key), 0, arrays)
+        if onnx_file is not None:
+            publish(job._onnx_file, onnx_file.read_bytes())
         maker = job._maker()
         publish(path / f"made-{stamp_of(maker)}.json", json.dumps(maker).encode())
         content = {"version": _VERSION, "sha256": _sha256(choices), "job": choices}
@@ -282,7 +298,7 @@ class Job:
         choices, given = self.choices, None
         if self.triplets is not None:
             given = pairs_digest(self.triplets)
-        of = (self.recipe, self.identity, self.source, self.files, choices.batch_size)
+        of = (self.recipe, self.identity, self.source, self.files, choices.run)
         return job_digest(*of, choices.libraries, choices.own_maps, given, *sorted(self.gone))
 
     def _load(self) -> EmbeddingNetwork:
@@ -331,7 +347,8 @@ def job_of(
     # Once, before any is read: a file that changes meanwhile must not pass for the one indexed.
     files = source.fingerprints()
     folder = next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
-    per_chunk = chunk_size(how["batch_size"], recipe.method)
+    run = run_of(network, how["batch_size"])
+    per_chunk = chunk_size(run.batch_size, recipe.method)
     room = how["scratch_gb"] if own_maps else 0.0
     strategy.caches = caches_within(strategy, network, len(source), folder, room)
     choices = Choices(
@@ -343,7 +360,7 @@ def job_of(
         libraries=libraries_of(network),
         n_images=len(source),
         n_pieces=pieces_of(len(source), per_chunk),
-        batch_size=how["batch_size"],
+        run=run,
         per_chunk=per_chunk,
         rounds=rounds_of(strategy, own_maps),
         on_unreadable="fail" if how["on_unreadable"] == "fail" else "skip",

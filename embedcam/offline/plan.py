@@ -8,7 +8,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -24,12 +24,13 @@ from ..errors import EmbedcamError, ImageError, InputError, NetworkMismatch, Rec
 from ..images import Batch, ImageSource, embed, load_batches, map_batches, root_text
 from ..images.batches import default_workers
 from ..images.texts import Texts
-from ..index import Index, check_factory
+from ..index import Index, RunEntry, check_factory
 from ..index.encoding import Encoding, LowRank, TopM
 from ..index.identity import Identity
 from ..methods import Subject, run_method
 from ..methods.masking import fill_like
 from ..network import EmbeddingNetwork
+from ..onnx import runtime_version
 from ..recipe.recipe import Recipe, RecipeWarning
 from ..recipe.registry import PositionMethod
 from ..targets import Direction
@@ -74,11 +75,16 @@ class Plan:
     strategy: Strategy
     checkpoint: Checkpoint
     stages: Stages
-    batch_size: int
+    run: RunEntry
     workers: int | None
     on_unreadable: str
     per_chunk: int
     files: Texts | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """Images a forward pass."""
+        return self.run.batch_size
 
     @property
     def chunks(self) -> range:
@@ -186,7 +192,7 @@ def job_digest(
     identity: Identity,
     source: ImageSource,
     files: Texts,
-    batch_size: int,
+    run: RunEntry,
     libraries: Mapping[str, str],
     *choices: int | str | np.ndarray | None,
 ) -> str:
@@ -199,7 +205,8 @@ def job_digest(
     # The probe speaks for code that parameters do not show, to the bit: so do the chunks.
     probe = [array for _, array in sorted(identity.arrays().items())]
     # A picture that was skipped for its size may be read by another limit.
-    choices += (chunk_size(batch_size, recipe.method), source.max_pixels)
+    choices += (chunk_size(run.batch_size, recipe.method), source.max_pixels)
+    choices += (run.runtime, run.channels_last)
     for choice in (_CHUNKS, *sorted(libraries.items()), *probe, *choices):
         data = choice.tobytes() if isinstance(choice, np.ndarray) else repr(choice).encode()
         digest.update(data + b"\0")
@@ -212,6 +219,8 @@ def libraries_of(network: EmbeddingNetwork) -> dict[str, str]:
     source = str((network.spec or {}).get("network", "")).partition(":")[0]
     if source in ("torchvision", "timm"):
         used[source] = version(source)
+    if network.onnx_file is not None:
+        used["onnxruntime"] = runtime_version()
     return {"embedcam": __version__, **used}
 
 
@@ -225,14 +234,25 @@ def listed_columns(source: ImageSource, files: Texts) -> dict[str, np.ndarray]:
     return columns
 
 
+def run_of(network: EmbeddingNetwork, batch_size: int | None) -> RunEntry:
+    """Return how a checked network is run, in batches of that size, None for the usual one."""
+    usual = network.usual_run
+    return usual if batch_size is None else replace(usual, batch_size=batch_size)
+
+
 def check_options(
-    source: ImageSource, network: EmbeddingNetwork, batch_size: int, unreadable: str, gb: float
+    source: ImageSource,
+    network: EmbeddingNetwork,
+    batch_size: int | None,
+    unreadable: str,
+    gb: float,
 ) -> None:
     """Refuse options that no job can work with."""
     if len(source) == 0:
         raise InputError("there are no images to index; give a folder or a CSV that names some")
     one_of("on_unreadable", unreadable, ("fail", "skip"))
-    whole("batch_size", batch_size, 1)
+    if batch_size is not None:
+        whole("batch_size", batch_size, 1)
     if not gb >= 0:
         raise InputError(f"scratch_gb = {gb!r}; give a number of at least 0")
     network.require_preprocess()

@@ -43,6 +43,8 @@ def embed_chunks(plan: Plan, chunks: range | None = None) -> None:
     if done := sum(sizes[chunk] for chunk in done_chunks):
         n_images = sum(sizes.values())
         log.info("going on: %s of %s images are embedded", f"{done:,}", f"{n_images:,}")
+    if todo:
+        log.info("%s", plan.run)
     with plan.stages("embed", sum(sizes.values())) as progressed:
         progressed(done)
         # One stream over all chunks, so that reading runs ahead across their borders.

@@ -25,7 +25,7 @@ from .plan import SCRATCH_GB, Plan
 from .report import BuildReport, Stages
 
 MOST_PIECES = 1 << 20
-_OURS = re.compile(r"(images|listing|embed|weights|maps|made)-.*|job\.json\..*")
+_OURS = re.compile(r"(images|listing|embed|weights|maps|made|network)-.*|job\.json\..*")
 _SMALL = ("positions", "embedding", "length", "grid", "errors", "refused", "cropped")
 """Arrays of an embedded chunk that others read."""
 
@@ -72,7 +72,7 @@ def plan_job(
     *,
     pieces: int | None = None,
     add_to: str | Path | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     on_unreadable: str = "fail",
     triplets: np.ndarray | None = None,
     own_maps: bool = True,
@@ -124,7 +124,7 @@ def plan_job(
     if pieces is not None:
         job = _with(job, n_pieces=whole("pieces", pieces, 1, MOST_PIECES))
     with plan.disk_errors(path):
-        _write(job, path)
+        _write(job, path, network.onnx_file)
     choices = job.choices
     of = (choices.n_images, choices.n_pieces, choices.rounds)
     return PlanReport(path, *of, str(source.left_out), list(source.notes))
@@ -253,7 +253,7 @@ def _check_folder(path: Path) -> None:
             )
 
 
-def _write(job: Job, path: Path) -> None:
+def _write(job: Job, path: Path, onnx_file: Path | None) -> None:
     if (path / NAME).exists():
         if Job.open(path).choices != job.choices:
             raise InputError(
@@ -261,7 +261,7 @@ def _write(job: Job, path: Path) -> None:
                 "folder, or delete it"
             )
         return
-    job.save(path)
+    job.save(path, onnx_file)
 
 
 def _refuse_unfinished(job: Job) -> None:

@@ -6,6 +6,7 @@ What the file says of itself is in its `metadata_props`:
     embedcam.network   JSON: the network's identity, as an index's manifest has it
     embedcam.layers    JSON: names of the layers behind `activations`, `activations_1`, ...
     embedcam.head      JSON: {"kind": "identity" | "affine" | "other", "bias": base64 or null}
+    embedcam.loading   JSON: how torch loads the network, as a manifest has it; may be missing
 
 A head that is pooled and affine is z = W p + b, p the mean of the activations over positions and z
 the embedding before any normalization. W is the identity where the kind says so; else the basis
@@ -37,6 +38,8 @@ from ..errors import (
     short,
 )
 from ..index.identity import Identity, compare
+from ..index.manifest import RunEntry, loading_of
+from ..index.records import Wrong
 from ..preprocess import (
     AnyPreprocess,
     Array,
@@ -45,12 +48,13 @@ from ..preprocess import (
     Transform,
     from_transform,
     preprocess_from_dict,
+    usual_passes,
 )
 from ..preprocess.probe import probe_inputs
 from .session import AGAIN, PROBE_SECONDS, PROVIDERS, Session
 
 _ANY_SIDE = 224
-ACTIVATIONS, EMBEDDING = "activations", "embedding"
+ACTIVATIONS, EMBEDDING, NORM = "activations", "embedding", "norm"
 HEAD_KINDS = ("identity", "affine", "other")
 PREFIX = "embedcam."
 _KEYS = ("version", "network", "layers", "head")
@@ -97,10 +101,13 @@ class Described:
     network: dict[str, Any]
     layers: tuple[str, ...]
     head: Head
+    loading: dict[str, Any] | None = None
 
     def to_props(self) -> dict[str, str]:
         """Return texts for `metadata_props`."""
+        known = {} if self.loading is None else {f"{PREFIX}loading": json.dumps(self.loading)}
         return {
+            **known,
             f"{PREFIX}version": self.version,
             f"{PREFIX}network": json.dumps(self.network, sort_keys=True, allow_nan=False),
             f"{PREFIX}layers": json.dumps(list(self.layers)),
@@ -110,7 +117,8 @@ class Described:
     @classmethod
     def from_props(cls, props: Mapping[str, str], path: object) -> Self | None:
         """Return what `to_props` wrote, or a `NetworkError`; None of another program's file."""
-        texts = {key: props[PREFIX + key] for key in _KEYS if PREFIX + key in props}
+        known = (*_KEYS, "loading")
+        texts = {key: props[PREFIX + key] for key in known if PREFIX + key in props}
         if not texts:
             return None
         try:
@@ -129,12 +137,14 @@ class Described:
             if not texts_only or len(set(names)) < len(names) or names[:1] != [network["layer"]]:
                 raise ValueError(f"the layers {short(layers)} do not begin with the network's own")
             head = Head.from_dict(json.loads(texts["head"]))
-        except (ValueError, RecursionError, IndexFormatError) as error:
+            loading = json.loads(texts.get("loading", "null"))
+            loading = None if loading is None else loading_of(loading)
+        except (ValueError, RecursionError, IndexFormatError, Wrong) as error:
             said = "nested too deeply" if isinstance(error, RecursionError) else str(error)
             raise NetworkError(
                 f"{path}: what it says of its network cannot be believed ({said}); {AGAIN}"
             ) from error
-        return cls(texts["version"], network, tuple(layers), head)
+        return cls(texts["version"], network, tuple(layers), head, loading)
 
 
 class OnnxNetwork:
@@ -194,6 +204,9 @@ class OnnxNetwork:
         elif said.get("preprocess") is not None:
             self.preprocess = preprocess_from_dict(said["preprocess"])
         self._maps, self._embedding = self._named_outputs()
+        # Files of embedcam before 1.0 do not tell it.
+        told = self.described is not None and self._session.outputs.get(NORM) == 1
+        self._norm = [NORM] if told else []
 
     @property
     def batch(self) -> int | None:
@@ -205,6 +218,12 @@ class OnnxNetwork:
         """(H, W) that a picture must have; None: any."""
         height, width = self._session.shape[2:]
         return None if height is None or width is None else (height, width)
+
+    @property
+    def usual_run(self) -> RunEntry:
+        """How its forward passes are run where nobody says otherwise."""
+        batch_size, channels_last = usual_passes("onnx", "cpu")
+        return RunEntry("onnx", "cpu", self.batch or batch_size, channels_last)
 
     def describe(self) -> dict[str, Any]:
         """Return what the file says of its network, ready for JSON; empty for others' files."""
@@ -314,8 +333,10 @@ class OnnxNetwork:
         batch = self._checked(images)
         # A file whose batch is fixed at one picture takes them one at a time.
         pieces = np.split(batch, len(batch)) if self.batch == 1 else [batch]
-        runs = [self._session.run([*names, self._embedding], piece, seconds) for piece in pieces]
-        *maps, embedding = map(np.concatenate, zip(*runs, strict=True)) if runs[1:] else runs[0]
+        asked = [*names, self._embedding, *self._norm]
+        runs = [self._session.run(asked, piece, seconds) for piece in pieces]
+        outputs = list(map(np.concatenate, zip(*runs, strict=True))) if runs[1:] else runs[0]
+        *maps, embedding = outputs[: len(names) + 1]
         shapes = [one.shape for one in (*maps, embedding)]
         if [len(one) for one in shapes] != [4] * len(maps) + [2] or any(
             one[0] != len(batch) or 0 in one for one in shapes
@@ -326,6 +347,8 @@ class OnnxNetwork:
             )
         deepest = maps[names.index(self._maps[0])] if self._maps[0] in names else None
         embedding, norm = self._lengths(batch, deepest, embedding)
+        if self._norm and outputs[-1].shape == (len(batch),):
+            norm = outputs[-1]
         return Embedded(embedding, norm, maps)
 
     def _lengths(

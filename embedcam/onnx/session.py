@@ -132,6 +132,11 @@ class Session:
             ) from error
 
 
+def runtime_version() -> str:
+    """Return the version of ONNX Runtime."""
+    return str(_onnxruntime().__version__)
+
+
 def _onnxruntime() -> ModuleType:
     try:
         return import_module("onnxruntime")

@@ -1,5 +1,6 @@
 """From an oriented RGB picture to the network's input; what all networks do is `Network`."""
 
+from .passes import usual_passes
 from .protocol import Embedded, HeadMatrix, Network
 from .transforms import (
     AnyPreprocess,
@@ -28,4 +29,5 @@ __all__ = [
     "from_transform",
     "preprocess_from_dict",
     "refuse_random",
+    "usual_passes",
 ]

@@ -12,6 +12,7 @@ from .transforms import AnyPreprocess, Array
 
 if TYPE_CHECKING:
     from ..index.identity import Identity
+    from ..index.manifest import RunEntry
 
 
 class Embedded(NamedTuple):
@@ -51,6 +52,10 @@ class Network(Protocol):
     @property
     def autocast(self) -> object:
         """The type it computes in where that is not its parameters'; None for those."""
+
+    @property
+    def usual_run(self) -> RunEntry:
+        """How its forward passes are run where nobody says otherwise: see `usual_passes`."""
 
     def embed(self, images: Array, layers: Sequence[str] | None = None) -> Embedded:
         """Embed preprocessed images `[B C H W]`; activations are its own layer's, or of these."""

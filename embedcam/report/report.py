@@ -77,7 +77,7 @@ def write_report(
     scale: Scale = "joint",
     side: int = SIDE,
     title: str = "Why did these come back?",
-    batch_size: int = 16,
+    batch_size: int | None = None,
     progress: bool | None = None,
 ) -> WrittenReport:
     """Explain many queries on one page; run again after an interruption, it goes on.
@@ -99,7 +99,8 @@ def write_report(
     scale : "joint" gives the results of a query one color scale, "each" each its own
     side : the longest side of the pictures in the page, in pixels
     title : of the page
-    batch_size : queries a forward pass; changes nothing beyond float rounding
+    batch_size : queries a forward pass, None for what suits the network; changes nothing beyond
+        float rounding
     progress : a bar; None shows it on a terminal or in a notebook, else logs how far it is
 
     Raises
@@ -143,7 +144,8 @@ def write_report(
     pixels = None if explainer.max_pixels == MAX_PIXELS else explainer.max_pixels
     rare = dict(exclude_query=exclude_query, above=above, features=features, max_pixels=pixels)
     options |= {name: value for name, value in rare.items() if value}
-    whole("batch_size", batch_size, 1)
+    usual = explainer.network.usual_run.batch_size
+    batch_size = whole("batch_size", usual if batch_size is None else batch_size, 1)
     look = Look(scale, side, quality=80, long=True)
     explain = partial(
         explainer.explain_batch,

@@ -16,7 +16,7 @@ class Limits:
     n_neighbors : results that a request may ask for
     seconds : from the first byte of the body to the answer, at least 0.01
     concurrency : requests that are worked on at the same time; one more is told to come back
-    batch : pictures that go through the network together
+    batch : pictures that go through the network together; None for what suits it
     batch_seconds : how long a picture waits for others that are being read meanwhile
 
     Raises
@@ -38,7 +38,9 @@ class Limits:
         30.0, "SECONDS", "for the body, and for the answer (30)", least=0.01, flag="timeout"
     )
     concurrency: int = setting(16, "N", "requests at a time (default 16)", least=1)
-    batch: int = setting(8, "N", "pictures a pass of the network (default 8)", least=1)
+    batch: int | None = setting(
+        None, "N", "pictures a pass of the network (default by the device)", kind=int, least=1
+    )
     batch_seconds: float = setting(0.005, least=0.0)
 
     def __post_init__(self) -> None:

@@ -187,7 +187,7 @@ class Pipeline:
             workers = min(MAX_THREADS, default_workers())
             self._pool = ThreadPoolExecutor(workers, thread_name_prefix="embedcam-pictures")
             batched = self.telemetry.batches.observe
-            self._batcher = Batcher(self.limits.batch, self.limits.batch_seconds, batched)
+            self._batcher = Batcher(self.batch, self.limits.batch_seconds, batched)
             self._closed = False
 
     def close(self) -> None:
@@ -195,6 +195,11 @@ class Pipeline:
         self.ready, self._closed = False, True
         self._batcher.close()
         self._pool.shutdown(cancel_futures=True)
+
+    @property
+    def batch(self) -> int:
+        """Pictures that go through the network together."""
+        return self.limits.batch or self.network.usual_run.batch_size
 
     @property
     def index(self) -> Index:

@@ -273,8 +273,8 @@ def router(pipeline: Pipeline) -> APIRouter:
 
             ids = [*asked.result, *([] if rival is None else [rival])]
             # No more at once than go through the network together, so that others come between.
-            for start in range(0, len(ids), pipeline.limits.batch):
-                part = ids[start : start + pipeline.limits.batch]
+            for start in range(0, len(ids), pipeline.batch):
+                part = ids[start : start + pipeline.batch]
                 reads = [partial(maker.read, name, side) for name in part]
                 asked_of = (pipeline.ask(maker.sides, index, read) for read in reads)
                 # Each is work by itself: a request that has taken too long ends with it.

@@ -255,7 +255,7 @@ def _check_folder(path: Path) -> None:
 
 def _write(job: Job, path: Path) -> None:
     if (path / NAME).exists():
-        if Job.open(path).choices != job.choices:
+        if Job.open(path).choices.plain() != job.choices.plain():
             raise InputError(
                 f"{path}: holds another job (other images, or other choices); choose another "
                 "folder, or delete it"

@@ -166,14 +166,14 @@ def scenario_outside(base: Path) -> list[str]:
 
 
 def planned(base: Path, kind: str) -> tuple[Path, Job, Job, dict[str, str]]:
-    """A job in three pieces; what does them, what merges them, and the bytes of one process."""
-    it, source, recipe = toy(kind), pictures(base / "p", 22), Recipe(triplets=4, rank=3)
-    options = {"batch_size": 4, "pieces": 3, "scratch_gb": 0}
+    """A job in two pieces; what does them, what merges them, and the bytes of one process."""
+    it, source, recipe = toy(kind), pictures(base / "p", 14), Recipe(triplets=4, rank=3)
+    options = {"batch_size": 4, "pieces": 2, "scratch_gb": 0}
     plan_job(source, it.network, base / "start" / "job", recipe, **options)
     build_index(source, it.network, base / "one", recipe, **QUIET, scratch_gb=0)
     alone = {"network": it.network, "workers": 0, "progress": False}
 
-    def shards(folder: Path, order: Sequence[int] = (2, 0, 1)) -> None:
+    def shards(folder: Path, order: Sequence[int] = (1, 0)) -> None:
         for piece in [*order] * 3:
             run_shard(folder / "job", piece, **alone)
 
@@ -201,7 +201,7 @@ def scenario_shards(base: Path) -> list[str]:
     job(base / "reference")
     KILLER.folder, total = "", KILLER.seen
     problems, killed = list[str](), 0
-    for point in np.unique(np.linspace(1, total, 14).round().astype(int)).tolist():
+    for point in np.unique(np.linspace(1, total, 8).round().astype(int)).tolist():
         folder = base / f"at-{point}"
         shutil.copytree(start, folder)
         killed += in_child(job, folder, point)
@@ -212,19 +212,19 @@ def scenario_shards(base: Path) -> list[str]:
             problems.append(f"killed at {point} of {total}: {again} were done again")
         if everything(folder / "index") != expected:
             problems.append(f"killed at {point} of {total}: other bytes")
-    return problems if killed > 11 and total > 100 else [f"killed {killed} times of {total}"]
+    return problems if killed > 6 and total > 40 else [f"killed {killed} times of {total}"]
 
 
 def scenario_at_once(base: Path) -> list[str]:
     """Two processes on the same pieces at once, of which one is killed now and then."""
     start, shards, merged, expected = planned(base, "other")
     chance, problems = random.Random(0), list[str]()
-    for turn in range(4):
+    for turn in range(2):
         folder = base / f"turn-{turn}"
         shutil.copytree(start, folder)
-        orders = ((0, 1, 2), (0, 1, 2)) if turn < 2 else ((0, 1, 2), (2, 1, 0))
+        orders = (0, 1), (turn, 1 - turn)
         pids = [begin(partial(shards, order=order), folder) for order in orders]
-        if turn % 2:
+        if turn:
             time.sleep(chance.uniform(0.02, 0.3))
             os.kill(pids[0], signal.SIGKILL)
         for pid in pids:

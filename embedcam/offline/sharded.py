@@ -295,6 +295,9 @@ def _check_same(job: Job, index: Index) -> None:
 
 def _look_again(job: Job, work: Plan, chunks: range) -> list[int]:
     """Weigh chunks and draw their stored maps; return the pieces that have to be weighed before."""
+    wanted = ["weights", "maps"] if job.draws(work.strategy) else ["weights"]
+    if all(work.checkpoint.has(stage, c) for stage in wanted for c in _filled(work, chunks)):
+        return []
     for chunk in work.chunks:
         if not work.checkpoint.whole("embed", chunk, *_SMALL):
             job.refuse_others()

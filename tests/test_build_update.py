@@ -97,6 +97,18 @@ def test_new_changed_and_vanished_files_are_taken_in(photos: Path) -> None:
     assert everything(photos.with_name("i")) == before
 
 
+def test_ids_of_one_hash_are_told_apart(photos: Path, monkeypatch) -> None:
+    monkeypatch.setattr("embedcam.images.texts.hash", len, raising=False)
+    names = [*find_images(photos).ids]
+    (photos / names[0]).unlink()
+    replaced(photos / names[5])
+    replaced(photos / "c0/new.png")
+    changes = update(photos).changes
+    assert (changes.vanished, changes.changed) == ([names[0]], [names[5]])
+    assert (changes.new, changes.n_same) == (["c0/new.png"], 10)
+    assert set(states(photos).values()) == {"same"}
+
+
 def test_images_of_another_folder_are_left_alone(photos: Path, tmp_path: Path) -> None:
     paint(tmp_path / "more", [40, 41])
     add_images(find_images(tmp_path / "more"), toy().network, tmp_path / "i", progress=False)

@@ -236,34 +236,41 @@ def sorted_order(texts: Texts) -> np.ndarray:
 
     Eight bytes are compared at a time, and the next eight of those alone that are equal so far.
     """
-    starts, n = np.asarray(texts.offsets[:-1]).astype(np.int64), len(texts)
-    lengths = np.diff(texts.offsets).astype(np.int64)
-    order, places, group, depth = np.arange(n), np.arange(n), np.zeros(n, np.int64), 0
+    n = len(texts)
+    number = np.int32 if n < 1 << 31 else np.int64
+    order, places, group, depth = np.arange(n, dtype=number), np.arange(n, dtype=number), None, 0
     while len(places):
         # `places` in the order stand for strings that equal their neighbors in `group` so far.
         rows = order[places]
-        left = np.clip(lengths[rows] - depth, 0, 8)
-        keys = _eight_bytes(texts.blob, starts[rows] + depth, left)
-        sort = np.lexsort((left, keys, group))  # stable
+        keys, left = _eight_bytes(texts, rows, depth)
+        sort = np.lexsort((left, keys) if group is None else (left, keys, group))  # stable
         order[places] = rows[sort]
-        keys, left, group = keys[sort], left[sort], group[sort]
+        keys, left = keys[sort], left[sort]
         new = np.ones(len(places) + 1, bool)
-        new[1:-1] = (keys[1:] != keys[:-1]) | (left[1:] != left[:-1]) | (group[1:] != group[:-1])
+        new[1:-1] = (keys[1:] != keys[:-1]) | (left[1:] != left[:-1])
+        if group is not None:
+            group = group[sort]
+            new[1:-1] |= group[1:] != group[:-1]
         tied = ~(new[:-1] & new[1:]) & (left == 8)
-        group = np.cumsum(new[:-1])[tied]
+        group = np.cumsum(new[:-1], dtype=number)[tied]
         places, depth = places[tied], depth + 8
     return order
 
 
-def _eight_bytes(blob: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return up to eight bytes from each start on as numbers that sort as they do, uint64 `[n]`."""
-    keys, last = np.zeros(len(starts), np.uint64), max(len(blob) - 1, 0)
-    for place in range(8 if len(blob) else 0):
-        for start in range(0, len(starts), _RUN):
-            some = slice(start, start + _RUN)
-            byte = blob[np.minimum(starts[some] + place, last)]
-            keys[some] = keys[some] << np.uint64(8) | np.where(counts[some] > place, byte, 0)
-    return keys
+def _eight_bytes(texts: Texts, rows: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return up to eight bytes from `depth` on as numbers that sort as they do, and how many."""
+    blob, last = texts.blob, max(len(texts.blob) - 1, 0)
+    keys, counts = np.zeros(len(rows), np.uint64), np.zeros(len(rows), np.uint8)
+    for start in range(0, len(rows) if len(blob) else 0, _RUN):
+        some = rows[start : start + _RUN]
+        begin = texts.offsets[some].astype(np.int64) + depth
+        here = np.clip(texts.offsets[some + 1].astype(np.int64) - begin, 0, 8)
+        key = np.zeros(len(some), np.uint64)
+        for place in range(8):
+            byte = blob[np.minimum(begin + place, last)]
+            key = key << np.uint64(8) | np.where(here > place, byte, 0).astype(np.uint64)
+        keys[start : start + _RUN], counts[start : start + _RUN] = key, here
+    return keys, counts
 
 
 def hashes_of(strings: Iterable[str]) -> np.ndarray:

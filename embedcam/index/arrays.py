@@ -187,7 +187,7 @@ def wrong_embeddings(block: np.ndarray, normalized: bool) -> str | None:
     if wrong := wrong_number(block):
         return wrong
     if normalized:
-        norms = np.linalg.norm(block.astype(np.float64), axis=1)
+        norms = np.sqrt(np.einsum("nd,nd->n", block, block, dtype=np.float64))
         bad = _first(np.abs(norms - 1) > UNIT_TOLERANCE)
         if bad is not None:
             return f"row {bad} has length {norms[bad]:.6g} where unit vectors are promised"

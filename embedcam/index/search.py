@@ -22,6 +22,8 @@ SLACK = 16
 N_NEGATIVES = 50
 _GATHERED = 8 << 20
 """Numbers of candidates' embeddings ranked at once: about 64 MiB as float64."""
+_MANY, _SCORED = 20, 1 << 21
+"""Queries from which products are cheaper than FAISS's comparisons; numbers of a product."""
 
 
 class Neighbors(NamedTuple):
@@ -224,6 +226,8 @@ def in_batches(
 def _knn(embeddings: ArrayLike, queries: np.ndarray, fetch: int, kind: int) -> np.ndarray:
     import faiss
 
+    if len(queries) >= _MANY:
+        return _knn_of_many(embeddings, queries, fetch, kind == faiss.METRIC_L2)
     scores = np.empty((len(queries), 0), np.float32)
     positions = np.empty((len(queries), 0), np.int64)
     with threads(1 if len(queries) == 1 else None):
@@ -233,6 +237,37 @@ def _knn(embeddings: ArrayLike, queries: np.ndarray, fetch: int, kind: int) -> n
             scores = np.concatenate([scores, near if kind == faiss.METRIC_L2 else -near], axis=1)
             positions = np.concatenate([positions, rows + start], axis=1)
             # Stable, and blocks come in rising order: ties fall to the lower position.
+            best = np.argsort(scores, axis=1, kind="stable")[:, :fetch]
+            scores = np.take_along_axis(scores, best, axis=1)
+            positions = np.take_along_axis(positions, best, axis=1)
+    return positions
+
+
+def _knn_of_many(
+    embeddings: ArrayLike, queries: np.ndarray, fetch: int, squared: bool
+) -> np.ndarray:
+    """Return places of the nearest rows of many queries, by products of matrices, `[B fetch]`."""
+    n, step = len(queries), max(1, _SCORED // len(queries))
+    scores = np.full((n, fetch), np.inf, np.float32)
+    positions = np.full((n, fetch), -1, np.int64)
+    for first, block in blocks(embeddings):
+        for start in range(0, len(block), step):
+            rows = np.ascontiguousarray(block[start : start + step], np.float32)
+            with np.errstate(over="ignore", invalid="ignore"):
+                apart = queries @ (rows.T * np.float32(-2 if squared else -1))
+                if squared:  # but for the query's own length, which orders nothing
+                    apart += np.einsum("nd,nd->n", rows, rows)
+                query, row = np.nonzero(apart < scores[:, -1:])
+            if not len(query):
+                continue
+            # Rows that are nearer than what was kept, side by side behind it; stable, and blocks
+            # come in rising order: ties fall to the lower position.
+            counts = np.bincount(query, minlength=n)
+            place = fetch + np.arange(len(query)) - np.repeat(np.cumsum(counts) - counts, counts)
+            wider = ((0, 0), (0, int(counts.max())))
+            scores = np.pad(scores, wider, constant_values=np.inf)
+            positions = np.pad(positions, wider, constant_values=-1)
+            scores[query, place], positions[query, place] = apart[query, row], first + start + row
             best = np.argsort(scores, axis=1, kind="stable")[:, :fetch]
             scores = np.take_along_axis(scores, best, axis=1)
             positions = np.take_along_axis(positions, best, axis=1)

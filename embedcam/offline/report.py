@@ -10,18 +10,20 @@ from typing import Self
 import numpy as np
 
 from ..errors import InputError, cut
-from ..images import DatasetSource, ImageSource, LeftOut, is_url, root_text
+from ..images import DatasetSource, ImageSource, Item, LeftOut, is_url, root_text
 from ..images.number_labels import number_of
 from ..images.progress import Advance, progress_of
-from ..images.texts import LabelColumn
+from ..images.texts import LabelColumn, hashes_of, in_runs
 from ..index import Index
 from ..index.arrays import ArrayLike
 from ..recipe.recipe import Recipe
 from ..render import Table, drawn_blocks
 from .triplets import alone
 
-_SHOWN = 10
+_SHOWN, _RUN = 10, 1 << 14
 _REDO = "redo the index with --refit (replace=True)"
+_Stored = tuple[str, str | None, np.ndarray]
+"""Path, label and mark of an indexed image."""
 
 
 @dataclass(frozen=True)
@@ -191,24 +193,26 @@ def changes_since(
 ) -> tuple[Changes, list[int]]:
     """Return how a collection differs from its index, and places of what is new or changed."""
     _check_root(index, source)
-    rows = index.select(index.live_positions())
-    listed = zip(rows.ids, rows.paths, rows.labels, rows.marks, strict=True)
-    known = {name: (path, label, mark) for name, path, label, mark in listed}
-    n_indexed, bare = len(known), all(label is None for label in rows.labels)
+    live = index.live_positions()
+    found, bare = _Found(index, live), all(label is None for label in in_runs(index.labels, live))
     new, changed, places, n_unmarked = list[str](), list[str](), list[int](), 0
-    for place, item in enumerate(source.items):
-        progressed(1)
-        path, label, mark = known.pop(item.id, ("", None, None))
-        state = "new" if mark is None else source.state(place, mark)
-        if mark is not None and (path, label) != (item.path, item.label):
-            state = "changed"
-        n_unmarked += state is None
-        if state not in ("same", None):
-            (new if state == "new" else changed).append(item.id)
-            places.append(place)
+    for start in range(0, len(source), _RUN):
+        items = source.items[start : start + _RUN]
+        for place, (item, stored) in enumerate(found.of(items), start):
+            progressed(1)
+            state = "new" if stored is None else source.state(place, stored[2])
+            if stored is not None and stored[:2] != (item.path, item.label):
+                state = "changed"
+            n_unmarked += state is None
+            if state not in ("same", None):
+                (new if state == "new" else changed).append(item.id)
+                places.append(place)
     # Absolute paths are of images that were added from elsewhere, which are left alone.
-    left = [(name, path) for name, (path, _, _) in known.items() if path]
-    vanished = [name for name, path in left if not (Path(path).is_absolute() or is_url(path))]
+    left, n_indexed = live[~found.seen], len(live)
+    names = zip(in_runs(index.ids, left), in_runs(index.paths, left), strict=True)
+    vanished = [
+        name for name, path in names if path and not (Path(path).is_absolute() or is_url(path))
+    ]
     n_known = len(source) - len(new)
     if n_indexed and not n_known:
         raise InputError(
@@ -223,6 +227,36 @@ def changes_since(
             f"(--labels) that it was built with, or {_REDO} if it is to be replaced"
         )
     return Changes(new, changed, vanished, n_known - len(changed), n_unmarked), places
+
+
+class _Found:
+    """Finds images in an index by their ids, many at once; `seen` `[n]` says which live rows."""
+
+    def __init__(self, index: Index, live: np.ndarray) -> None:
+        self._index, self._live = index, live
+        hashes = hashes_of(in_runs(index.ids, live))
+        self._order = np.argsort(hashes)
+        self._hashes, self.seen = hashes[self._order], np.zeros(len(live), bool)
+
+    def of(self, items: Sequence[Item]) -> Iterator[tuple[Item, _Stored | None]]:
+        """Yield each image with what the index keeps of it, None where it has none of its id."""
+        hashes = hashes_of(item.id for item in items)
+        first = np.searchsorted(self._hashes, hashes)
+        stop = np.searchsorted(self._hashes, hashes, side="right")
+        counts = stop - first
+        # Two ids may have one hash: all that do are looked at.
+        owner = np.repeat(np.arange(len(items)), counts)
+        nth = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+        rows = self._order[first[owner] + nth]
+        kept = self._index.select(self._live[rows])
+        paths, labels, marks = kept.paths, kept.labels, kept.marks
+        stored: dict[int, _Stored] = {}
+        for at, (place, name) in enumerate(zip(owner.tolist(), kept.ids, strict=True)):
+            if name == items[place].id:
+                self.seen[rows[at]] = True
+                stored[place] = paths[at], labels[at], marks[at]
+        for place, item in enumerate(items):
+            yield item, stored.get(place)
 
 
 def _check_root(index: Index, source: ImageSource) -> None:

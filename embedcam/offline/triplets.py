@@ -35,7 +35,7 @@ LIST, PROBES, TRAINED, ROUNDS = 512, 16, 64, 10
 SUMMED = 1 << 14
 """Images summed at once: fixed, and taken in order, so that whoever sums gives the same bytes."""
 _ADDED = 1 << 14
-_GATHERED = 8 << 20
+_GATHERED = 1 << 20
 """Numbers of candidates' embeddings held at once."""
 
 Nearest = Callable[[np.ndarray, int], np.ndarray]
@@ -72,13 +72,16 @@ class Classes:
     """
 
     def __init__(self, codes: np.ndarray) -> None:
-        _, self.codes = np.unique(codes, return_inverse=True)
-        self.order = np.argsort(self.codes, kind="stable")
+        # The narrowest numbers: five for each image, held for a whole build.
+        number = "int32" if len(codes) < 1 << 31 else "int64"
+        self.codes = np.unique(codes, return_inverse=True)[1].astype(number)
+        self.order = np.argsort(self.codes, kind="stable").astype(number)
         self.sizes = np.bincount(self.codes)
         ends = np.cumsum(self.sizes)
         of_rank = self.codes[self.order]
-        self.near = self.far = np.stack([ends - self.sizes, ends], axis=1)[of_rank]
-        self.ranks = np.full(len(self.codes), -1)
+        intervals = np.stack([ends - self.sizes, ends], axis=1).astype(number)
+        self.near = self.far = intervals[of_rank]
+        self.ranks: np.ndarray = np.full(len(self.codes), -1, number)
         known = self.sizes[of_rank] > 1
         self.ranks[self.order[known]] = np.flatnonzero(known)
         self.shared = np.where(self.sizes > 1, np.cumsum(self.sizes > 1) - 1, -1)
@@ -217,7 +220,7 @@ class TripletSampler:
     def labelled_counts(self, anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return how many positives and negatives labelled anchors have, `[a]` each."""
         groups, ranks = self.groups, self.groups.ranks[anchors]
-        near, far = groups.near[ranks], groups.far[ranks]
+        near, far = (one[ranks].astype(np.int64) for one in (groups.near, groups.far))
         return near[:, 1] - near[:, 0] - 1, len(groups.order) - (far[:, 1] - far[:, 0])
 
     def _labelled_difference(
@@ -292,7 +295,13 @@ class TripletSampler:
             yield row, np.maximum(distances, 0), self._negatives_of(anchor)
 
     def _gathered_mean(self, positions: np.ndarray) -> np.ndarray:
-        return np.asarray(np.asarray(self.embeddings[positions], np.float64).mean(axis=1))
+        """Return the mean of the embeddings at places `[a k]`, float64 `[a D]`."""
+        means = np.empty((len(positions), self.embeddings.shape[1]))
+        step = max(1, _GATHERED // max(1, positions.shape[1] * means.shape[1]))
+        for start in range(0, len(positions), step):
+            some = slice(start, start + step)
+            means[some] = np.asarray(self.embeddings[positions[some]], np.float64).mean(axis=1)
+        return means
 
     @cached_property
     def _squares(self) -> np.ndarray:
@@ -314,7 +323,8 @@ class TripletSampler:
         known = self._statistics.get("class_sums")
         if known is not None:
             return known
-        return self.summed(lambda rows: np.asarray(self.embeddings[rows]))
+        # As doubles at once: `np.add.at` is three times slower where it casts.
+        return self.summed(lambda rows: np.asarray(self.embeddings[rows], np.float64))
 
     def summed(self, rows: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """Sum `rows(positions)` `[b D]` over each label that images share, float64 `[C D]`."""

@@ -139,8 +139,9 @@ def _partly_through(cotangents: np.ndarray, embeddings: np.ndarray, jacobian: fl
     if not jacobian:
         return cotangents
     f = np.asarray(embeddings, np.float64)
-    unit = np.abs((f * f).sum(-1, keepdims=True) - 1) < _UNIT
-    return np.asarray(cotangents - jacobian * unit * f * (f * cotangents).sum(-1, keepdims=True))
+    unit = np.abs(np.einsum("nd,nd->n", f, f) - 1) < _UNIT
+    along = jacobian * unit * np.einsum("nd,nd->n", f, cotangents)
+    return np.asarray(cotangents - along[:, None] * f)
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:

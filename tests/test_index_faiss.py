@@ -351,6 +351,15 @@ def test_auto_chooses_by_the_number_of_images(n, chosen) -> None:
     faiss_build.check_factory("auto", 128, n)
 
 
+def test_what_was_chosen_is_said() -> None:
+    said = faiss_build.choice_note("auto", "IVF1024,SQ8", 1_000_000)
+    assert said == "search: IVF1024,SQ8, chosen for 1,000,000 images"
+    assert faiss_build.choice_note("IVF1024,SQ8", "IVF1024,SQ8", 1_000_000) is None
+    grown = faiss_build.choice_note("auto", "Flat", 30_000)
+    assert grown is not None
+    assert grown.startswith("search: Flat; auto prefers IVF512,SQ8 for 30,000 images")
+
+
 @pytest.fixture
 def lists_early(monkeypatch) -> None:
     """Lists from 200 images on."""

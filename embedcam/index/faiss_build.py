@@ -54,6 +54,18 @@ def choose(factory: str, n_images: int) -> str:
     return _AUTO_ABOVE if n_images < 20_000_000 else _AUTO_MOST
 
 
+def choice_note(asked: str, factory: str, n_images: int) -> str | None:
+    """Return what was chosen where "auto" was asked for, a sentence; None where it was not."""
+    if asked.lower() != AUTO:
+        return None
+    if (now := choose(asked, n_images)) == factory:
+        return f"search: {factory}, chosen for {n_images:,} images"
+    return (
+        f"search: {factory}; auto prefers {now} for {n_images:,} images where that finds the true "
+        "neighbours: `embedcam compact INDEX --rebuild-faiss auto` tries it"
+    )
+
+
 def check_factory(factory: str, width: int, n_images: int, metric: str = "l2") -> None:
     """Refuse a factory string that cannot serve so many images, before anything is computed."""
     _make(choose(factory, n_images), width, metric, n_images)

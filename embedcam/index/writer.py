@@ -82,8 +82,8 @@ def create(
     fitted : for each layer, arrays kept once, by name (`Encoding.fitted`).
     shared : arrays kept once for the whole index, by name: "embedding_mean" and the like.
     part : the rows; memory maps are streamed.
-    factory : FAISS factory string, "none" to leave searching to others; None takes the recipe's
-        "faiss", and "Flat" where it has none.
+    factory : FAISS factory string, "auto", "none" to leave searching to others; None takes the
+        recipe's "faiss", and "Flat" where it has none.
     replace : swap a finished index that is there for this one; readers keep the old one.
 
     Raises
@@ -214,7 +214,8 @@ def put_calibrations(
 def rebuild_faiss(path: str | Path, factory: str | None = None) -> None:
     """Make the FAISS file again from the embeddings, training included; the old one is not loaded.
 
-    `factory` is another factory string; "none" drops FAISS; None keeps the present one.
+    `factory` is another factory string; "auto" chooses one anew; "none" drops FAISS; None keeps the
+    present one, and how far it searches.
     """
     root = Path(path)
     with _changing(root) as (_, draft):

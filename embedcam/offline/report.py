@@ -16,6 +16,8 @@ from ..images.number_labels import number_of
 from ..images.progress import Advance, progress_of
 from ..index import Index
 from ..index.arrays import ArrayLike
+from ..index.faiss_build import choice_note
+from ..index.manifest import read as read_manifest
 from ..recipe.recipe import Recipe
 from ..render import Table, drawn_blocks
 from .triplets import alone
@@ -171,6 +173,9 @@ def report_of(
     if codes is not None and recipe.resolved_target != "centred" and recipe.sampling != "given":
         n_single = int(alone(codes)[len(codes) - len(labels) :].sum())
     by_class = {name: counts[name] for name in sorted(filter(None, counts))}
+    written, note = read_manifest(path), None
+    if written.faiss is not None:
+        note = choice_note(recipe.faiss, written.faiss.factory, written.counts.live)
     if recipe.labels == "numbers":
         values, by_class = [number_of(label) for label in counts], {}
         numbers = (min(values), max(values)) if values else None
@@ -184,6 +189,7 @@ def report_of(
         by_class,
         n_unlabelled,
         numbers=numbers,
+        notes=[] if note is None else [note],
     )
 
 

@@ -217,8 +217,9 @@ def test_a_sample_holds_the_first_and_the_last_block(tmp_path, monkeypatch) -> N
         verify(path)
 
 
-@pytest.mark.parametrize("metric", ["l2", "ip"])
-@pytest.mark.parametrize("factory", PARSED)
+@pytest.mark.parametrize(
+    ("factory", "metric"), [*((factory, "l2") for factory in PARSED), ("IVF8,SQ8", "ip")]
+)
 def test_sizes_inside_a_file_are_believed_where_they_fit(tmp_path, factory, metric) -> None:
     vectors = np.repeat(vectors_of(8), 40, axis=0) + 1e-3 * vectors_of(320, 1)
     index = filled(factory, vectors, metric)

@@ -350,8 +350,9 @@ def test_flipped_tombstones_are_not_passed_on(copy: Callable[[str], Path], chang
     unchanged("tombstones-000003.u64: does not match its checksum", change, path)
 
 
-@pytest.mark.parametrize("factory", ["Flat", "HNSW8"])
-@pytest.mark.parametrize("change", [append_few, compact])
+@pytest.mark.parametrize(
+    ("factory", "change"), [("Flat", append_few), ("HNSW8", append_few), ("HNSW8", compact)]
+)
 def test_a_damaged_faiss_file_is_not_grown(copy, factory, change) -> None:
     path = copy("parts")
     rebuild_faiss(path, factory)
@@ -359,6 +360,14 @@ def test_a_damaged_faiss_file_is_not_grown(copy, factory, change) -> None:
     unchanged("faiss-000004.index: does not match its checksum", change, path)
     rebuild_faiss(path)
     change(path)
+    verify(path)
+
+
+def test_compact_makes_a_damaged_flat_file_anew_from_the_embeddings(copy) -> None:
+    path = copy("parts")
+    flip("faiss-000002.index", 200)(path)
+    refused("checksum", verify, path)
+    compact(path)
     verify(path)
 
 
@@ -395,5 +404,5 @@ def test_what_faiss_cannot_write_is_an_os_error(tmp_path, monkeypatch) -> None:
     error = RuntimeError("Error in void write(x) at impl/io.cpp:7: not written")
     monkeypatch.setattr(faiss, "write_index", Mock(side_effect=error))
     with pytest.raises(OSError, match=r"FAISS cannot write its file \(not written\)"):
-        rebuild_faiss(path)
+        rebuild_faiss(path, "HNSW8")
     assert content(path) == before

@@ -237,11 +237,17 @@ def _lines_of(path: str) -> list[str]:
 def compact(options: Namespace) -> None:
     """Drop the bytes of removed images."""
     from ..index import compact as compact_parts
+    from ..index.faiss_build import choice_note
+    from ..index.manifest import read
 
-    images = _n_images(options.index)
+    images, asked = _n_images(options.index), options.rebuild_faiss
     with progress_of("compacting", shown=options.progress):
-        dropped = compact_parts(options.index, rebuild_faiss=options.rebuild_faiss)
+        dropped = compact_parts(options.index, rebuild_faiss=asked)
     text = f"compact; {counted(dropped, 'removed image')} dropped, {images:,} left"
+    entry = read(Path(options.index)).faiss
+    if isinstance(asked, str) and entry is not None:
+        note = choice_note(asked, entry.factory, images)
+        text += "" if note is None else f"; {note}"
     emit(options, {"dropped": dropped, "images": images}, f"{options.index}: {text}")
 
 

@@ -5,7 +5,7 @@ and `rebuild_faiss` write, one writer at a time, each change visible through one
 checks.
 """
 
-from .faiss_files import check_factory
+from .faiss_build import check_factory
 from .manifest import FORMAT_VERSION, Manifest, RunEntry
 from .parts import PartData, check_ids, quantize_coarse
 from .reader import REMOVED, Index, Selection, Stored

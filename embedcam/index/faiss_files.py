@@ -1,151 +1,150 @@
-"""FAISS files: built the same way every time, written durably, loaded only after checks.
+"""FAISS files: written durably as a stream, loaded only after checks."""
 
-FAISS is imported when it is first needed. Everything that builds runs on one OpenMP thread, because
-graphs (HNSW, NSG) and OPQ give other bytes with another number of threads.
-"""
-
-import contextlib
 import errno
 import hashlib
 import os
 import re
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._checks import one_of
 from .._files import ProcessLock, fresh, replace
-from ..errors import IndexFormatError, InputError, cut, short
-from .arrays import ArrayLike, block_rows, broken, open_checked, sha256_of
-from .manifest import FaissEntry, Manifest
+from ..errors import IndexFormatError, InputError
+from .arrays import BLOCK_BYTES, ArrayLike, block_rows, broken, open_checked, sha256_of
+from .faiss_build import brief, metric_code
+from .faiss_layout import FLAT, HEADER, MAPPED, is_bounded
+from .manifest import FAISS_BLOCK, MOST_FAISS_BLOCKS, FaissEntry, Manifest
 from .records import Json
 
 if TYPE_CHECKING:
     import faiss
 
 REBUILD = "the file is derived, make it again with `embedcam compact --rebuild-faiss`"
-EF_SEARCH = 64
-_FLAT = {b"IxF2": 1, b"IxFI": 0}
-_MAPPED = {*_FLAT, b"IwFl", b"IwSq", b"IwPQ"}
-_HEADER = struct.Struct("<4siqqqBi")
-_MOST, _MOST_LINKS, _MOST_LETTERS = 1 << 24, 1024, 200
-"""Of a number in a factory string; of a graph's links a row, usually 4 to 64; of its letters."""
-_MOST_EMPTY = 1 << 20
-"""Lists of a multi-index, however few the images: about 300 bytes each."""
+_SAMPLED = 8
+"""Blocks compared before a file is used: the first, the last, and some between."""
 
 
-def check_factory(factory: str, width: int, n_images: int, metric: str = "l2") -> None:
-    """Refuse a factory string that cannot serve so many images, before anything is computed."""
-    _make(factory, width, metric, n_images)
+# Writing
 
 
-def build(
-    factory: str, embeddings: ArrayLike, metric: str, rows: np.ndarray
-) -> tuple["faiss.Index", int]:
-    """Return a FAISS index over embeddings `[N D]`, and how many rows it was trained on.
+class _Stream:
+    """A file that is being written, and the digests of what it got."""
 
-    The same bytes every time; `rows` are those that may be trained on.
-    """
-    total, width = embeddings.shape
-    index = _make(factory, width, metric, len(rows))
-    trained_on = 0
-    with threads(1), _as_input_error(factory):
-        if not index.is_trained:
-            if len(rows) > (most := max(1 << 16, 256 * _training_need(index))):
-                drawn = np.random.default_rng(0).choice(len(rows), most, replace=False)
-                rows = rows[np.sort(drawn)]
-            index.train(np.asarray(embeddings[rows], np.float32))
-            trained_on = len(rows)
-        _add(index, embeddings)
-    if index.ntotal != total:
-        raise InputError(f"the FAISS factory {factory!r} keeps {index.ntotal} of {total} rows")
-    return index, trained_on
+    def __init__(self, file: Any) -> None:
+        self._file, self._whole, self._block = file, hashlib.sha256(), _digest()
+        self.written, self._digests = 0, list[str]()
 
+    def put(self, data: bytes | memoryview) -> int:
+        """Write some bytes, and return how many, as FAISS wants it."""
+        self._file.write(data)
+        self._whole.update(data)
+        view = memoryview(data)
+        while len(view):
+            piece = view[: FAISS_BLOCK - self.written % FAISS_BLOCK]
+            self._block.update(piece)
+            self.written += len(piece)
+            view = view[len(piece) :]
+            if self.written % FAISS_BLOCK == 0:
+                self._end_block()
+        return len(data)
 
-def grow(index: "faiss.Index", embeddings: ArrayLike, start: int, factory: str) -> None:
-    """Add the rows from `start` on to an index, which keeps those before; training stays."""
-    with threads(1), _as_input_error(factory):
-        if start == 0 or "NSG" in type(index).__name__:  # a graph that cannot grow
-            index.reset()
-            start = 0
-        _add(index, embeddings, start)
+    def entry(self) -> Json:
+        """Return what the manifest says of the bytes; of too many blocks, nothing of each."""
+        if self.written % FAISS_BLOCK:
+            self._end_block()
+        sha256 = self._whole.hexdigest()
+        told: Json = {"bytes": self.written, "sha256": sha256, "blocks": None}
+        if len(self._digests) <= MOST_FAISS_BLOCKS:
+            told["blocks"] = {"of": sha256, "blake2b": "".join(self._digests)}
+        return told
 
-
-def _add(index: "faiss.Index", embeddings: ArrayLike, start: int = 0) -> None:
-    # In blocks; graphs that cannot grow need all of them at once.
-    total, name = embeddings.shape[0], type(index).__name__
-    at_once = "NSG" in name or "NNDescent" in name
-    step = max(total - start, 1) if at_once else block_rows(embeddings)
-    for first in range(start, total, step):
-        rows = embeddings[first : min(first + step, total)]
-        index.add(np.ascontiguousarray(rows, np.float32))
+    def _end_block(self) -> None:
+        self._digests.append(self._block.hexdigest())
+        self._block = _digest()
 
 
-def search_settings(index: "faiss.Index") -> dict[str, int]:
-    """Return sensible search parameters, to be recorded: nprobe for IVF, ef for HNSW."""
-    settings = {}
-    for piece in _pieces(index):
-        name = type(piece).__name__
-        if "IVF" in name:
-            settings["nprobe"] = min(int(piece.nlist), max(8, int(piece.nlist) // 32))
-        elif "HNSW" in name:
-            settings["ef_search"] = EF_SEARCH
-    return settings
+def _digest() -> "hashlib.blake2b":
+    return hashlib.blake2b(digest_size=8)
 
 
-def parameters(
-    index: "faiss.Index", nprobe: int, ef_search: int
-) -> "faiss.SearchParameters | None":
-    """Return FAISS search parameters for an index and what it wraps; None where it takes none."""
+@contextmanager
+def _stream(root: Path, name: str, entry: Json) -> Iterator[_Stream]:
+    """Write a FAISS file durably and fill in its entry; nothing has its name where that fails."""
     import faiss
 
-    options: Any = faiss  # its keyword arguments are added at run time, unseen by type checkers
-    index = faiss.downcast_index(index)
-    made: faiss.SearchParameters | None = None
-    if isinstance(index, faiss.IndexPreTransform):
-        inner = parameters(index.index, nprobe, ef_search)
-        made = inner and options.SearchParametersPreTransform(index_params=inner)
-    elif isinstance(index, faiss.IndexRefine):
-        inner = parameters(index.base_index, nprobe, ef_search)
-        made = options.IndexRefineSearchParameters(k_factor=2.0, base_index_params=inner)
-    elif isinstance(index, faiss.IndexIVF):
-        made = options.SearchParametersIVF(nprobe=min(nprobe, int(index.nlist)))
-    elif isinstance(index, faiss.IndexHNSW):
-        made = options.SearchParametersHNSW(efSearch=ef_search)
-    return made
+    unfinished = root / f"{name}.tmp"
+    # FAISS only prints a failing fclose and goes on, so that its last bytes can be lost unseen.
+    with fresh(unfinished) as file:
+        stream = _Stream(file)
+        yield stream
+        file.flush()
+        if (size := os.fstat(file.fileno()).st_size) != stream.written:
+            reason = f"holds {size} of {stream.written} bytes after writing"
+            raise OSError(errno.EIO, reason, str(unfinished))
+    replace(unfinished, root / name)
+    entry |= {"file": name, **stream.entry(), "version": faiss.__version__}
 
 
 def write_faiss(root: Path, index: "faiss.Index", name: str) -> Json:
     """Write a FAISS file durably, and return its entry; nothing has its name where that fails."""
     import faiss
 
-    unfinished, digest, written = root / f"{name}.tmp", hashlib.sha256(), 0
-    # FAISS only prints a failing fclose and goes on, so that its last bytes can be lost unseen.
-    with fresh(unfinished) as file:
-
-        def put(data: bytes) -> int:
-            nonlocal written
-            file.write(data)
-            digest.update(data)
-            written += len(data)
-            return len(data)
-
+    entry: Json = {}
+    with _stream(root, name, entry) as stream:
         try:
             made_at_run_time: Any = faiss  # unseen by type checkers
-            faiss.write_index(index, made_at_run_time.PyCallbackIOWriter(put))
+            faiss.write_index(index, made_at_run_time.PyCallbackIOWriter(stream.put))
         except RuntimeError as error:
-            reason = f"FAISS cannot write its file ({_brief(error)})"
-            raise OSError(errno.EIO, reason, str(unfinished)) from error
-        file.flush()
-        if (size := os.fstat(file.fileno()).st_size) != written:
-            reason = f"holds {size} of {written} bytes after writing"
-            raise OSError(errno.EIO, reason, str(unfinished))
-    replace(unfinished, root / name)
-    entry = {"file": name, "bytes": written, "sha256": digest.hexdigest()}
-    return {**entry, "version": faiss.__version__}
+            reason = f"FAISS cannot write its file ({brief(error)})"
+            raise OSError(errno.EIO, reason, str(root / f"{name}.tmp")) from error
+    return entry
+
+
+def write_flat(
+    root: Path,
+    name: str,
+    embeddings: ArrayLike,
+    metric: str,
+    before: "FaissFile | None" = None,
+    start: int = 0,
+) -> Json:
+    """Write what FAISS would of a Flat index over embeddings `[N D]`, block by block.
+
+    The first `start` rows are copied from the file `before`, its checksum compared on the way.
+    """
+    rows, width = embeddings.shape
+    code = metric_code(metric)
+    kind = next(kind for kind, of in FLAT.items() if of == code)
+    entry: Json = {}
+    with _stream(root, name, entry) as stream:
+        stream.put(HEADER.pack(kind, width, rows, 1 << 20, 1 << 20, 1, code))
+        stream.put(struct.pack("<Q", rows * width))
+        if before is not None:
+            before.copy(stream.put)
+        for first in range(start, rows, step := block_rows(embeddings)):
+            block = np.ascontiguousarray(embeddings[first : first + step], "<f4")
+            if block.size:
+                stream.put(block.reshape(-1).view(np.uint8).data)
+    return entry
+
+
+def read_shard(root: Path, entry: Json) -> "faiss.Index":
+    """Read what `write_faiss` wrote for another process, all of its bytes compared."""
+    import faiss
+
+    name = str(entry["file"])
+    remedy = "make that piece again"
+    with open(open_checked(root, name, int(entry["bytes"]), remedy), "rb") as file:
+        if sha256_of(file.fileno()) != entry["sha256"]:
+            raise broken(root, name, "does not match its checksum", remedy)
+        return faiss.read_index(f"/dev/fd/{file.fileno()}")
+
+
+# Reading
 
 
 class FaissFile:
@@ -161,7 +160,7 @@ class FaissFile:
         self._lock = ProcessLock()
         self._loaded: faiss.Index | None = None
         self.descriptor = open_checked(root, entry.file, entry.bytes, REBUILD)
-        self._check_header(os.pread(self.descriptor, _HEADER.size + 8, 0))
+        self._check_header(os.pread(self.descriptor, HEADER.size + 8, 0))
 
     def __del__(self) -> None:
         if self.descriptor is not None:
@@ -183,6 +182,10 @@ class FaissFile:
             if descriptor is not None:
                 os.close(descriptor)
 
+    def is_flat(self) -> bool:
+        """Return whether it is nothing but the vectors."""
+        return os.pread(self._open(), 4, 0) in FLAT
+
     def read(self, mapped: bool = True) -> "faiss.Index":
         """Read the file anew; all of it, its checksum compared, where it is not to be `mapped`.
 
@@ -191,160 +194,81 @@ class FaissFile:
         """
         import faiss
 
-        descriptor = self.descriptor
-        if descriptor is None:
-            raise InputError(f"{self._root}: the index is closed; open it again")
+        descriptor = self._open()
         kind = os.pread(descriptor, 4, 0)
-        # Sizes inside a file other than Flat cannot be checked from outside, so its bytes are.
-        if (kind not in _FLAT or not mapped) and sha256_of(descriptor) != self.entry.sha256:
+        if not (mapped and self._is_sampled(kind)) and sha256_of(descriptor) != self.entry.sha256:
             raise self.broken("does not match its checksum")
-        flags = getattr(faiss, "IO_FLAG_MMAP_IFC", 0) if mapped and kind in _MAPPED else 0
+        flags = getattr(faiss, "IO_FLAG_MMAP_IFC", 0) if mapped and kind in MAPPED else 0
         try:
             # By descriptor: `compact` may have taken the name away since the index was opened.
             index = faiss.read_index(f"/dev/fd/{descriptor}", flags)
-        except RuntimeError as error:
-            raise self.broken(f"FAISS refuses it ({_brief(error)})") from error
+        except (RuntimeError, MemoryError) as error:
+            raise self.broken(f"FAISS refuses it ({brief(error)})") from error
         self._check(index.d, index.ntotal, index.metric_type)
         return index
 
+    def copy(self, put: Any) -> None:
+        """Hand on the vectors of a Flat file in blocks, and compare its checksum."""
+        descriptor, whole, at = self._open(), hashlib.sha256(), 0
+        begin = HEADER.size + 8
+        while piece := os.pread(descriptor, BLOCK_BYTES, at):
+            whole.update(piece)
+            put(memoryview(piece)[max(0, begin - at) :])
+            at += len(piece)
+        if whole.hexdigest() != self.entry.sha256:
+            raise self.broken("does not match its checksum")
+
+    def _is_sampled(self, kind: bytes) -> bool:
+        """Return whether the file may be used after a look at a sample of its blocks alone.
+
+        Its sizes inside must be those of its bytes: FAISS believes what it reads. Of other types
+        all bytes are to be compared, and of files of an earlier writer, which named no blocks.
+        """
+        descriptor, told, size = self._open(), self.entry.blocks, self.entry.bytes
+        if told is None or told.of != self.entry.sha256:
+            return kind in FLAT
+        if not (kind in FLAT or is_bounded(descriptor, size, *self._shape())):
+            return False
+        count = -(-size // FAISS_BLOCK)
+        for number in np.unique(np.linspace(0, count - 1, _SAMPLED).astype(np.int64)).tolist():
+            block = os.pread(descriptor, FAISS_BLOCK, number * FAISS_BLOCK)
+            digest = _digest()
+            digest.update(block)
+            if digest.hexdigest() != told.blake2b[16 * number : 16 * number + 16]:
+                raise self.broken("does not match its checksum")
+        return True
+
+    def _shape(self) -> tuple[int, int, int]:
+        of = self._manifest
+        return of.embedding.width, of.counts.rows, metric_code(of.metric)
+
+    def _open(self) -> int:
+        if self.descriptor is None:
+            raise InputError(f"{self._root}: the index is closed; open it again")
+        return self.descriptor
+
     def _check_header(self, head: bytes) -> None:
         size = self.entry.bytes
-        if len(head) < _HEADER.size:
+        if len(head) < HEADER.size:
             raise self.broken(f"is no FAISS file with its {size} bytes")
-        kind, width, rows, _, _, trained, metric = _HEADER.unpack_from(head)
+        kind, width, rows, _, _, trained, metric = HEADER.unpack_from(head)
         if not re.fullmatch(rb"I[A-Za-z0-9]{3}", kind):
             raise self.broken(f"begins with {kind!r}, so it is no FAISS index")
         self._check(width, rows, metric if trained == 1 else -1)
-        if kind in _FLAT:
-            numbers = struct.unpack_from("<Q", head, _HEADER.size)[0] if len(head) > 44 else -1
-            fits = numbers == width * rows and size == _HEADER.size + 8 + 4 * numbers
-            if _FLAT[kind] != metric or not fits:
+        if kind in FLAT:
+            numbers = struct.unpack_from("<Q", head, HEADER.size)[0] if len(head) > 44 else -1
+            fits = numbers == width * rows and size == HEADER.size + 8 + 4 * numbers
+            if FLAT[kind] != metric or not fits:
                 raise self.broken("its header does not go with its size")
 
     def _check(self, width: int, rows: int, metric: int) -> None:
-        of = self._manifest
-        if (width, rows) != (of.embedding.width, of.counts.rows):
-            known = f"the index has {of.counts.rows} of {of.embedding.width}"
+        expected_width, expected_rows, expected_metric = self._shape()
+        if (width, rows) != (expected_width, expected_rows):
+            known = f"the index has {expected_rows} of {expected_width}"
             raise self.broken(f"holds {rows} vectors of width {width}; {known}")
-        if metric != metric_code(of.metric):
-            raise self.broken(f"was not made for the metric {of.metric}")
+        if metric != expected_metric:
+            raise self.broken(f"was not made for the metric {self._manifest.metric}")
 
     def broken(self, what: str) -> IndexFormatError:
         """Return the error about the file, and how it is made again."""
         return broken(self._root, self.entry.file, what, REBUILD)
-
-
-def metric_code(metric: str) -> int:
-    """Return FAISS's number for a metric."""
-    return ("ip", "l2").index(one_of("metric", metric, ("l2", "ip")))
-
-
-@contextlib.contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """Run FAISS on `count` OpenMP threads (None: as it is), put back afterwards.
-
-    OpenMP keeps the number for each thread that computes, so no other thread sees it change.
-    """
-    import faiss
-
-    before = faiss.omp_get_max_threads()
-    if count is not None:
-        faiss.omp_set_num_threads(count)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
-
-
-def _make(factory: str, width: int, metric: str, n_images: int) -> "faiss.Index":
-    import faiss
-
-    _refuse_many(factory, n_images)
-    with _as_input_error(factory):
-        index = faiss.index_factory(width, factory, metric_code(metric))
-    if "IDMap" in type(index).__name__:
-        raise InputError(f"the FAISS factory {factory!r} numbers its rows itself; drop IDMap")
-    for piece in _pieces(index):
-        for holder in (piece, getattr(piece, "pq", None)):
-            if holder is not None and hasattr(holder, "cp"):
-                # Few images a centroid is the user's choice; FAISS would print a line for each.
-                holder.cp.min_points_per_centroid = 1
-    _refuse_few(factory, _training_need(index), n_images)
-    return index
-
-
-def _refused(factory: str, why: str) -> InputError:
-    return InputError(
-        f"the FAISS factory {short(factory)} cannot be used ({why}); 'Flat' always can"
-    )
-
-
-def _refuse_many(factory: str, n_images: int) -> None:
-    # What FAISS takes memory for before it looks at it, or the stack.
-    if len(factory) > _MOST_LETTERS:
-        raise _refused(factory, f"{len(factory):,} letters are more than {_MOST_LETTERS}")
-    for kind, digits in re.findall(r"(HNSW|NSG|NNDescent)?([0-9]+)", factory):
-        most = _MOST_LINKS if kind else _MOST
-        if len(digits) > 9 or int(digits) > most:
-            raise _refused(factory, f"{kind}{cut(digits, 20)} is more than {kind}{most}")
-
-    # Lists and codes that so few images cannot fill, before FAISS takes gigabytes.
-    lists = [int(digits) for digits in re.findall(r"IVF([0-9]+)", factory)]
-    codes = [1 << int(bits) for bits in re.findall(r"(?<![A-Z])PQ[0-9]+x([0-9]{1,2})", factory)]
-    _refuse_few(factory, max([0, *lists, *codes]), n_images)
-    for number, bits in re.findall(r"IMI([0-9]{1,3})x([0-9]{1,3})", factory):
-        if 1 << int(number) * int(bits) > max(_MOST_EMPTY, 16 * n_images):
-            lists_of = f"2^{int(number) * int(bits)} lists are too many for {n_images} images"
-            raise _refused(factory, lists_of)
-
-
-def _refuse_few(factory: str, needed: int, n_images: int) -> None:
-    if needed > n_images:
-        raise InputError(
-            f"the FAISS factory {short(factory)} needs at least {needed} images to train, and "
-            f"there are {n_images}; use 'Flat', or one with fewer lists or codes"
-        )
-
-
-def _pieces(index: "faiss.Index") -> Iterator[Any]:
-    """Yield the index and those it wraps, outermost first."""
-    import faiss
-
-    index = faiss.downcast_index(index)
-    yield index
-    for name in ("index", "base_index"):
-        if isinstance(inner := getattr(index, name, None), faiss.Index):
-            yield from _pieces(inner)
-
-
-def _training_need(index: "faiss.Index") -> int:
-    # The fewest vectors that the index can be trained on.
-    import faiss
-
-    if index.is_trained:
-        return 0
-    need = 1
-    for piece in _pieces(index):
-        if "IVF" in type(piece).__name__:
-            coarse = type(faiss.downcast_index(piece.quantizer)).__name__
-            # A product quantizer's lists are combinations: far fewer vectors train it.
-            need = max(need, 1 if "MultiIndex" in coarse else int(piece.nlist))
-        quantizer = getattr(piece, "pq", None)
-        if quantizer is not None and not piece.is_trained:
-            need = max(need, int(quantizer.ksub))
-    return need
-
-
-@contextlib.contextmanager
-def _as_input_error(factory: str) -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        why = "it takes more memory than there is" if isinstance(error, MemoryError) else None
-        raise _refused(factory, why or _brief(error)) from error
-
-
-def _brief(error: Exception) -> str:
-    # FAISS's reason without the function signature and source line before it.
-    text = " ".join(str(error).split())
-    return re.sub(r"^Error in .*?\.(?:cpp|h):\d+: ", "", text)[:200]

@@ -30,6 +30,8 @@ MAX_COARSE = 64
 """Positions of a stored map."""
 MAX_FILES = 1 << 14
 """Each is mapped; a process has some 65,000 maps, of the default kernel."""
+FAISS_BLOCK, MOST_FAISS_BLOCKS = 1 << 20, 1 << 17
+"""Bytes of a block of a FAISS file that has a digest of its own, and how many have."""
 _SIDE = (1 << 16) - 1
 _PIECES = re.compile(r"(parts|fitted|\.building|\.lock|faiss-.*|tombstones-.*|manifest\.json\.tmp)")
 
@@ -144,6 +146,20 @@ class SearchSettings:
 
 
 @dataclass(frozen=True)
+class FaissBlocks:
+    """BLAKE2b of each block of a FAISS file, 8 bytes each in hexadecimal, one after the other.
+
+    `of` is the checksum of the file that they belong to: a writer of before this entry keeps it
+    beside another file.
+    """
+
+    of: Sha256
+    blake2b: Annotated[
+        str, text(16 * MOST_FAISS_BLOCKS, r"([0-9a-f]{16})*", "digests of 16 hexadecimal digits")
+    ]
+
+
+@dataclass(frozen=True)
 class FaissEntry:
     """The derived file for searching."""
 
@@ -154,6 +170,12 @@ class FaissEntry:
     sha256: Sha256
     trained_on: Count
     version: Name | None = None
+    blocks: FaissBlocks | None = None
+
+    def __post_init__(self) -> None:
+        count, told = -(-self.bytes // FAISS_BLOCK), self.blocks
+        if told is not None and told.of == self.sha256 and len(told.blake2b) != 16 * count:
+            raise Wrong(f" has {len(told.blake2b)} digits for {count} blocks", "blocks", "blake2b")
 
 
 @dataclass(frozen=True)

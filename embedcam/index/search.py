@@ -9,7 +9,7 @@ import numpy as np
 from .._checks import LARGEST, as_numbers, check_vectors, whole
 from ..errors import InputError
 from .arrays import ArrayLike, blocks
-from .faiss_files import metric_code, parameters, threads
+from .faiss_build import candidates, metric_code, parameters, threads
 from .rows import IndexRows
 
 if TYPE_CHECKING:
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from .reader import Index
 
 SLACK = 16
-"""Candidates beyond k, so that rounding inside FAISS cannot push out a true neighbor."""
+"""Candidates beyond k, so that rounding inside FAISS cannot push out a true neighbor.
+
+Of coarse codes more are asked for, see `faiss_build.candidates`.
+"""
 N_NEGATIVES = 50
 _GATHERED = 8 << 20
 """Numbers of candidates' embeddings ranked at once: about 64 MiB as float64."""
@@ -139,11 +142,14 @@ def search(
     if k == 0:
         raise InputError("every image of this index has been removed; add images first")
     loaded = None if index.faiss_file is None else index.faiss_file.loaded()
+    fetch = min(index.n_rows, (k + SLACK) * (1 if loaded is None else candidates(loaded)))
 
     def ranked(batch: np.ndarray) -> Neighbors:
         found = np.full((len(batch), k), -1, np.int64)
         if loaded is not None:
-            found = _proposed(index, loaded, batch, found, probes, entry.search.ef_search or 1)
+            found = _proposed(
+                index, loaded, batch, found, fetch, probes, entry.search.ef_search or 1
+            )
         # What an approximate index cannot reach, brute force finds.
         if len(todo := np.flatnonzero((found >= 0).sum(axis=1) < k)):
             alive = index.live_positions()
@@ -159,7 +165,7 @@ def search(
     # OpenMP's threads are not there in a forked child.
     alone = len(queries) == 1 or index.process != os.getpid()
     with threads(1 if alone else index.n_threads):
-        return in_batches(ranked, queries, max(1, _GATHERED // ((k + SLACK) * index.width)))
+        return in_batches(ranked, queries, max(1, _GATHERED // (fetch * index.width)))
 
 
 def _proposed(
@@ -167,6 +173,7 @@ def _proposed(
     loaded: "faiss.Index",
     queries: np.ndarray,
     found: np.ndarray,
+    fetch: int,
     probes: int,
     effort: int,
 ) -> np.ndarray:
@@ -174,7 +181,6 @@ def _proposed(
     # Removed rows are not known to FAISS, whatever its type, so candidates are asked for until
     # enough live ones are among them.
     k, todo = found.shape[1], np.arange(len(queries))
-    fetch = min(index.n_rows, k + SLACK)
     while len(todo):
         options = parameters(loaded, probes, max(effort, fetch))
         _, rows = loaded.search(queries[todo], fetch, params=options)

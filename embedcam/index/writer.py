@@ -26,9 +26,10 @@ from .._files import (
 )
 from .._files import replace as replace_durably
 from ..errors import EmbedcamError, IndexBusyError, IndexFormatError, InputError
-from . import faiss_files
+from . import faiss_build, faiss_files
 from . import manifest as manifest_file
 from .arrays import SUFFIXES, broken, open_checked, sha256_of, write_array
+from .faiss_choice import enough_lists
 from .manifest import FaissEntry, FileEntry, Manifest
 from .parts import Arrays, PartData, check_ids, parts_to_keep, write_fitted, write_rows
 from .reader import Index, missing
@@ -83,8 +84,8 @@ def create(
     fitted : for each layer, arrays kept once, by name (`Encoding.fitted`).
     shared : arrays kept once for the whole index, by name: "embedding_mean" and the like.
     part : the rows; memory maps are streamed.
-    factory : FAISS factory string, "none" to leave searching to others; None takes the recipe's
-        "faiss", and "Flat" where it has none.
+    factory : FAISS factory string, "auto", "none" to leave searching to others; None takes the
+        recipe's "faiss", and "Flat" where it has none.
     replace : swap a finished index that is there for this one; readers keep the old one.
 
     Raises
@@ -105,7 +106,7 @@ def create(
         check_ids(part.ids)
         chosen = factory or str(manifest["recipe"].get("faiss", "Flat"))
         if chosen.lower() != "none":
-            faiss_files.check_factory(chosen, width, len(part), manifest["metric"])
+            faiss_build.check_factory(chosen, width, len(part), manifest["metric"])
         manifest["fitted"] = write_fitted(root, generation, fitted, shared)
         columns = columns_of(width, manifest["embedding"]["normalized"], layers)
         manifest["parts"] = [write_rows(root, generation, part, columns)]
@@ -215,7 +216,8 @@ def put_calibrations(
 def rebuild_faiss(path: str | Path, factory: str | None = None) -> None:
     """Make the FAISS file again from the embeddings, training included; the old one is not loaded.
 
-    `factory` is another factory string; "none" drops FAISS; None keeps the present one.
+    `factory` is another factory string; "auto" chooses one anew; "none" drops FAISS; None keeps the
+    present one, and how far it searches.
     """
     root = Path(path)
     with _changing(root) as (_, draft):
@@ -437,32 +439,61 @@ class _Draft:
 
     def make_faiss(self, factory: str | None) -> None:
         """Make the FAISS file of the rows to be; None of the present kind, "none" drops it."""
-        if factory is None and self.manifest["faiss"] is None:
+        entry = self.manifest["faiss"]
+        if factory is None and entry is None:
             raise InputError(f"{self.root}: built without FAISS; name a factory, such as 'Flat'")
-        factory = factory or str(self.manifest["faiss"]["factory"])
         self.manifest["faiss"] = None
-        if factory.lower() != "none":
-            rows = self._rows()
-            live = rows.index.live_positions()
-            made, trained_on = faiss_files.build(factory, rows, rows.index.metric, live)
-            search = faiss_files.search_settings(made)
-            self._save({"factory": factory, "trained_on": trained_on, "search": search}, made)
+        if factory is not None and factory.lower() == "none":
+            return
+        rows = self._rows()
+        live, metric = rows.index.live_positions(), rows.index.metric
+        auto = factory is not None and factory.lower() == faiss_build.AUTO
+        chosen = faiss_build.choose(factory or str(entry["factory"]), len(live))
+        if not faiss_build.is_flat(chosen, rows.shape[1], len(live), metric):
+            made, trained_on = faiss_build.build(chosen, rows, metric, live, auto)
+            # What was chosen for these images, or set by hand, is kept where the kind is.
+            search = entry["search"] if factory is None else faiss_build.search_settings(made)
+            nprobe = enough_lists(made, rows, metric) if auto else None
+            if not auto or nprobe is not None:
+                search = search | ({"nprobe": nprobe} if auto else {})
+                self._save({"factory": chosen, "trained_on": trained_on, "search": search}, made)
+                return
+            chosen = "Flat"  # these embeddings are not to be told apart by 8 bits a dimension
+        self._save_flat({"factory": chosen, "trained_on": 0, "search": {}}, rows)
 
     def grow_faiss(self, index: Index, start: int) -> None:
         """Add the rows to be from `start` on to the FAISS file, where there is one."""
         entry = index.manifest.faiss
         if entry is not None:
+            kept = self.manifest["faiss"]
             try:
                 with closing(faiss_files.FaissFile(self.root, index.manifest, entry)) as file:
+                    if file.is_flat():
+                        before = file if start else None
+                        self._save_flat(kept, self._rows(), before, start)
+                        return
                     loaded = file.read(mapped=False)
             except FileNotFoundError as error:
                 raise missing(self.root, index.manifest, error) from error
-            faiss_files.grow(loaded, self._rows(), start, entry.factory)
-            self._save(self.manifest["faiss"], loaded)
+            faiss_build.grow(loaded, self._rows(), start, entry.factory)
+            self._save(kept, loaded)
 
     def _save(self, entry: Json, made: "faiss.Index") -> None:
-        name = f"faiss-{self.number:06d}.index"
-        self.manifest["faiss"] = entry | faiss_files.write_faiss(self.root, made, name)
+        written = faiss_files.write_faiss(self.root, made, self._faiss_name())
+        self.manifest["faiss"] = entry | written
+
+    def _save_flat(
+        self,
+        entry: Json,
+        rows: IndexRows,
+        before: faiss_files.FaissFile | None = None,
+        start: int = 0,
+    ) -> None:
+        of = (self.root, self._faiss_name(), rows, rows.index.metric)
+        self.manifest["faiss"] = entry | faiss_files.write_flat(*of, before, start)
+
+    def _faiss_name(self) -> str:
+        return f"faiss-{self.number:06d}.index"
 
     def _rows(self) -> IndexRows:
         """Return the embeddings as they will be once the manifest is in place."""

@@ -574,4 +574,5 @@ def _report(
     of = (part.labels, embedded.codes, part.triplets_used, work.stages)
     report = report_of(path, work.recipe, *of)
     left_out = work.source.left_out
+    notes += report.notes
     return dataclasses.replace(report, skipped=embedded.skipped, left_out=left_out, notes=notes)

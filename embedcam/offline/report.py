@@ -16,6 +16,8 @@ from ..images.progress import Advance, progress_of
 from ..images.texts import LabelColumn, hashes_of, in_runs
 from ..index import Index
 from ..index.arrays import ArrayLike
+from ..index.faiss_build import choice_note
+from ..index.manifest import read as read_manifest
 from ..recipe.recipe import Recipe
 from ..render import Table, drawn_blocks
 from .triplets import alone
@@ -172,6 +174,9 @@ def report_of(
     if codes is not None and recipe.resolved_target != "centred" and recipe.sampling != "given":
         n_single = int(alone(codes)[len(codes) - len(labels) :].sum())
     by_class = {name: count for name, count in counts.items() if name}
+    written, note = read_manifest(path), None
+    if written.faiss is not None:
+        note = choice_note(recipe.faiss, written.faiss.factory, written.counts.live)
     if recipe.labels == "numbers":
         values, by_class = [number_of(label) for label in counts], {}
         numbers = (min(values), max(values)) if values else None
@@ -185,6 +190,7 @@ def report_of(
         by_class,
         n_unlabelled,
         numbers=numbers,
+        notes=[] if note is None else [note],
     )
 
 

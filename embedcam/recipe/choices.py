@@ -158,7 +158,7 @@ class Choices:
         "float16", "NAME", "float16 (default) or float32", choices=("float16", "float32")
     )
     faiss: str = setting(
-        "Flat", "FACTORY", "FAISS factory string (default Flat), or none", table="search"
+        "Flat", "FACTORY", "FAISS factory string (default Flat), auto, or none", table="search"
     )
     metric: str = setting("l2", "NAME", "l2 (default) or ip", choices=("l2", "ip"), table="search")
     labels: str = _weights("classes", choices=("classes", "numbers"))

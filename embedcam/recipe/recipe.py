@@ -64,7 +64,8 @@ class Recipe(Choices):
     dtype : str
         Of stored weights, "float16" or "float32".
     faiss, metric : str
-        FAISS factory string, "none" leaves searching to others; "l2" (squared) or "ip".
+        FAISS factory string, "auto" chooses one by the number of images (`faiss_build.choose`),
+        "none" leaves searching to others; "l2" (squared) or "ip".
     labels : str
         "classes", or "numbers": an image's positives are the images nearest to it in value, its
         negatives those farthest from it. A source whose labels are numbers makes it "numbers".

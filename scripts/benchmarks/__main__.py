@@ -32,6 +32,7 @@ from . import (
     onnx,
     receipts,
     scale,
+    searching,
     service,
     soak,
     trusting,
@@ -70,6 +71,9 @@ SECTIONS: dict[str, Section] = {
         lambda o, folder: indexes.open_report((5 if o.quick else 10) * o.rows, o.rounds, folder)
     ),
     "search": _one(lambda o, folder: indexes.search_report(o.rows, 100 * o.rounds, folder)),
+    "auto": lambda o, folder: (
+        searching.report(rows, folder) for rows in ((o.rows,) if o.quick else (100_000, 1_000_000))
+    ),
     "zoo": _one(lambda o, _: zoo.peers_report(o.network[0], "resnet18", 4 * o.rounds)),
     "memory": lambda o, _: map(zoo.memory_report, ("resnet18", "mobilenet_v2")),
     "eigencam": _one(lambda o, _: zoo.decomposition_report(20 * o.rounds)),

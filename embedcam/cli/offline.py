@@ -2,6 +2,7 @@
 
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -306,10 +307,14 @@ def _given_triplets(options: Namespace) -> "np.ndarray | None":
     return read_array(options.triplets)
 
 
-def _ids_of(path: str) -> tuple[list[str], list[str | None] | None]:
-    """Return ids and labels from a CSV with the columns id[,label]."""
+def _ids_of(path: str) -> tuple[Sequence[str], Sequence[str | None] | None]:
+    """Return ids and labels from a CSV with the columns id[,label], or from tables."""
+    from ..images import find_images, is_collection
     from ..images.lists import csv_rows
 
+    if not path.lower().endswith(".csv") and is_collection(path):
+        source = find_images(path)
+        return source.ids, source.labels if source.labels.names else None
     rows = [row for _, row in csv_rows(Path(path), ["id"], "id[,label]")]
     if not rows:
         raise InputError(f"{path}: has no lines below its header")

@@ -14,7 +14,8 @@ AMOUNT = Setting(kind=float, least=0).from_text
 SHARE = Setting(kind=float, least=0, most=1).from_text
 NAMES = Setting(kind=tuple).from_text
 INDEX = "index INDEX", "folder of the index"
-MOVED = "--images FOLDER", "where the indexed images lie now"
+MOVED = "--images FOLDER", "where the indexed images lie now, also an address"
+COLLECTION = "folder, CSV, tar shards or tables, here or at an address (docs/inputs.md)"
 
 
 def _name(text: str) -> str:
@@ -84,7 +85,7 @@ def build(command: ArgumentParser) -> None:
     from ..recipe.choices import Choices
 
     add = _common(command)
-    add("images IMAGES", "folder or CSV", nargs="?")
+    add("images IMAGES", COLLECTION, nargs="?")
     add(*INDEX)
     text = "default, paper, unlabelled, or a TOML file; other options win over it"
     add("--recipe NAME|FILE", text)
@@ -104,12 +105,12 @@ def build(command: ArgumentParser) -> None:
     add("--embeddings FILE", ".npy [N D]")
     add("--pooled FILE", ".npy [N K]: mean activations")
     add("--positive-pooled FILE", ".npy [N K]: mean of max(A, 0)")
-    add("--ids FILE", "CSV with id[,label], a row an embedding")
+    add("--ids FILE", "CSV with id[,label], or tables; a row an embedding")
 
 
 def add(command: ArgumentParser) -> None:
     """Declare the options of `embedcam add`."""
-    _common(command, INDEX, ("images IMAGES", "folder or CSV"))
+    _common(command, INDEX, ("images IMAGES", COLLECTION))
     add = _adder(command.add_mutually_exclusive_group())
     add("--skip-existing", "leave out images that INDEX holds already")
     text = "IMAGES is all that INDEX was built from: take in what is new, changed and vanished"
@@ -225,7 +226,7 @@ def evaluate(command: ArgumentParser) -> None:
     from ..evaluate.settings import Settings
 
     add = _common(command, INDEX)
-    add("--images IMAGES", "query images: folder or CSV", required=True)
+    add("--images IMAGES", "query images, as for build", required=True)
     add("--indexed FOLDER", "where the indexed images lie now")
     add_options(command, ImageSettings, "labels", "exclude", "max_pixels")
     objects = _adder(command.add_mutually_exclusive_group())

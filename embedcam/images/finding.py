@@ -438,7 +438,7 @@ def _tar_items(root: Root, file: str, labels: Labels, left_out: LeftOut) -> Iter
     for sample in listed(located(root, file), others, labelled=labels != "none"):
         name, start, size = sample.picture
         path = member_path(file, escaped(name), start, size)
-        yield Item(escaped(sample.key), path, sample.label)
+        yield Item(escaped(sample.key.removeprefix("./")), path, sample.label)
     for ending, number in others.endings.items():
         left_out.endings[ending] = left_out.endings.get(ending, 0) + number
     if others.links:

@@ -139,14 +139,17 @@ def open_place(place: str, *, max_pixels: int = MAX_PIXELS, name: str | None = N
     return read_image(read_place(place, name), max_pixels=max_pixels, name=name)
 
 
-def read_place(place: str, name: str) -> bytes:
-    """Return the bytes of a picture's file, member or cell, or raise ImageError."""
+def read_place(place: str, name: str, size: int | None = None) -> bytes:
+    """Return the bytes of a picture's file, member or cell, or raise ImageError.
+
+    Of a file at an address `size` may be known already.
+    """
     within = inside(place)
     try:
         if within is None:
             from .remote import read_address
 
-            return read_address(place)
+            return read_address(place, 0, size)
         if within.row >= 0:
             from .tables import cell
 

@@ -183,10 +183,10 @@ class ImageSource:
         self.max_pixels = whole("max_pixels", max_pixels, 1)
 
     def _said_twice(self, one: int, other: int) -> str:
-        name, here, there = self.items.ids[one], self.items.paths[one], self.items.paths[other]
-        if inside(here) and inside(there) and here != there:
+        name, places = self.items.ids[one], (self.place(one), self.place(other))
+        if all(map(inside, places)) and places[0] != places[1]:
             return (
-                f"{cut(name_of(here), 200)} and {cut(name_of(there), 200)} have the same id "
+                f"{' and '.join(cut(name_of(place), 200) for place in places)} have the same id "
                 f"{short(name)}; ids must be unique: name the members, or fill the column of ids, "
                 "so that no two of all shards are alike"
             )
@@ -310,7 +310,11 @@ class ImageSource:
 
     def _held(self, position: int) -> ImageLike:
         place = self.place(position)
-        return place if PLACE.match(place) is None else read_place(place, self.name(position))
+        if PLACE.match(place) is None:
+            return place
+        # What a store said when it was listed spares it the question.
+        known = self._stamp(position).partition(":")[0] if isinstance(self.stamps, Texts) else ""
+        return read_place(place, self.name(position), int(known) if known.isdecimal() else None)
 
     def _stamp(self, position: int) -> str:
         return "" if self.stamps is None else self.stamps[position] or ""

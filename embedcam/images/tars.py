@@ -69,14 +69,12 @@ def members(file: IO[bytes], name: str, others: Others) -> Iterator[Member]:
         file.seek(place)
         head = file.read(BLOCK)
         if not head.strip(b"\0"):  # the end, or no end at all
-            if place == 0 and end:
-                raise InputError(f"{name}: is an empty tar, or none")
             return
         where = f"{name}: at byte {place:,}"
         kind, size = _header(head, where)
         told = {**lasting, **once}
-        if kind not in b"xgLK":
-            size = _whole(told.get("size", str(size)), where)
+        if kind not in b"xgLK" and "size" in told:
+            size = _whole(told["size"], where)
         start = place + BLOCK
         if start + size > end:
             raise InputError(

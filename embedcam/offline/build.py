@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import InputError
-from ..images import MAX_PIXELS, ImageSource, Item, as_root, load_batches
+from ..errors import InputError, cut
+from ..images import MAX_PIXELS, ImageSource, Item, as_root, is_url, load_batches
+from ..images.places import is_below
 from ..index import Index, IndexRows, PartData, writer
 from ..index.encoding import Encoding
 from ..network import EmbeddingNetwork
@@ -342,6 +343,15 @@ def indexed_images(
         )
     chosen = index.manifest.images_root if root is None else root
     folder = None if not chosen else as_root(chosen)
+    elsewhere = (item.path for item in items if is_url(item.path))
+    address = next((one for one in elsewhere if folder is None or not is_below(one, folder)), None)
+    if root is None and isinstance(folder, str):
+        address = folder
+    if address is not None:
+        raise InputError(
+            f"the index names pictures at {cut(address, 200)}, which are read where you name their "
+            "folder: give it as the images"
+        )
     numbers = index.manifest.near_share is not None
     return ImageSource(items, folder, max_pixels=max_pixels, numbers=numbers)
 

@@ -320,7 +320,7 @@ def test_a_web_server_is_read_within_bounds(web: str, tmp_path: Path, monkeypatc
     shards = find_images(f"{web}/0.tar")
     assert grays(shards) == [1, 2]
     monkeypatch.setattr(Answers, "ranges", False)
-    with pytest.raises(ImageError, match=rf"^{web}/0\.tar\?b\.png: cannot be read"):
+    with pytest.raises(ImageError, match=rf"^{web}/0\.tar\?b\.png: .*support range requests"):
         shards.open(1)
 
 

@@ -76,6 +76,14 @@ def test_hugging_face_s_columns(tmp_path: Path) -> None:
     assert source.ids == [digest(1), digest(2), digest(3)]
     assert source.labels == ["dog", None, "cat"]
     assert grays(source) == [1, 2, 3]
+    written(tmp_path / "b.parquet", table.slice(1))
+    more = pa.table({"image": [{"bytes": None, "path": "x"}, pictures[0]], "label": [0, 1]})
+    written(tmp_path / "c.parquet", more)
+    every = find_images(tmp_path / "*.parquet")
+    assert every.ids == source.ids
+    assert str(every.left_out) == "3 pictures twice, 1 without a picture"
+    with pytest.raises(InputError, match="a table has a label column; take labels="):
+        find_images(tmp_path, "folders")
     table = table.set_column(1, "label", [[1, 2, 0]])
     with pytest.raises(InputError, match="row 1: the label is 2, and 2 classes are named"):
         find_images(written(tmp_path / "a.parquet", table))
@@ -121,6 +129,7 @@ def test_clip_retrieval_s_metadata(tmp_path: Path, say) -> None:
         written(tmp_path / f"metadata/metadata_{number}.parquet", pa.table(rows))
     source = find_images(tmp_path / "metadata")
     assert list(source.ids) == [f"{tmp_path}/0.png", f"{tmp_path}/1.png"]
+    assert source.labels == [None, None]
     assert grays(source) == [0, 1]
     np.save(tmp_path / "e.npy", np.eye(2, 4, dtype=np.float32))
     np.save(tmp_path / "p.npy", np.eye(2, 4, dtype=np.float32))

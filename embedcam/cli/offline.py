@@ -2,6 +2,7 @@
 
 import sys
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 from .._files import refuse_device
 from .._options import Values, checked_values, chosen
 from ..errors import InputError, RecipeError, printable, reason, show_json
+from ..images.places import shard_of
 from ..images.progress import progress_of
 from ..recipe import WHITENED, Recipe
 from ..recipe.recipe import read_toml, shipped_recipe
@@ -329,6 +331,11 @@ def _report(options: Namespace, report: "BuildReport", verb: str) -> None:
         note(options, f"skipped {name}: {rest if path.endswith(printable(name)) else why}")
     if len(report.skipped) > 20:
         note(options, f"... and {len(report.skipped) - 20} more")
+    shards = Counter(filter(None, (shard_of(why) for _, why in report.skipped)))
+    if shards:
+        counts = [f"{n:,} of {Path(shard).name}" for shard, n in shards.most_common(20)]
+        counts += [f"others of {len(shards) - 20} more"] * (len(shards) > 20)
+        note(options, f"skipped by shard: {', '.join(counts)}")
     # An image without a label is a class of its own where labels draw the positives.
     unlabelled = min(report.n_unlabelled, report.n_single)
     nearest = "the nearest neighbours stand in as positives"

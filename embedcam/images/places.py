@@ -40,6 +40,11 @@ _TRICKS: Final = re.compile(
 )
 
 
+_NAMED: Final = re.compile(
+    r"(.+?\.tar(?=\?)|.+?\.(?:parquet|arrow|feather|lance)(?=#[0-9]))", re.IGNORECASE
+)
+
+
 class Inside(NamedTuple):
     """A picture in a file of many: `start` and `size` of a tar's member, or the row of a table."""
 
@@ -129,6 +134,12 @@ def name_of(place: str) -> str:
     within = inside(place)
     shown = f"{within.file}?{within.member}" if within and within.member else place
     return cut(shown, 200) if is_url(place) else escaped(shown)
+
+
+def shard_of(name: str) -> str | None:
+    """Return the tar or table that a message's name of a picture is in; None of others."""
+    fits = _NAMED.match(name)
+    return None if fits is None else fits[1]
 
 
 def open_place(place: str, *, max_pixels: int = MAX_PIXELS, name: str | None = None) -> Image.Image:

@@ -25,7 +25,7 @@ _META: Final = re.compile(r"__[^/]*__(?:$|/)")
 _PLAIN: Final = b"0\0007"
 _LONG: Final = 1 << 20
 """Bytes of a long name, a class or JSON, at most."""
-LABELS: Final = ("label", "class", "cls", "label_name")
+LABELS: Final = ("label", "class", "cls")
 """Entries of JSON that are taken for the label, the first there is."""
 
 

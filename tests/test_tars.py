@@ -203,6 +203,15 @@ def test_broken_shards(tmp_path: Path, data: bytes, message: str) -> None:
     assert "s.tar" in str(caught.value)
 
 
+def test_a_named_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "s.tar")
+    with pytest.raises(InputError, match=r"s\.tar: is no regular file"):
+        find_images(tmp_path / "s.tar")
+    os.mkfifo(tmp_path / "t.parquet")
+    with pytest.raises(InputError, match=r"t\.parquet: is no regular file"):
+        find_images(tmp_path / "t.parquet")
+
+
 def test_long_names_and_notes_are_bounded(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(tars, "_LONG", 64)
     for kind in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):

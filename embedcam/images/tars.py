@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO, Final, NamedTuple
@@ -244,6 +245,8 @@ def listed(path: str, others: Others, *, labelled: bool = True) -> Iterator[Samp
             yield from samples(stream, path, others, labelled=labelled)
         return
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a named pipe would wait for ever
+            raise InputError(f"{path}: is no regular file")
         with open(path, "rb") as stream:
             yield from samples(stream, path, others, labelled=labelled)
     except OSError as error:

@@ -1,6 +1,7 @@
 """Where pictures lie: the syntax of places, what is followed, and lists kept for workers."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -163,7 +164,23 @@ def test_offsets_that_lead_elsewhere_are_refused_when_used(tmp_path: Path) -> No
         list(load_source(folder).ids)
 
 
-def test_a_million_is_listed_in_columns(tmp_path: Path) -> None:
+def test_a_listing_keeps_no_object_an_image(tmp_path: Path) -> None:
+    for folder in range(10):
+        (tmp_path / f"class{folder:04d}").mkdir()
+        for number in range(1000):
+            (tmp_path / f"class{folder:04d}/image{number:06d}.jpg").touch()
+    tracemalloc.start()
+    try:
+        source = find_images(tmp_path)
+        kept, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(source) == 10_000
+    assert kept / len(source) < 60
+    assert most / len(source) < 300  # meanwhile: one folder's names, and hashes of the ids
+
+
+def test_a_folder_is_listed_in_the_order_of_whole_paths(tmp_path: Path) -> None:
     for folder in "ba":
         (tmp_path / folder).mkdir()
         for name in ("2.png", "10.png", "x-1.png"):

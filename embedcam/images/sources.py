@@ -38,7 +38,7 @@ from .places import (
     root_text,
     stamp_of,
 )
-from .reading import MAX_PIXELS, FileState, ImageLike, is_url, read_image, why_missing
+from .reading import MAX_PIXELS, FileState, ImageLike, is_url, read_image
 from .texts import LabelColumn, Texts, TextsWriter, is_same
 
 Labels = Literal["auto", "folders", "subfolders", "none", "numbers"]
@@ -219,7 +219,8 @@ class ImageSource:
         """Return why an image is not read, where its path alone says so: its error's message."""
         path = self.items.paths[position]
         if is_url(path) and not _reads_addresses():
-            return f"{self.name(position)}: {why_missing(path)}"
+            said = 'is an address, which fsspec reads; pip install "embedcam[remote]"'
+            return f"{self.name(position)}: {said}"
         if escaped(path) != path:
             return f"{self.name(position)}: the file name is not UTF-8; rename it"
         return None

@@ -2,6 +2,8 @@
 
 import sys
 from argparse import Namespace
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING
 from .._files import refuse_device
 from .._options import Values, checked_values, chosen
 from ..errors import InputError, RecipeError, printable, reason, show_json
+from ..images.places import shard_of
 from ..images.progress import progress_of
 from ..recipe import WHITENED, Recipe
 from ..recipe.recipe import read_toml, shipped_recipe
@@ -459,10 +462,14 @@ def _given_triplets(options: Namespace) -> "np.ndarray | None":
 
 
 def _ids_of(path: str) -> "tuple[Texts, LabelColumn]":
-    """Return ids and labels from a CSV with the columns id[,label]."""
+    """Return ids and labels from a CSV with the columns id[,label], or from tables."""
+    from ..images import find_images, is_collection
     from ..images.lists import csv_rows
     from ..images.sources import Item, Listing
 
+    if not path.lower().endswith(".csv") and is_collection(path):
+        source = find_images(path)
+        return source.ids, source.labels
     rows = csv_rows(Path(path), ["id"], "id[,label]")
     listed = Listing.of(Item(row["id"], row["id"], row.get("label") or None) for _, row in rows)
     if not len(listed):
@@ -477,6 +484,11 @@ def _skipped(options: Namespace, skipped: "Sequence[tuple[str, str]]") -> None:
         note(options, f"skipped {name}: {rest if path.endswith(printable(name)) else why}")
     if len(skipped) > 20:
         note(options, f"... and {len(skipped) - 20} more")
+    shards = Counter(filter(None, (shard_of(why) for _, why in skipped)))
+    if shards:
+        counts = [f"{n:,} of {Path(shard).name}" for shard, n in shards.most_common(20)]
+        counts += [f"others of {len(shards) - 20} more"] * (len(shards) > 20)
+        note(options, f"skipped by shard: {', '.join(counts)}")
 
 
 def _report(options: Namespace, report: "BuildReport", verb: str) -> None:

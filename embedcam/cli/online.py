@@ -14,7 +14,7 @@ import numpy as np
 from .._files import write_whole
 from .._options import Values
 from ..errors import ImageError, InputError, printable, show, show_json
-from ..images import MAX_PIXELS, ImageSource, Item
+from ..images import MAX_PIXELS, ImageSource, Item, is_collection, is_url
 from ..images.reading import why_missing
 from ..index.search import check_rival
 from ..ops import attended
@@ -287,7 +287,7 @@ def _by_method(
 
 def check_folder(option: str, folder: str | None) -> None:
     """Refuse a folder of images that is none."""
-    if folder is not None and not Path(folder).is_dir():
+    if folder is not None and not is_url(folder) and not Path(folder).is_dir():
         raise InputError(
             f"{option} {folder}: there is no such folder; give the one the indexed images lie in"
         )
@@ -409,10 +409,11 @@ def _report_queries(options: Namespace) -> ImageSource | None:
                 f"index's own maps; leave out {name}"
             )
     check_report_folder(options.report)
-    first = Path(options.queries[0])
-    if len(options.queries) == 1 and (first.is_dir() or first.suffix.lower() == ".csv"):
+    first = options.queries[0]
+    if len(options.queries) == 1 and (is_collection(first) or first.lower().endswith(".csv")):
         # The folders of queries are rarely their labels; a column named so is.
-        return images_of(options, first, labels="none" if first.is_dir() else "auto")
+        folders = os.path.isdir(first) or (is_url(first) and not first.lower().endswith(".csv"))
+        return images_of(options, first, labels="none" if folders else "auto")
     for name, given in of_source.items():
         if given:
             raise InputError(f"{name} goes with one folder or CSV; leave it out, or the pictures")

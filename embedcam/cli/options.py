@@ -15,7 +15,8 @@ SHARE = Setting(kind=float, least=0, most=1).from_text
 NAMES = Setting(kind=tuple).from_text
 INDEX = "index INDEX", "folder of the index"
 JOB = "job JOB", "folder of the job"
-MOVED = "--images FOLDER", "where the indexed images lie now"
+MOVED = "--images FOLDER", "where the indexed images lie now, also an address"
+COLLECTION = "folder, CSV, tar shards or tables, here or at an address (docs/inputs.md)"
 
 
 def _name(text: str) -> str:
@@ -91,7 +92,7 @@ def _transfer(add: Callable[..., None]) -> None:
 def build(command: ArgumentParser) -> None:
     """Declare the options of `embedcam build`."""
     add = _common(command)
-    add("images IMAGES", "folder or CSV", nargs="?")
+    add("images IMAGES", COLLECTION, nargs="?")
     add(*INDEX)
     _built(command, ("--refit", "redo a finished index"))
     title = "from features instead of images", "the layer's HxW is given by --grid"
@@ -99,7 +100,7 @@ def build(command: ArgumentParser) -> None:
     add("--embeddings FILE", ".npy [N D]")
     add("--pooled FILE", ".npy [N K]: mean activations")
     add("--positive-pooled FILE", ".npy [N K]: mean of max(A, 0)")
-    add("--ids FILE", "CSV with id[,label], a row an embedding")
+    add("--ids FILE", "CSV with id[,label], or tables; a row an embedding")
 
 
 def _built(command: ArgumentParser, *more: tuple[str, str]) -> None:
@@ -126,7 +127,7 @@ def _built(command: ArgumentParser, *more: tuple[str, str]) -> None:
 def plan(command: ArgumentParser) -> None:
     """Declare the options of `embedcam plan`."""
     add = _common(command)
-    add("images IMAGES", "folder or CSV", nargs="?")
+    add("images IMAGES", COLLECTION, nargs="?")
     add(*JOB)
     text = "how many (default: of 32 chunks of 256 images each, at most 1000)"
     add("--pieces P", text, POSITIVE)
@@ -154,7 +155,7 @@ def merge(command: ArgumentParser) -> None:
 
 def add(command: ArgumentParser) -> None:
     """Declare the options of `embedcam add`."""
-    _common(command, INDEX, ("images IMAGES", "folder or CSV"))
+    _common(command, INDEX, ("images IMAGES", COLLECTION))
     add = _adder(command.add_mutually_exclusive_group())
     add("--skip-existing", "leave out images that INDEX holds already")
     text = "IMAGES is all that INDEX was built from: take in what is new, changed and vanished"
@@ -271,7 +272,7 @@ def evaluate(command: ArgumentParser) -> None:
     from ..evaluate.settings import Settings
 
     add = _common(command, INDEX)
-    add("--images IMAGES", "query images: folder or CSV", required=True)
+    add("--images IMAGES", "query images, as for build", required=True)
     add("--indexed FOLDER", "where the indexed images lie now")
     add_options(command, ImageSettings, "labels", "exclude", "max_pixels")
     objects = _adder(command.add_mutually_exclusive_group())

@@ -3,12 +3,11 @@
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from hashlib import blake2b
-from pathlib import Path
 
 import numpy as np
 
 from ..errors import InputError
-from ..images import ImageSource
+from ..images import ImageSource, Root
 from ..index import Index
 from ..index.rows import IndexRows
 from ..index.search import nearest
@@ -149,7 +148,7 @@ class OwnRows:
     """
 
     def __init__(
-        self, index: Index, source: ImageSource, positions: np.ndarray, root: Path | None
+        self, index: Index, source: ImageSource, positions: np.ndarray, root: Root | None
     ) -> None:
         self._index, self._source, self.asked = index, source, len(positions)
         items = [source.items[position] for position in positions.tolist()]

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import InputError
-from ..images import EXTENSIONS, ImageSource, read_image
+from ..images import EXTENSIONS, ImageSource, Root, is_url, located, read_image
 from ..images.lists import csv_rows
 from ..metrics import box_mask
 from ..preprocess import Extent
@@ -114,9 +114,10 @@ class Regions:
         return Region(inside, np.array([box], np.float64))
 
 
-def absolute(root: str | os.PathLike[str] | None, path: str) -> str:
-    """Return a path below a folder, by which the same file is known again."""
-    return os.path.abspath(os.path.join(root or "", path))
+def absolute(root: Root | None, path: str) -> str:
+    """Return a path below a folder, or an address, by which the same picture is known again."""
+    place = located(root, path)
+    return place if is_url(place) else os.path.abspath(place)
 
 
 def of_boxes(path: str | os.PathLike[str], source: ImageSource) -> Regions:

@@ -29,7 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import EmbedcamError, InputError, ran_out
 from ..explain.explainer import Explainer
-from ..images import ImageSource, Item
+from ..images import ImageSource, Item, is_there, located
 from ..index import Index
 from ..methods import MethodWarning, cam_for
 from ..network import EmbeddingNetwork
@@ -299,11 +299,11 @@ def _indexed_pictures(work: "Work") -> ImageSource:
     selected = index.select(index.live_positions())
     items, lacking = [], []
     for name, label in zip(selected.ids, selected.labels, strict=True):
-        file = explainer.picture_file(name)
-        if file is None or not file.is_file() or explainer.file_state(name) == "changed":
+        place = explainer.picture_place(name)
+        if place is None or not is_there(place) or explainer.file_state(name) == "changed":
             lacking.append(name)
         else:
-            items.append(Item(name, str(file.absolute()), label))
+            items.append(Item(name, located(Path.cwd(), place), label))
     if lacking:
         raise InputError(
             f"recipes are computed for the pictures of the index, and {len(lacking)} of "

@@ -11,7 +11,7 @@ import numpy as np
 from .._checks import one_of
 from ..errors import InputError
 from ..explain.explainer import Explainer
-from ..images import ImageSource
+from ..images import ImageSource, as_root
 from ..index import Index
 from ..network import EmbeddingNetwork
 from .examples import Examples
@@ -88,8 +88,8 @@ def evaluate_index(
     if not isinstance(network, EmbeddingNetwork):
         kind = type(network).__name__
         raise InputError(f"network is a {kind}; give the EmbeddingNetwork of the index")
-    root = None if indexed is None else Path(indexed)
-    if root is not None and not root.is_dir():
+    root = None if indexed is None else as_root(indexed)
+    if isinstance(root, Path) and not root.is_dir():
         raise InputError(f"{indexed}: there is no such folder; name the indexed images' own")
     if not len(source):
         raise InputError("there are no images to evaluate with")
@@ -102,7 +102,7 @@ def evaluate_index(
             images=root, max_pixels=source.max_pixels,
         )  # fmt: skip
         if root is None and opened.manifest.images_root is not None:
-            root = Path(opened.manifest.images_root)
+            root = as_root(opened.manifest.images_root)
         positions = sample(len(source), settings.limit, settings.seed)
         work = Work(
             settings, source, Mapper(explainer, network, Clock()), Gallery(opened, settings.seed),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from ..errors import IndexFormatError, InputError
+from ..images import PLACE, located
 from ..index import Index, Neighbors, Stored
 from ..index.calibration import TEN
 from ..index.search import draw_negatives, find_neighbors, named_neighbors
@@ -154,7 +155,11 @@ def _answer(
 
 def picture_paths(snapshot: Snapshot, paths: Sequence[str]) -> list[str]:
     """Return where indexed images' pictures lie, `[n]`; "" for those that name no file."""
-    return [os.path.join(snapshot.prefix, path) if path else path for path in paths]
+    prefix, root = snapshot.prefix, snapshot.root
+    return [
+        located(root, path) if PLACE.match(path) else (os.path.join(prefix, path) if path else path)
+        for path in paths
+    ]
 
 
 def negatives_for(

@@ -11,16 +11,23 @@ from PIL import Image
 
 from .._files import write_whole
 from ..errors import InputError
+from ..images import Root, is_url
+from ..images.places import PLACE, is_below
 
 
-def may_follow(path: str, root: Path | None, only_below: bool) -> bool:
+def may_follow(path: str, root: Root | None, only_below: bool) -> bool:
     """Return whether a picture is read whose path is what an index says, whoever wrote it.
 
-    By names alone: links below the root are the reader's own, and followed.
+    By names alone: links below the root are the reader's own, and followed. Addresses are read
+    below a root that the reader named, and nowhere else.
     """
+    if PLACE.match(path) is not None and is_url(path):
+        return only_below and root is not None and is_below(path, root)
     if not path or root is None:
         return bool(path)
     file = Path(path)
+    if isinstance(root, str):
+        return file.is_absolute() and not only_below and ".." not in file.parts
     below = file.is_relative_to(root)
     # Any "..", for behind a link it leads elsewhere than the names say; the root's own are fine.
     if ".." in (file.relative_to(root) if below else file).parts:

@@ -13,7 +13,7 @@ import numpy as np
 from .._checks import number, whole
 from .._files import ProcessLock
 from ..errors import ImageError, InputError
-from ..images import MAX_PIXELS, FileState, file_state, read_image
+from ..images import MAX_PIXELS, PLACE, FileState, Root, is_there, open_place, place_state
 from ..index import Index
 from ..index.search import check_rival, check_wanted
 from ..ops import coefficients
@@ -113,7 +113,7 @@ class Explainer:
 
             network = onnx if isinstance(onnx, OnnxNetwork) else OnnxNetwork(onnx)
         self._lock = ProcessLock()
-        self._snapshot = Snapshot.open(index, network, None if images is None else Path(images))
+        self._snapshot = Snapshot.open(index, network, images)
 
     def __enter__(self) -> Self:
         return self
@@ -143,8 +143,8 @@ class Explainer:
         return self._now().preprocess
 
     @property
-    def root(self) -> Path:
-        """Folder that the indexed images' paths are joined to."""
+    def root(self) -> Root:
+        """Folder, or address, that the indexed images' paths are joined to."""
         return self._now().root
 
     @property
@@ -365,28 +365,39 @@ class Explainer:
         return prepare(image, self._now().preprocess, self.max_pixels)
 
     def picture_file(self, id: str) -> Path | None:
-        """Return where an indexed image's picture lies; None where its path is not followed."""
+        """Return the file of an indexed image's picture; None where its path is not followed.
+
+        None, too, of a picture without a file of its own on this machine; see `picture_place`.
+        """
+        place = self.picture_place(id)
+        return None if place is None or PLACE.match(place) else Path(place)
+
+    def picture_place(self, id: str) -> str | None:
+        """Return where an indexed image's picture lies; None where its path is not followed.
+
+        It may be in a shard or a table, or at an address: see `embedcam.images.places`.
+        """
         now = self._now()
         (path,) = picture_paths(now, now.index.select([now.index.position(id)]).paths)
-        return Path(path) if now.follows(path) else None
+        return path if now.follows(path) else None
 
     def file_state(self, id: str) -> FileState | None:
         """Return "same", "changed" or "missing" of an indexed image's file; None where unknown."""
-        path, index = self.picture_file(id), self._now().index
+        path, index = self.picture_place(id), self._now().index
         if path is None:
             return None
-        return file_state(path, index.select([index.position(id)]).marks[0])
+        return place_state(path, index.select([index.position(id)]).marks[0])
 
     def picture(self, id: str) -> Image.Image:
         """Return the picture of an indexed image, upright, or raise ImageError."""
-        path = self.picture_file(id)
-        if path is None or not path.exists():
+        path = self.picture_place(id)
+        if path is None or not is_there(path):
             missing = "the index names no picture of it below the folder of its images"
             raise ImageError(
                 (f"{path}: does not exist" if path else f"{id}: {missing}")
                 + "; give images= (--images), the folder the indexed images lie in now"
             )
-        return read_image(path, max_pixels=self.max_pixels)
+        return open_place(path, max_pixels=self.max_pixels)
 
     def _now(self) -> Snapshot:
         """Return what is served now, to be asked once a request; a forked child opens it anew."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -11,7 +11,17 @@ import numpy as np
 from PIL import Image
 
 from ..errors import EmbedcamError
-from ..images import MAX_PIXELS, FileState, file_state, read_image
+from ..images import (
+    MAX_PIXELS,
+    PLACE,
+    FileState,
+    Root,
+    file_state,
+    is_there,
+    open_place,
+    place_state,
+    read_image,
+)
 from ..ops import area_average
 from ..preprocess import AnyPreprocess, Extent
 from ..render import CHANGED, Tile, draw_on_axes, in_notebook, panel, shrunk
@@ -137,7 +147,7 @@ class Explanation:
     extent: Extent | None = None
     image: Image.Image | None = None
     preprocess: AnyPreprocess | None = None
-    root: Path | None = None
+    root: Root | None = None
     only_below: bool = False
     neighbor_norms: np.ndarray | None = None
     method: str = ""
@@ -293,9 +303,12 @@ class Explanation:
     def _tile(self, result: Result) -> Tile:
         picture, extent, changed = None, None, False
         if may_follow(result.path, self.root, self.only_below):
-            changed = result.mark is not None and file_state(result.path, result.mark) == "changed"
+            own = PLACE.match(result.path) is None  # a file of its own, as most are
+            state: Callable[..., FileState | None] = file_state if own else place_state
+            read: Callable[..., Image.Image] = read_image if own else open_place
+            changed = result.mark is not None and state(result.path, result.mark) == "changed"
             try:
-                picture = read_image(result.path, max_pixels=self.max_pixels)
+                picture = read(result.path, max_pixels=self.max_pixels)
                 if self.preprocess is not None:
                     extent = self.preprocess.extent(*picture.size)
             except EmbedcamError:
@@ -348,7 +361,7 @@ class Explanation:
         return [
             one.id
             for one in self.results()
-            if one.path and not (self._follows(one) and Path(one.path).is_file())
+            if one.path and not (self._follows(one) and is_there(one.path))
         ]
 
     def changed(self) -> list[str]:
@@ -374,7 +387,7 @@ class Explanation:
         """Return what became of a result's file since the build; None where unknown."""
         if result.mark is None or not result.path:
             return None
-        return file_state(result.path, result.mark) if self._follows(result) else "missing"
+        return place_state(result.path, result.mark) if self._follows(result) else "missing"
 
     def to_dict(
         self,

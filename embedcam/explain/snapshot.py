@@ -12,6 +12,7 @@ import numpy as np
 
 from .._files import compute_on_one_thread
 from ..errors import EmbedcamError, InputError
+from ..images import as_root
 from ..index import Index, Manifest
 from ..preprocess import Network
 from .drawing import may_follow
@@ -32,7 +33,7 @@ class Snapshot:
         self,
         index: Index,
         network: Network | None,
-        images: Path | None,
+        images: str | Path | None,
         before: Snapshot | None = None,
         *,
         owned: bool = True,
@@ -58,7 +59,7 @@ class Snapshot:
                 )
             self.network = network.for_index(stored, manifest.layer_names)
         folder = images or manifest.images_root
-        self.root, self.only_below = Path(folder or ""), images is not None
+        self.root, self.only_below = as_root(folder or ""), images is not None
         self.prefix = str(self.root) if folder else ""
         self.layers = tuple(manifest.layer_names)
         self.channels = tuple(layer.channels for layer in manifest.layers)
@@ -90,7 +91,7 @@ class Snapshot:
         cls,
         index: Index | str | Path,
         network: Network | None,
-        images: Path | None,
+        images: str | Path | None,
         before: Snapshot | None = None,
         n_threads: int | None = None,
     ) -> Self:

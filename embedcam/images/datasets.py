@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,12 +16,16 @@ from PIL import Image
 from ..errors import ImageError, InputError, Plain, cut, ran_out, short
 from .places import escaped, relative_path
 from .reading import MAX_PIXELS, ImageLike, is_long_text
-from .sources import ImageSource, Item
+from .sources import ImageSource, Item, Listing
 
-_PICTURES = ("image", "img", "picture", "photo")
+_PICTURES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp")
 """Columns of rows that are taken for the picture, the first there is; `_LABELS` for the label."""
-_LABELS = ("label", "labels", "class", "fine_label")
+_LABELS = ("label", "labels", "class", "fine_label", "cls")
+_IDS = ("id", "key", "__key__", "image_id", "uid")
+"""Columns of a stream's rows that are taken for the id, the first there is."""
 _UNDECODED = {"bytes", "path"}
+WINDOW = 64
+"""Rows of a stream that are kept."""
 _BOMBS = Image.DecompressionBombError, Image.DecompressionBombWarning
 _BROKEN = OSError, SyntaxError, EOFError, *_BOMBS
 
@@ -61,6 +66,103 @@ class DatasetSource(ImageSource):
         return _picture(item)
 
 
+class StreamSource(DatasetSource):
+    """Images of a data set that is read from its beginning, in order; made by `from_dataset`.
+
+    Each pass over the images is one over the data set. The last `WINDOW` rows are kept, since
+    threads ask for them a little out of order.
+    """
+
+    def __init__(self, dataset: Any, items: Sequence[Item], max_pixels: int = MAX_PIXELS) -> None:
+        super().__init__(dataset, items, None, threading.Lock(), max_pixels)
+        self._rest: Iterator[Any] = iter(())
+        self._next, self._kept = len(self), dict[int, Any]()
+
+    def only(self, positions: Sequence[int]) -> ImageSource:
+        """Refuse: a pass has all images."""
+        raise InputError(
+            "a stream is read whole; leave images out of the data set itself (filter), or write "
+            "them as files, tar shards or Parquet"
+        )
+
+    def _held(self, position: int) -> ImageLike:
+        with self._lock:
+            return _picture(self._row(position))
+
+    def _row(self, position: int) -> Any:
+        if position in self._kept:
+            return self._kept[position]
+        if position < self._next:
+            self._rest, self._next = iter(self._dataset), 0
+            self._kept.clear()
+        while self._next <= position:
+            row, place = next(self._rest, None), self._next
+            if row is None or _row_id(row, place) != self.items.ids[place]:
+                self._next = len(self)
+                raise InputError(
+                    f"the data set gave {short(self.items.ids[place])} as row {place} before, and "
+                    "something else now; give one that is not shuffled and does not change"
+                )
+            self._kept[place] = row
+            self._kept.pop(place - WINDOW, None)
+            self._next += 1
+        return self._kept[position]
+
+
+def _stream(
+    dataset: Iterable[Any],
+    ids: Sequence[str] | None,
+    labels: Sequence[object] | Literal["none"] | None,
+    max_pixels: int,
+) -> StreamSource:
+    """List a data set without a length, in one pass; its pictures are not decoded."""
+    kind = type(dataset).__name__
+    if ids is not None or not (labels is None or isinstance(labels, str)):
+        raise InputError(
+            f"{kind}: has no length, and ids= or labels= are given; put them into its rows, as id "
+            'and label, or take labels="none"'
+        )
+    if iter(dataset) is dataset:
+        raise InputError(f"{kind}: is read once alone; give what can be iterated again")
+    features = getattr(dataset, "features", None)
+    names: dict[str, Any] = {}
+    if isinstance(features, Mapping):
+        undecoded = [name for name in _PICTURES if type(features.get(name)).__name__ == "Image"]
+        for name in undecoded:
+            held: Any = dataset
+            dataset = held.cast_column(name, type(features[name])(decode=False))
+        names = {n: getattr(features[n], "names", None) for n in _LABELS if n in features}
+
+    def items() -> Iterator[Item]:
+        for position, row in enumerate(dataset):
+            there = row if isinstance(row, Mapping) and labels is None else {}
+            column = next((name for name in _LABELS if name in there), "")
+            value = there.get(column)
+            value = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+            value = None if value == -1 and names.get(column) else value
+            yield Item(_row_id(row, position), "", _label_name(value, names.get(column)))
+
+    source = StreamSource(dataset, Listing.of(items()), max_pixels)
+    if not len(source):
+        raise InputError(f"{kind}: is empty; give a data set with rows")
+    return source
+
+
+def _row_id(row: Any, position: int) -> str:
+    """Return a row's id: what it says, or the digest of its picture's bytes."""
+    if isinstance(row, Mapping):
+        told = next((row[name] for name in _IDS if row.get(name) not in (None, "")), None)
+        if isinstance(told, str | int):
+            return escaped(str(told))
+        held = _picture(row)
+        if isinstance(held, bytes):
+            return hashlib.blake2b(held, digest_size=16).hexdigest()
+    raise InputError(
+        f"row {position} of the data set has no id, and ids are no positions; give it one, called "
+        f"{_IDS[0]!r}"
+    )
+
+
 def from_dataset(
     dataset: Any,
     ids: Sequence[str] | None = None,
@@ -69,7 +171,10 @@ def from_dataset(
     thread_safe: bool = False,
     max_pixels: int = MAX_PIXELS,
 ) -> DatasetSource:
-    """Take any data set with a length and integer positions as a source of images.
+    """Take any data set as a source of images: with a length and positions, or a stream of rows.
+
+    A stream, such as Hugging Face's `load_dataset(..., streaming=True)`, is read once for the ids
+    and labels, and then once a pass, in its order.
 
     Parameters
     ----------
@@ -95,6 +200,8 @@ def from_dataset(
         raise InputError(f"{kind}: is a dictionary ({named}); give one of the data sets it holds")
     with suppress(TypeError):
         n_items = len(dataset)
+    if n_items == 0 and not hasattr(type(dataset), "__len__") and isinstance(dataset, Iterable):
+        return _stream(dataset, ids, labels, max_pixels)
     if n_items == 0:
         raise InputError(f"{kind}: is empty or has no length; give a data set with len() and items")
     root, paths = _dataset_paths(dataset, n_items)

@@ -83,6 +83,7 @@ def find_images(
     if not all(isinstance(pattern, str) and pattern for pattern in patterns):
         raise InputError(f"exclude: expected patterns such as '*.gif', given {short(exclude)}")
     text, left_out = os.fspath(path), LeftOut(excluded=dict.fromkeys(patterns, 0))
+    text = text.rstrip("/") or text
     shown = text if is_url(text) else str(Path(text))
     ending = os.path.splitext(text)[1].lower()
     kind = _kind_of(text)
@@ -90,10 +91,11 @@ def find_images(
         found = _of_csv(text, labels, left_out)
     elif (kind == "file" and ending in (*_TAR, *TABLES)) or (kind and ending == ".lance"):
         folder, _, name = text.rpartition("/")
-        found = _of_shards(as_root(folder or "."), [(name, "")], labels, left_out)
+        root = as_root(folder) if is_url(text) else Path(text).parent
+        found = _of_shards(root, [(name, "")], labels, left_out)
     elif kind == "folder":
         found = _of_folder(as_root(text), labels, left_out)
-    elif kind is None and _PATTERN.search(text):
+    elif kind is None and _is_pattern(text):
         root, names = _expanded(text)
         found = _of_shards(root, [(name, "") for name in names], labels, left_out)
     elif kind == "file" and re.search(r"\.(tgz|tar\.\w+)$", text, re.IGNORECASE):
@@ -123,17 +125,22 @@ def is_collection(path: str) -> bool:
     """Return whether a path names many images, not one: by what lies there, and by its ending."""
     if os.path.isdir(path):
         return True
-    if os.path.exists(path) or is_url(path) or _PATTERN.search(path):
+    if os.path.exists(path) or is_url(path) or _is_pattern(path):
         ending = os.path.splitext(path)[1].lower()
         return ending in (".csv", *_TAR, *TABLES) or (is_url(path) and ending not in EXTENSIONS)
     return False
+
+
+def _is_pattern(path: str) -> bool:
+    # Of a web server's address "?" begins what is asked of it.
+    return _PATTERN.search(path.replace("?", "") if path.startswith("http") else path) is not None
 
 
 def _kind_of(path: str) -> str | None:
     if is_url(path):
         from .remote import kind_of
 
-        return None if _PATTERN.search(path) else kind_of(path.rstrip("/"))
+        return None if _is_pattern(path) else kind_of(path.rstrip("/"))
     with suppress(ValueError):  # what is no path at all
         if os.path.isdir(path):
             return "folder"
@@ -153,7 +160,8 @@ def _of_folder(root: Root, labels: Labels, left_out: LeftOut) -> _Found:
                 names, told = _walked(root, endings, other)
                 shards = list(zip(names, told or [""] * len(names), strict=True))
                 found = _of_shards(root, shards, labels, left_out)
-                left_out.endings.pop(endings[0], None)
+                for ending in endings:
+                    left_out.endings.pop(ending, None)
                 return found
         there = f"; it holds {left_out}" if str(left_out) else ""
         raise InputError(f"{root}: contains no images ({', '.join(sorted(EXTENSIONS))}){there}")
@@ -395,8 +403,12 @@ def _of_shards(
     endings = {os.path.splitext(name)[1].lower() for name, _ in files}
     if _TAR[0] in endings and len(endings) > 1:
         raise InputError(f"{root}: .tar and tables are named together; give either")
-    listed = _tar_items if endings == set(_TAR) else _table_items
-    from_folders = labels in ("folders", "subfolders")
+    are_tars, from_folders = endings == set(_TAR), labels in ("folders", "subfolders")
+    if from_folders and not are_tars:
+        raise InputError(
+            f'{root}: a table has a label column; take labels="auto", "numbers" or "none"'
+        )
+    pictures = set[str]()
     told = list[str]()
 
     def items() -> Iterator[Item]:
@@ -406,7 +418,8 @@ def _of_shards(
                 from .remote import stamp_of_address
 
                 stamp = stamp_of_address(place)
-            for item in listed(root, file, "none" if from_folders else labels, left_out):
+            given = root, file, labels != "none" and not from_folders, left_out
+            for item in _tar_items(*given) if are_tars else _table_items(*given, pictures):
                 if left_out.excludes(item.id, *item.id.split("/")):
                     continue
                 if labels == "numbers" and item.label:
@@ -422,7 +435,7 @@ def _of_shards(
             f"{root}: {cut(', '.join(name for name, _ in files), 200)} hold no images{there}"
         )
     notes = list[str]()
-    if from_folders or (labels == "auto" and not listing.labels.names):
+    if from_folders or (are_tars and labels == "auto" and not listing.labels.names):
         column = _folder_labels(root, listing.ids, labels, auto_none=True)
         listing = Listing(listing.ids, listing.paths, column)
         notes = _of_parts(root, listing)
@@ -431,28 +444,37 @@ def _of_shards(
     return listing, root, stamps, notes
 
 
-def _tar_items(root: Root, file: str, labels: Labels, left_out: LeftOut) -> Iterator[Item]:
+def _tar_items(root: Root, file: str, labelled: bool, left_out: LeftOut) -> Iterator[Item]:
     from .tars import Others, listed
 
     others = Others()
-    for sample in listed(located(root, file), others, labelled=labels != "none"):
+    for sample in listed(located(root, file), others, labelled=labelled):
         name, start, size = sample.picture
         path = member_path(file, escaped(name), start, size)
-        yield Item(escaped(sample.key), path, sample.label)
+        yield Item(escaped(sample.key.removeprefix("./")), path, sample.label)
     for ending, number in others.endings.items():
         left_out.endings[ending] = left_out.endings.get(ending, 0) + number
     if others.links:
         left_out.endings["links"] = left_out.endings.get("links", 0) + others.links
 
 
-def _table_items(root: Root, file: str, labels: Labels, left_out: LeftOut) -> Iterator[Item]:
+def _table_items(
+    root: Root, file: str, labelled: bool, left_out: LeftOut, pictures: set[str]
+) -> Iterator[Item]:
+    """Yield a table's images; of those told by their `pictures` each once."""
     from .tables import open_table
 
     table = open_table(located(root, file))
-    for row in table.rows(labelled=labels != "none"):
+    for row in table.rows(labelled=labelled):
         path = row.path
+        if table.id is None and table.picture is not None:
+            if not row.id or row.id in pictures:
+                what = "pictures twice" if row.id else "without a picture"
+                left_out.endings[what] = left_out.endings.get(what, 0) + 1
+                continue
+            pictures.add(row.id)
         if not path:
             path = row_path(file, row.number)
         elif not is_url(path):
             path = relative_path(path, root) if isinstance(root, Path) else path.lstrip("/")
-        yield Item(row.id if table.id or table.picture else path, path, row.label)
+        yield Item(row.id if table.path is None or table.id else path, path, row.label)

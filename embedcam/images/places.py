@@ -40,6 +40,11 @@ _TRICKS: Final = re.compile(
 )
 
 
+_NAMED: Final = re.compile(
+    r"(.+?\.tar(?=\?)|.+?\.(?:parquet|arrow|feather|lance)(?=#[0-9]))", re.IGNORECASE
+)
+
+
 class Inside(NamedTuple):
     """A picture in a file of many: `start` and `size` of a tar's member, or the row of a table."""
 
@@ -131,6 +136,12 @@ def name_of(place: str) -> str:
     return cut(shown, 200) if is_url(place) else escaped(shown)
 
 
+def shard_of(name: str) -> str | None:
+    """Return the tar or table that a message's name of a picture is in; None of others."""
+    fits = _NAMED.match(name)
+    return None if fits is None else fits[1]
+
+
 def open_place(place: str, *, max_pixels: int = MAX_PIXELS, name: str | None = None) -> Image.Image:
     """Return the picture that lies at a place, upright and RGB, or raise ImageError."""
     name = name or name_of(place)
@@ -139,14 +150,17 @@ def open_place(place: str, *, max_pixels: int = MAX_PIXELS, name: str | None = N
     return read_image(read_place(place, name), max_pixels=max_pixels, name=name)
 
 
-def read_place(place: str, name: str) -> bytes:
-    """Return the bytes of a picture's file, member or cell, or raise ImageError."""
+def read_place(place: str, name: str, size: int | None = None) -> bytes:
+    """Return the bytes of a picture's file, member or cell, or raise ImageError.
+
+    Of a file at an address `size` may be known already.
+    """
     within = inside(place)
     try:
         if within is None:
             from .remote import read_address
 
-            return read_address(place)
+            return read_address(place, 0, size)
         if within.row >= 0:
             from .tables import cell
 

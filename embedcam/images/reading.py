@@ -131,7 +131,7 @@ def read_image(
 def why_missing(path: str) -> str:
     """Return what to say of a file that is not there."""
     if is_url(path):
-        return 'is an address, which fsspec reads; pip install "embedcam[remote]"'
+        return "is an address, and no file of this machine; download it, or list it in a CSV"
     if os.path.islink(path):
         return f"is a link to {os.readlink(path)}, which does not exist"
     return "does not exist"

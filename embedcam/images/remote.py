@@ -48,17 +48,20 @@ def read_address(address: str, start: int = 0, size: int | None = None) -> bytes
         n_bytes = system.info(path).get("size") if size is None else size
         if n_bytes is not None and n_bytes > MAX_BYTES:
             raise _too_long(address, n_bytes)
-        if size is None and address.lower().startswith("http"):
+        if not address.lower().startswith("http"):
+            end = start + (n_bytes or 0)
+            data: bytes = system.cat_file(path, start=start, end=end) if n_bytes else b""
+        elif start:
+            with system.open(path, "rb", cache_type="none") as stream:
+                stream.seek(start)
+                data = stream.read(n_bytes)
+        else:
             # As it comes: a server may not say how long a file is, or send more than it said.
             with system.open(path, "rb", block_size=0, size=n_bytes) as stream:
-                data: bytes = stream.read(MAX_BYTES + 1)
-            if len(data) > MAX_BYTES:
-                raise _too_long(address, len(data))
-            return data
-        end = start + (n_bytes or 0)
-        data = system.cat_file(path, start=start, end=end) if n_bytes else b""
-    # A server that knows no ranges sends all of it.
-    return data[start:end] if len(data) > end - start else data
+                data = stream.read((MAX_BYTES if n_bytes is None else n_bytes) + 1)
+    if len(data) > MAX_BYTES:
+        raise _too_long(address, len(data))
+    return data if n_bytes is None else data[:n_bytes]
 
 
 def _too_long(address: str, n_bytes: int) -> ImageError:

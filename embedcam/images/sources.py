@@ -38,7 +38,7 @@ from .places import (
     root_text,
     stamp_of,
 )
-from .reading import MAX_PIXELS, FileState, ImageLike, is_url, read_image, why_missing
+from .reading import MAX_PIXELS, FileState, ImageLike, is_url, read_image
 from .texts import LabelColumn, Texts, TextsWriter, first_twice, is_same
 
 Labels = Literal["auto", "folders", "subfolders", "none", "numbers"]
@@ -172,10 +172,10 @@ class ImageSource:
         self.max_pixels = whole("max_pixels", max_pixels, 1)
 
     def _said_twice(self, one: int, other: int) -> str:
-        name, here, there = self.items.ids[one], self.items.paths[one], self.items.paths[other]
-        if inside(here) and inside(there) and here != there:
+        name, places = self.items.ids[one], (self.place(one), self.place(other))
+        if all(map(inside, places)) and places[0] != places[1]:
             return (
-                f"{cut(name_of(here), 200)} and {cut(name_of(there), 200)} have the same id "
+                f"{' and '.join(cut(name_of(place), 200) for place in places)} have the same id "
                 f"{short(name)}; ids must be unique: name the members, or fill the column of ids, "
                 "so that no two of all shards are alike"
             )
@@ -208,7 +208,8 @@ class ImageSource:
         """Return why an image is not read, where its path alone says so: its error's message."""
         path = self.items.paths[position]
         if is_url(path) and not _reads_addresses():
-            return f"{self.name(position)}: {why_missing(path)}"
+            said = 'is an address, which fsspec reads; pip install "embedcam[remote]"'
+            return f"{self.name(position)}: {said}"
         if escaped(path) != path:
             return f"{self.name(position)}: the file name is not UTF-8; rename it"
         return None
@@ -299,7 +300,11 @@ class ImageSource:
 
     def _held(self, position: int) -> ImageLike:
         place = self.place(position)
-        return place if PLACE.match(place) is None else read_place(place, self.name(position))
+        if PLACE.match(place) is None:
+            return place
+        # What a store said when it was listed spares it the question.
+        known = self._stamp(position).partition(":")[0] if isinstance(self.stamps, Texts) else ""
+        return read_place(place, self.name(position), int(known) if known.isdecimal() else None)
 
     def _stamp(self, position: int) -> str:
         return "" if self.stamps is None else self.stamps[position] or ""

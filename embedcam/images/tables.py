@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Final, Literal, NamedTuple
 
+from .._files import ProcessLock
 from ..errors import ImageError, InputError, cut, ran_out, reason, short
 from .places import MAX_BYTES, stamp_of
 from .reading import is_url
@@ -50,7 +51,10 @@ _OPEN: Final = 8
 
 
 class Row(NamedTuple):
-    """What a row says of its picture: where it lies, "" in the row itself; its number."""
+    """What a row says of its picture: its path is "" where it lies in the row itself.
+
+    The id is "" of a row that has neither an id nor a picture.
+    """
 
     number: int
     id: str
@@ -128,8 +132,8 @@ class Table:
         elif self.picture is None:
             id = path
         else:
-            data = _bytes_of(held[self.picture][place]) or b""
-            id = hashlib.blake2b(data, digest_size=16).hexdigest()
+            data = _bytes_of(held[self.picture][place])
+            id = hashlib.blake2b(data, digest_size=16).hexdigest() if data else ""
         of = None if label is None else _label_of(texts[label][place], names, where)
         return Row(number, id, path, of)
 
@@ -188,12 +192,13 @@ def cell(file: str, row: int) -> bytes:
 
 
 _tables: OrderedDict[tuple[str, str], Table] = OrderedDict()
-_guard = threading.Lock()
+_guard = ProcessLock()
 
 
 def _kept_open(file: str) -> Table:
     # What lies elsewhere is not asked at each row whether it is another file now.
-    key = file, str(time.monotonic() // 60) if is_url(file) else stamp_of(file)
+    stamp = str(time.monotonic() // 60) if is_url(file) else stamp_of(file)
+    key = file, f"{os.getpid()} {stamp}"  # a forked child opens its own, and finds no lock taken
     with _guard:
         table = _tables.get(key) or open_table(file)
         _tables[key] = table

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO, Final, NamedTuple
@@ -25,7 +26,7 @@ _META: Final = re.compile(r"__[^/]*__(?:$|/)")
 _PLAIN: Final = b"0\0007"
 _LONG: Final = 1 << 20
 """Bytes of a long name, a class or JSON, at most."""
-LABELS: Final = ("label", "class", "cls", "label_name")
+LABELS: Final = ("label", "class", "cls")
 """Entries of JSON that are taken for the label, the first there is."""
 
 
@@ -69,14 +70,12 @@ def members(file: IO[bytes], name: str, others: Others) -> Iterator[Member]:
         file.seek(place)
         head = file.read(BLOCK)
         if not head.strip(b"\0"):  # the end, or no end at all
-            if place == 0 and end:
-                raise InputError(f"{name}: is an empty tar, or none")
             return
         where = f"{name}: at byte {place:,}"
         kind, size = _header(head, where)
         told = {**lasting, **once}
-        if kind not in b"xgLK":
-            size = _whole(told.get("size", str(size)), where)
+        if kind not in b"xgLK" and "size" in told:
+            size = _whole(told["size"], where)
         start = place + BLOCK
         if start + size > end:
             raise InputError(
@@ -246,6 +245,8 @@ def listed(path: str, others: Others, *, labelled: bool = True) -> Iterator[Samp
             yield from samples(stream, path, others, labelled=labelled)
         return
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a named pipe would wait for ever
+            raise InputError(f"{path}: is no regular file")
         with open(path, "rb") as stream:
             yield from samples(stream, path, others, labelled=labelled)
     except OSError as error:

@@ -9,8 +9,9 @@ from typing import Unpack
 
 import numpy as np
 
-from ..errors import InputError
-from ..images import MAX_PIXELS, ImageSource, Item, as_root, load_batches
+from ..errors import InputError, cut
+from ..images import MAX_PIXELS, ImageSource, Item, as_root, is_url, load_batches
+from ..images.places import is_below
 from ..images.sources import Listing
 from ..images.texts import LabelColumn, Texts, in_runs
 from ..index import Index, IndexRows, PartData, writer
@@ -528,6 +529,15 @@ def indexed_images(
         )
     chosen = index.manifest.images_root if root is None else root
     folder = None if not chosen else as_root(chosen)
+    elsewhere = filter(is_url, items.paths)
+    address = next((one for one in elsewhere if folder is None or not is_below(one, folder)), None)
+    if root is None and isinstance(folder, str):
+        address = folder
+    if address is not None:
+        raise InputError(
+            f"the index names pictures at {cut(address, 200)}, which are read where you name their "
+            "folder: give it as the images"
+        )
     numbers = index.manifest.near_share is not None
     return ImageSource(items, folder, max_pixels=max_pixels, numbers=numbers)
 

@@ -20,7 +20,7 @@ from .. import __version__
 from .._checks import whole
 from ..errors import EmbeddingError, ImageError, InputError, NetworkError, printable, ran_out
 from ..explain.explanation import Explanation, small_size
-from ..images import MAX_PIXELS, ImageSource
+from ..images import MAX_PIXELS, ImageSource, Root, is_url
 from ..images.batches import default_workers
 from ..images.progress import progress_of
 from ..index.calibration import kinship
@@ -133,7 +133,7 @@ def write_report(
         "transfer": explainer.transfer,
         "trusted_from": explainer.trusted_from,
         "fallback": None if explainer.fallback is None else type(explainer.fallback).__name__,
-        "images": os.path.abspath(explainer.root) + (" alone" if explainer.only_below else ""),
+        "images": _absolute(explainer.root) + (" alone" if explainer.only_below else ""),
         "network": type(explainer.network).__name__,
         "autocast": str(explainer.network.autocast),
         "scale": scale,
@@ -210,11 +210,15 @@ def _version(explainer: Explainer) -> About:
     return {"generation": manifest.generation, "sha256": manifest.manifest_sha256}
 
 
+def _absolute(place: Root) -> str:
+    return place if isinstance(place, str) and is_url(place) else os.path.abspath(place)
+
+
 def _described(source: ImageSource) -> About:
     """Return how many queries, and a digest of their ids, paths, sizes and times of change."""
-    digest = hashlib.sha256(os.path.abspath(source.root or "").encode("utf-8", "surrogateescape"))
-    for position, item in enumerate(source.items):
-        entry = json.dumps([item.id, item.path, source.fingerprint(position)])
+    digest = hashlib.sha256(_absolute(source.root or "").encode("utf-8", "surrogateescape"))
+    for item, stamp in zip(source.items, source.fingerprints(), strict=True):
+        entry = json.dumps([item.id, item.path, stamp])
         digest.update(entry.encode())
     return {"count": len(source), "sha256": digest.hexdigest()}
 
@@ -286,7 +290,7 @@ def finished(
 ) -> Finished:
     """Return what is kept of a query: its row of the page and its line of JSON."""
     item = source.items[position]
-    path = os.path.abspath(os.path.join(source.root or "", item.path)) if item.path else None
+    path = _absolute(source.place(position)) if item.path else None
     line = {"query": item.id, "label": item.label, "path": path}
     if isinstance(found, str) or isinstance(opened, str):
         return Finished(json.dumps({**line, "error": found}))

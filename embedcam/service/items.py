@@ -1,11 +1,10 @@
 """GET /items/{id}/image and /items/{id}/cam, /examples: the indexed images, and no other file.
 
-An id is looked up in the index; the path read is the index's own, by `Explainer.picture_file`. What
-leaves is a picture made again from the pixels, at a bounded size.
+An id is looked up in the index; the path read is the index's own, by `Explainer.picture_place`.
+What leaves is a picture made again from the pixels, at a bounded size.
 """
 
 import logging
-import os
 from contextlib import suppress
 from typing import Annotated
 
@@ -16,6 +15,8 @@ from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from ..errors import EmbedcamError
+from ..images import is_there, is_url
+from ..images.places import inside, stamp_of
 from ..render import Tile, shrunk
 from . import schemas
 from .errors import HTTPProblem, choose
@@ -101,8 +102,8 @@ def _examples(pipeline: Pipeline, request: Request, count: int) -> Response:
     rows = pipeline.index.select(chosen)
     items = []
     for id, label in zip(rows.ids, rows.labels, strict=True):
-        file = pipeline.explainer.picture_file(id)
-        if file is not None and file.is_file():
+        place = pipeline.explainer.picture_place(id)
+        if place is not None and is_there(place):
             urls = schemas.urls_of(request, id)
             items.append(schemas.Example(id=id, label=label, **urls))
     return schemas.response(schemas.ExamplesAnswer(items=items), headers=_FOR_A_MINUTE)
@@ -113,12 +114,11 @@ def _item(
 ) -> Response:
     """Answer with an image or its map; where the client has it already, with that alone."""
     index, explainer = pipeline.index, pipeline.explainer
-    position, file = find_live(index, id), explainer.picture_file(id)
+    position, place = find_live(index, id), explainer.picture_place(id)
     about: list[object] = [index.manifest.manifest_sha256, id, kind, size, with_map]
-    with suppress(OSError, ValueError):
-        if file is not None:
-            status = os.stat(file)
-            about += [status.st_size, status.st_mtime_ns]
+    if place is not None and not is_url(place):  # what lies elsewhere is not asked about
+        within = inside(place)
+        about.append(stamp_of(place if within is None else within.file))
     # It changes when index, file or the question does, and tells none of them.
     tag = schemas.tag_of(repr(about).encode())
     headers = {"ETag": tag, "Vary": "Accept", **_FOR_A_MINUTE}
@@ -126,7 +126,7 @@ def _item(
         return Response(status_code=304, headers=headers)
     picture: Image.Image | None = None
     try:
-        picture = None if file is None else explainer.picture(id)
+        picture = None if place is None else explainer.picture(id)
     except EmbedcamError as error:
         logger.warning("an indexed image cannot be read: %s", error)
     if with_map:

@@ -62,7 +62,8 @@ def signed_cam(weights: Array, activations: Array) -> Array:
 def signed_cams(weights: np.ndarray, activations: np.ndarray) -> np.ndarray:
     """Return signed maps `[n H W]` of one image `[K H W]` by weights `[n K]` or `[n K H W]`."""
     if weights.ndim == 2:
-        return np.asarray(np.tensordot(weights, activations, 1))
+        flat = weights @ activations.reshape(len(activations), -1)
+        return np.asarray(flat.reshape(len(weights), *activations.shape[1:]))
     return np.asarray(np.einsum("nkhw,khw->nhw", weights, activations))
 
 

@@ -285,7 +285,8 @@ class LowRank(Encoding):
 
     def _spread(self, codes: np.ndarray, share: np.float32 | float = 1.0) -> np.ndarray:
         spread = codes @ self.fitted["basis"] if self._scale is None else codes * self._scale
-        return np.asarray(spread + share * self.fitted["offset"])
+        spread += share * self.fitted["offset"]
+        return np.asarray(spread)
 
     def _placed(self, weights: np.ndarray) -> np.ndarray:
         if self.grid is None:

@@ -176,8 +176,10 @@ def _proposed(
     while len(todo):
         options = parameters(loaded, probes, max(effort, fetch))
         _, rows = loaded.search(queries[todo], fetch, params=options)
-        wider = max(fetch - found.shape[1], 0)
-        found = np.pad(found, ((0, 0), (0, wider)), constant_values=-1)
+        if fetch > found.shape[1]:
+            wider = np.full((len(found), fetch), -1, np.int64)
+            wider[:, : found.shape[1]] = found
+            found = wider
         if rows.size and rows.max() >= index.n_rows and index.faiss_file is not None:
             raise index.faiss_file.broken("returns rows out of range")
         if len(index.tombstones):
@@ -207,8 +209,8 @@ def rank(
     scores = np.where(candidates < 0, np.inf, distances if metric == "l2" else -similarities)
     best = np.lexsort((candidates, scores), axis=1)[:, :k]
 
-    values = (candidates.astype(np.int64), distances, similarities)
-    return Neighbors.of(*(np.take_along_axis(one, best, axis=1) for one in values))
+    values, rows = (candidates.astype(np.int64), distances, similarities), np.arange(len(best))
+    return Neighbors.of(*(one[rows[:, None], best] for one in values))
 
 
 def in_batches(

@@ -206,12 +206,12 @@ def test_pictures_of_a_size_are_made_of_photographs(tmp_path: Path) -> None:
 def test_a_pass_is_timed_by_builds(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(embedding_pass, "load_network", lambda *_, **__: toy_network())
     monkeypatch.setattr(embedding_pass.sys, "stdin", ["\n", "\n"])
-    pictures = cases.write_pictures(tmp_path / "drawn", 12)
+    pictures = cases.write_pictures(tmp_path / "drawn", 24)
     embedding_pass.main(str(pictures), "toy", "torch", torch.get_num_threads())
     parts, *built = map(json.loads, capsys.readouterr().out.splitlines())
     assert [*parts] == ["decode", "prepare", "mark"]
     assert all(milliseconds > 0 for milliseconds in parts.values())
-    assert [one["images"] for one in built] == [12, 12]
+    assert [one["images"] for one in built] == [24, 24]
     assert all(one["wall"] > 0 for one in built)
 
 

@@ -16,14 +16,15 @@ from embedcam import EmbeddingNetwork, Recipe, build_index, find_images, load_ne
 from embedcam.images import ImageSource
 from embedcam.images.reading import file_mark, read_image
 
-FEW = 8
+FEW = 16
 """Images of the build that tells what one costs whatever the number of images is."""
 
 
 def main(pictures: str, name: str, runtime: str, threads: int) -> None:
     torch.set_num_threads(threads)
     source = find_images(pictures)
-    few = source.only(range(FEW)) if hasattr(source, "only") else ImageSource(source.items[:FEW])
+    places = range(0, len(source), max(1, len(source) // FEW))[:FEW]  # of every label
+    few = ImageSource([source.items[place] for place in places], source.root)
     with tempfile.TemporaryDirectory(prefix="embedcam-forward-") as folder:
         network = load_network(f"torchvision:{name}", weights="random", size=224)
         if runtime == "onnx":

@@ -53,9 +53,9 @@ def onnx_report(
         section(
             f"ONNX Runtime / torch, {name}",
             f"Both on {threads} threads, float32, the same prepared pictures at {SIZE} x {SIZE}, "
-            f"{rounds} rounds, milliseconds. *Forward*: embedding and activations. *Explain*: with the "
-            f"search among {ROWS:,} rows and the maps by {NEIGHBORS} neighbours' weights. The file "
-            f"has {written.bytes / 1e6:.0f} MB and took {written.seconds:.0f} s.",
+            f"{rounds} rounds, milliseconds. *Forward*: embedding and activations. *Explain*: with "
+            f"the search among {ROWS:,} rows and the maps by {NEIGHBORS} neighbours' weights. The "
+            f"file has {written.bytes / 1e6:.0f} MB and took {written.seconds:.0f} s.",
             ["case", "ms", "ratio", "bar"],
             rows,
         )

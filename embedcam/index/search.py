@@ -59,7 +59,9 @@ class Neighbors(NamedTuple):
 
 def check_queries(queries: np.ndarray, width: int, normalized: bool = False) -> np.ndarray:
     """Return queries as float32 `[B D]`, refused where they are no such numbers."""
-    vectors = as_numbers("queries", queries)
+    vectors = queries
+    if not isinstance(queries, np.ndarray) or queries.dtype.kind != "f":
+        vectors = as_numbers("queries", queries)
     if vectors.ndim != 2 or vectors.shape[1] != width:
         given = f"queries of shape {list(vectors.shape)} and type {vectors.dtype}"
         raise InputError(f"{given}; expected numbers [B {width}]")

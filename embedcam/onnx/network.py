@@ -356,9 +356,10 @@ class OnnxNetwork:
         if self.normalize and self.described is None:
             # Another program may leave it to whoever searches.
             return (embedding / lengths[:, None]).astype(np.float32), None
-        if maps is None or self.head is None or self.head.kind != "identity":
+        bias = None if self.head is None or self.head.kind != "identity" else self.head.bias
+        if maps is None or bias is None:
             return embedding, None
-        z = sums.astype(np.float64) / math.prod(maps.shape[2:]) + self.head.bias
+        z = sums.astype(np.float64) / math.prod(maps.shape[2:]) + bias
         return embedding, np.linalg.norm(z, axis=1).astype(np.float32)
 
     def _checked(self, images: Array) -> np.ndarray:

@@ -54,7 +54,8 @@ class Worker:
 
     def __init__(self, checkout: Path, pictures: Path, name: str, runtime: str, threads: int):
         script = Path(__file__).with_name("embedding_pass.py")
-        command = [sys.executable, str(script), str(pictures), name, runtime, str(threads)]
+        # Not with the script's folder in front, whose onnx.py is not the package.
+        command = [sys.executable, "-P", str(script), str(pictures), name, runtime, str(threads)]
         environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": str(threads)}
         self.process = subprocess.Popen(
             command, cwd=checkout, env=environment, text=True,

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 Array = TypeVar("Array", np.ndarray, "Tensor")
 """A NumPy array or a torch tensor; what comes in is what goes out."""
 MODES = ("mean", "distance")
+_ALONE, _SHARED, _FEW = 1 << 18, 1 << 24, 64
+"""Multiplications up to which BLAS uses one thread, and from which several are worth waiting for;
+rows of a product that is cut by its columns."""
 
 
 def cam(weights: Array, activations: Array) -> Array:
@@ -59,10 +62,25 @@ def signed_cam(weights: Array, activations: Array) -> Array:
     return signed.reshape(*w_shape[:-1], *a_shape[-2:])
 
 
+def product(few: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Return the product of a few rows `[n R]` and a matrix `[R K]`, on the calling thread.
+
+    BLAS would divide it among threads and wait for the last of them; where the cores are busy that
+    takes many times as long as the product.
+    """
+    multiplied = len(few) * matrix.size
+    if not _ALONE < multiplied <= _SHARED or len(few) > _FEW:
+        return np.asarray(few @ matrix)
+    columns = max(1, _ALONE // (len(few) * len(matrix)))
+    parts = [few @ matrix[:, at : at + columns] for at in range(0, matrix.shape[1], columns)]
+    return np.concatenate(parts, axis=1)
+
+
 def signed_cams(weights: np.ndarray, activations: np.ndarray) -> np.ndarray:
     """Return signed maps `[n H W]` of one image `[K H W]` by weights `[n K]` or `[n K H W]`."""
     if weights.ndim == 2:
-        return np.asarray(np.tensordot(weights, activations, 1))
+        flat = product(weights, activations.reshape(len(activations), -1))
+        return np.asarray(flat.reshape(len(weights), *activations.shape[1:]))
     return np.asarray(np.einsum("nkhw,khw->nhw", weights, activations))
 
 

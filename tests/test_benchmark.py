@@ -1,6 +1,8 @@
 """scripts/benchmarks: its parts on toy networks and tiny indexes. Values, never seconds."""
 
+import json
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -14,10 +16,12 @@ from scripts.benchmarks import __main__ as script
 from scripts.benchmarks import (
     building,
     cases,
+    embedding_pass,
     evaluating,
     exactness,
     explaining,
     features,
+    forward,
     indexes,
     onnx,
     timing,
@@ -180,8 +184,58 @@ def test_trust_is_what_two_queries_and_two_builds_differ_by(tmp_path: Path, monk
 
 def test_onnx_is_timed_beside_torch_and_its_maps_are_the_same(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(onnx, "BATCHES", (1, 2))
+    monkeypatch.setattr(onnx, "ALONE_BARS", {"toy": 0.0})
     text = onnx.onnx_report("toy", 1, tmp_path, lambda name: toy_network())
-    rows = rows_of(text)[1:]
+    rows, (head, *apart) = rows_of(text)[1:13], rows_of(text)[13:]
     assert len(rows) == 2 * 2 * 3
     assert all((row[3] != "") == ("ONNX" in row[0]) for row in rows)
     assert "(<= 0.001: met)" in text
+    assert head == ["case", "ms", "ratio", "bar"]
+    alone = timing.AGAIN.format(onnx.ALONE)
+    assert [row[0] for row in apart] == [onnx.ALONE, alone, onnx.EXPLAIN, onnx.FROM_FILE]
+    assert [row[3] for row in apart] == ["", "", "<= 0: **not met**", ""]
+
+
+def test_pictures_of_a_size_are_made_of_photographs(tmp_path: Path) -> None:
+    drawn = cases.write_pictures(tmp_path / "drawn", 3)
+    forward.write_photographs(tmp_path / "larger", drawn, 2)
+    larger = find_images(tmp_path / "larger")
+    assert [larger.open(place).size for place in range(len(larger))] == [(500, 375)] * 2
+
+
+def test_a_pass_is_timed_by_builds(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(embedding_pass, "load_network", lambda *_, **__: toy_network())
+    monkeypatch.setattr(embedding_pass.sys, "stdin", ["\n", "\n"])
+    pictures = cases.write_pictures(tmp_path / "drawn", 24)
+    embedding_pass.main(str(pictures), "toy", "torch", torch.get_num_threads())
+    parts, *built = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [*parts] == ["decode", "prepare", "mark"]
+    assert all(milliseconds > 0 for milliseconds in parts.values())
+    assert [one["images"] for one in built] == [24, 24]
+    assert all(one["wall"] > 0 for one in built)
+
+
+def test_how_many_times_as_many_images_a_second(tmp_path: Path, monkeypatch) -> None:
+    class Told:
+        parts: ClassVar = {"decode": 1.0, "prepare": 2.0, "mark": 0.5}
+
+        def __init__(self, checkout: Path, pictures: Path, name: str, runtime: str, _: int):
+            self.before = checkout == tmp_path
+            self.seconds = 8.0 if self.before else 2.0 if runtime == "torch" else 1.0
+
+        def build(self) -> dict[str, float]:
+            return {"images": 16, "wall": self.seconds, "cpu": self.seconds / 10}
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(forward, "Worker", Told)
+    monkeypatch.setattr(forward, "BARS", {("toy", "torch"): 4.5, ("toy", "onnx"): 4.5})
+    options = forward.arguments(["--old", str(tmp_path), "--rounds", "2"])
+    rows = rows_of(forward.network_report("toy", tmp_path, options))
+    assert [row[1] for row in rows[1:4]] == ["2.0", "8.0", "16.0"]
+    assert [row[2].split()[0] for row in rows[1:4]] == ["1.000", "4.000", "8.000"]
+    assert [row[3] for row in rows[1:4]] == ["", ">= 4.5: **not met**", ">= 4.5: met"]
+    assert rows[2][4] == "200.0"
+    assert rows[-3:] == [["decode", "1.00", "1.00"], ["prepare", "2.00", "2.00"],
+                         ["mark", "0.50", "0.50"]]  # fmt: skip

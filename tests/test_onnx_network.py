@@ -1,6 +1,7 @@
 """`OnnxNetwork`: whose file it admits, what it says to others; threads, forks, hostile files."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from onnx_samples import model_of, pooled_model, save
 from photo_samples import CHANNELS, SIDE, SQUASH, build, network_of, picture, tensor_of
 
 from embedcam import EmbeddingNetwork, Explainer, Index, Preprocess, build_from_features
-from embedcam.errors import InputError, NetworkError, NetworkMismatch
+from embedcam.errors import EmbeddingError, InputError, NetworkError, NetworkMismatch
 from embedcam.index.identity import NetworkWarning
 from embedcam.onnx import Described, Head, OnnxNetwork
 from embedcam.preprocess import custom
@@ -328,6 +329,19 @@ def test_outputs_that_are_none(tmp_path: Path) -> None:
         path = save(model, tmp_path / "network.onnx")
         with pytest.raises(NetworkError, match=message):
             OnnxNetwork(path).embed(IMAGES[:, :, :8, :8])
+
+
+def test_the_length_before_normalization_by_a_literal_mean(file: Path) -> None:
+    network, embedding = OnnxNetwork(file), np.array([[0.6, 0.8]], np.float32)
+    network.head = Head("identity", np.array([1.0, -2.0], np.float32))
+    maps = np.random.default_rng(0).standard_normal((1, 2, 3, 4)).astype(np.float32)
+    for given in (maps, np.full_like(maps, 2e38)):  # numbers whose sums leave float32
+        first, second = (math.fsum(one.ravel().tolist()) / 12 for one in given[0])
+        _, norm = network._lengths(IMAGES[:1], given, embedding)
+        assert norm == pytest.approx([math.hypot(first + 1, second - 2)], rel=1e-6)
+    maps[0, 1, 2, 3] = np.nan
+    with pytest.raises(EmbeddingError, match="the layer's activations hold NaN or infinity"):
+        network._lengths(IMAGES[:1], maps, embedding)
 
 
 def test_images_that_are_none(file: Path) -> None:

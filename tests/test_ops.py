@@ -16,6 +16,7 @@ from embedcam.ops import (
     coefficients,
     joined,
     normalize,
+    product,
     resize,
     signed_cam,
     transfer,
@@ -39,6 +40,16 @@ def maps() -> st.SearchStrategy[np.ndarray]:
 
 def both(array: np.ndarray) -> list:
     return [array, torch.from_numpy(array)]
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5), (10, 128, 205), (10, 128, 1280), (70, 64, 90)])
+def test_a_product_in_pieces_is_the_product(rng, shape, monkeypatch) -> None:
+    few, matrix = rng.standard_normal(shape[:2]), rng.standard_normal(shape[1:])
+    expected = np.einsum("nr,rk->nk", few, matrix)  # no BLAS
+    np.testing.assert_allclose(product(few, matrix), expected, rtol=1e-12, atol=1e-12)
+    assert product(few.astype("f4"), matrix.astype("f4")).dtype == np.float32
+    monkeypatch.setattr("embedcam.ops._ALONE", 1)  # a column at a time
+    np.testing.assert_allclose(product(few, matrix), expected, rtol=1e-12, atol=1e-12)
 
 
 @settings(max_examples=40)

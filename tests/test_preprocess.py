@@ -77,6 +77,22 @@ def test_values_are_normalised_per_channel():
     assert Preprocess.from_dict(gray.to_dict()) == gray
 
 
+@pytest.mark.parametrize("mean", [(0.485, 0.456, 0.406), (0.4,)])
+def test_the_bits_are_those_of_one_number_after_another(mean):
+    std = (0.229, 0.224, 0.225)[: len(mean)]
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    levels = np.asarray(image.convert("L"))[..., None] if len(mean) == 1 else pixels
+
+    values = Preprocess((6, 5), mean=mean, std=std)(image)
+
+    assert values.flags.c_contiguous
+    assert values.shape == (len(mean), 6, 5)
+    for (channel, row, column), value in np.ndenumerate(values):
+        level = np.float32(levels[row, column, channel]) / np.float32(255)
+        assert value == (level - np.float32(mean[channel])) / np.float32(std[channel])
+
+
 @pytest.mark.parametrize(("width", "height"), [(400, 300), (301, 517), (100, 1000)])
 def test_extent_says_where_the_pixels_come_from(width, height):
     """A ramp along x (y) reads, at each input column (row), the coordinate that extent implies."""

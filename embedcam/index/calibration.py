@@ -46,7 +46,7 @@ def evidence(raw: np.ndarray, shares: np.ndarray, norm: float, distances: np.nda
     multiplied by `[n]`, `norm` that of the combined weights, `distances` squared `[n]`.
     """
     raw = np.asarray(raw, np.float64)
-    signed = np.tensordot(np.asarray(shares, np.float64), raw, 1)
+    signed = np.asarray(shares, np.float64) @ raw.reshape(len(raw), -1)
     magnitudes, total = np.abs(signed), float(signed.sum())
     size, largest = float(magnitudes.sum()), float(magnitudes.max())
     centered = signed - total / signed.size
@@ -58,7 +58,7 @@ def evidence(raw: np.ndarray, shares: np.ndarray, norm: float, distances: np.nda
     nearest = -min(apart)
     if len(raw) == 1:
         return np.array([nearest, *shape])
-    agreement = float(correlation(raw.reshape(len(raw), -1), signed.ravel()).mean())
+    agreement = float(correlation(raw.reshape(len(raw), -1), signed).mean())
     return np.array([agreement, norm, -sum(apart) / len(apart), nearest, *shape])
 
 
@@ -208,7 +208,7 @@ class Calibration(_Linear):
             near = float(fall(np.asarray(nearest, np.float64), self.largest_distance))
             scores, *knots = self._arrays[3:]
             values = [float(np.interp(score, scores, one)) * near for one in knots]
-        expected, low = np.nan_to_num(values, nan=0.0).tolist()
+        expected, low = (0.0 if math.isnan(one) else one for one in values)
         return expected, min(expected, low)
 
     def of_query(
@@ -295,7 +295,9 @@ def fall(distances: np.ndarray, largest: float, until: float = 2.0) -> np.ndarra
     if largest <= 0:
         return np.where(distances > 0, 0.0, 1.0)
     with np.errstate(over="ignore"):
-        return np.clip((until - distances / largest) / (until - 1), 0, 1)
+        shares = (until - distances / largest) / (until - 1)
+    # Not by `clip`, which of one number takes longer than all the rest.
+    return np.maximum(np.minimum(shares, 1), 0)
 
 
 def _are_rising(*curves: Numbers) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 
 from .._checks import one_of, whole
 from ..errors import IndexFormatError, InputError
+from ..ops import product
 
 Rows = Mapping[str, np.ndarray]
 _Products = tuple[np.ndarray | None, np.ndarray | None, float]
@@ -284,8 +285,14 @@ class LowRank(Encoding):
         return np.asarray(rows["embedding"]) if self.uses_embedding else self._unpack(rows)
 
     def _spread(self, codes: np.ndarray, share: np.float32 | float = 1.0) -> np.ndarray:
-        spread = codes @ self.fitted["basis"] if self._scale is None else codes * self._scale
-        return np.asarray(spread + share * self.fitted["offset"])
+        if self._scale is not None:
+            spread = codes * self._scale
+        elif codes.ndim == 1:
+            spread = codes @ self.fitted["basis"]
+        else:
+            spread = product(codes, self.fitted["basis"])
+        spread += share * self.fitted["offset"]
+        return np.asarray(spread)
 
     def _placed(self, weights: np.ndarray) -> np.ndarray:
         if self.grid is None:

@@ -182,10 +182,10 @@ class Part:
     def labels_of(self, rows: np.ndarray) -> list[str | None]:
         """Return labels of rows `[n]`, or None without one."""
         codes = self.codes[rows].tolist()
-        known = {*codes} - {-1}
+        known = sorted({*codes} - {-1})
         for code in known:
-            check_row(code, len(self.labels))
-        names = {code: self.labels.raw(code).decode("utf-8", "replace") for code in known}
+            check_row(code, len(self.labels.offsets) - 1)
+        names = dict(zip(known, self.labels.take(np.array(known, np.int64)), strict=True))
         return [names.get(code) for code in codes]
 
     def texts_of(self, rows: np.ndarray) -> list[tuple[str, str, str | None]]:

@@ -64,7 +64,9 @@ class Neighbors(NamedTuple):
 
 def check_queries(queries: np.ndarray, width: int, normalized: bool = False) -> np.ndarray:
     """Return queries as float32 `[B D]`, refused where they are no such numbers."""
-    vectors = as_numbers("queries", queries)
+    vectors = queries
+    if not isinstance(queries, np.ndarray) or queries.dtype.kind != "f":
+        vectors = as_numbers("queries", queries)
     if vectors.ndim != 2 or vectors.shape[1] != width:
         given = f"queries of shape {list(vectors.shape)} and type {vectors.dtype}"
         raise InputError(f"{given}; expected numbers [B {width}]")
@@ -184,8 +186,10 @@ def _proposed(
     while len(todo):
         options = parameters(loaded, probes, max(effort, fetch))
         _, rows = loaded.search(queries[todo], fetch, params=options)
-        wider = max(fetch - found.shape[1], 0)
-        found = np.pad(found, ((0, 0), (0, wider)), constant_values=-1)
+        if fetch > found.shape[1]:
+            wider = np.full((len(found), fetch), -1, np.int64)
+            wider[:, : found.shape[1]] = found
+            found = wider
         if rows.size and rows.max() >= index.n_rows and index.faiss_file is not None:
             raise index.faiss_file.broken("returns rows out of range")
         if len(index.tombstones):
@@ -215,8 +219,8 @@ def rank(
     scores = np.where(candidates < 0, np.inf, distances if metric == "l2" else -similarities)
     best = np.lexsort((candidates, scores), axis=1)[:, :k]
 
-    values = (candidates.astype(np.int64), distances, similarities)
-    return Neighbors.of(*(np.take_along_axis(one, best, axis=1) for one in values))
+    values, rows = (candidates.astype(np.int64), distances, similarities), np.arange(len(best))
+    return Neighbors.of(*(one[rows[:, None], best] for one in values))
 
 
 def in_batches(

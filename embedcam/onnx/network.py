@@ -360,9 +360,17 @@ class OnnxNetwork:
         what = "the embedding is zero or not finite and cannot be used"
         if bad.any() and not np.isfinite(batch).all():
             raise InputError("the images hold NaN or infinity; check their preprocessing")
-        if not bad.any() and maps is not None and not math.isfinite(float(maps.sum())):
-            bad = ~np.isfinite(maps.reshape(len(maps), -1)).all(1)
-            what = "the layer's activations hold NaN or infinity"
+        sums = np.empty(0)
+        if not bad.any() and maps is not None:
+            # A product with ones takes a tenth of the time of a mean, and tells of what is no
+            # number; it may also overflow where every number is finite.
+            at_positions = maps.reshape(*maps.shape[:2], -1)
+            with np.errstate(over="ignore", invalid="ignore"):
+                sums = at_positions @ np.ones(at_positions.shape[2], np.float32)
+            if not np.isfinite(sums).all():
+                bad = ~np.isfinite(at_positions).all((1, 2))
+                what = "the layer's activations hold NaN or infinity"
+                sums = at_positions.sum(2, dtype=np.float64)
         if bad.any():
             advice = f"leave the picture out, or check the weights in {self.path}"
             raise EmbeddingError(what, advice, np.flatnonzero(bad).tolist(), len(bad))
@@ -371,9 +379,10 @@ class OnnxNetwork:
         if self.normalize and self.described is None:
             # Another program may leave it to whoever searches.
             return (embedding / lengths[:, None]).astype(np.float32), None
-        if maps is None or self.head is None or self.head.kind != "identity":
+        bias = None if self.head is None or self.head.kind != "identity" else self.head.bias
+        if maps is None or bias is None:
             return embedding, None
-        z = maps.mean((2, 3), dtype=np.float64) + self.head.bias
+        z = sums.astype(np.float64) / math.prod(maps.shape[2:]) + bias
         return embedding, np.linalg.norm(z, axis=1).astype(np.float32)
 
     def _checked(self, images: Array) -> np.ndarray:

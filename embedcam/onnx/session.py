@@ -18,7 +18,7 @@ from .._checks import whole
 from ..errors import InputError, NetworkError
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
+    from onnxruntime import InferenceSession, RunOptions
 
 PROVIDERS = ("CPUExecutionProvider",)
 MAX_BYTES = (1 << 31) - 1
@@ -68,15 +68,12 @@ class Session:
     ) -> list[np.ndarray]:
         """Return those outputs of a batch `[B C H W]`, float32; stopped after so many seconds."""
         session = self._session if os.getpid() == self._pid else self._opened_again()
-        options, stopped = _onnxruntime().RunOptions(), threading.Event()
-
-        def stop() -> None:
-            stopped.set()
-            options.terminate = True
-
-        timer = threading.Timer(seconds or 0, stop)
-        timer.daemon = True
+        options, stopped = None, threading.Event()
+        timer: threading.Timer | None = None
         if seconds is not None:
+            options = _onnxruntime().RunOptions()
+            timer = threading.Timer(seconds, _stop, (options, stopped))
+            timer.daemon = True
             timer.start()
         try:
             arrays = session.run(list(names), {self.input: images}, options)
@@ -93,7 +90,8 @@ class Session:
                 f"({_message(error)}); {AGAIN}"
             ) from error
         finally:
-            timer.cancel()
+            if timer is not None:
+                timer.cancel()
         for name, values in zip(names, arrays, strict=True):
             if not isinstance(values, np.ndarray) or values.dtype.kind != "f":
                 kind = getattr(values, "dtype", type(values).__name__)
@@ -164,6 +162,11 @@ def _stamp(path: Path) -> tuple[int, int, int]:
             "piece"
         )
     return state.st_ino, state.st_size, state.st_mtime_ns
+
+
+def _stop(options: RunOptions, stopped: threading.Event) -> None:
+    stopped.set()
+    options.terminate = True
 
 
 def _message(error: Exception) -> str:

@@ -149,11 +149,12 @@ class Preprocess:
             # Pillow fills what lies outside the picture with black, as torchvision's padding does.
             pixels = pixels.crop((left, top, left + width, top + height))
         levels = np.asarray(pixels, dtype=np.uint8).reshape(height, width, len(self.mean))
-        values = levels.transpose(2, 0, 1).astype(np.float32)
+        # Turned while they are bytes: floats in one piece are computed several times as fast.
+        values = np.ascontiguousarray(levels.transpose(2, 0, 1)).astype(np.float32)
         values /= np.float32(255)
         values -= np.array(self.mean, dtype=np.float32)[:, None, None]
         values /= np.array(self.std, dtype=np.float32)[:, None, None]
-        return np.ascontiguousarray(values)
+        return values
 
     def extent(self, width: int, height: int) -> Extent:
         """Return the rectangle (x0, y0, x1, y1) of a picture that the network sees.

@@ -4,13 +4,14 @@
     python -m scripts.benchmarks explain peers --quick
     python -m scripts.benchmarks service --output docs/results/service.md
     python -m scripts.benchmarks soak --minutes 10 --output docs/results/soak.md
+    python -m scripts.benchmarks forward --old CHECKOUT --output docs/results/forward.md
 
 Needs no data: random weights and synthetic pictures in a temporary folder. Cases of one table run
 in one process and strictly alternate, A B A B; each ratio is the median over rounds of (this case /
 the first case of the same round), with the smallest and largest beside it; garbage collection is
 off while a case is timed. The A/A row is the first case run a second time in each round: how
-far it lies from 1 is how far any other ratio can be believed. `service` and `soak` have options of
-their own.
+far it lies from 1 is how far any other ratio can be believed. `service`, `soak` and `forward` have
+options of their own.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from . import (
     exactness,
     explaining,
     features,
+    forward,
     indexes,
     onnx,
     receipts,
@@ -90,7 +92,7 @@ SECTIONS: dict[str, Section] = {
         for n, labels, width in ((10_000, 1000, 128), (2_000, 0, 64))
     ),
 }
-OTHERS = {"service": service.main, "soak": soak.main}
+OTHERS = {"service": service.main, "soak": soak.main, "forward": forward.main}
 
 
 def main() -> None:

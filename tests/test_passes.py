@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,16 @@ class Striding(Convolutional):
         return z * torch.linspace(1, 2, 5) if self.seen[-1][1] else z
 
 
+def plain() -> nn.Module:
+    """The same, which can be exported."""
+    pooled = [("pool", nn.AdaptiveAvgPool2d(1)), ("flat", nn.Flatten())]
+    first, second = nn.Conv2d(3, 6, 3, 2, 1), nn.Conv2d(6, 8, 3, 2, 1)
+    parts = [("first", first), ("second", second), ("relu", nn.ReLU()), *pooled]
+    return nn.Sequential(OrderedDict([*parts, ("linear", nn.Linear(8, 5))]))
+
+
 def made() -> tuple[nn.Module, Any]:
-    return seeded(Convolutional), SQUASH
+    return seeded(plain), SQUASH
 
 
 def wrapped(kind: type[Convolutional] = Convolutional, **settings: Any) -> EmbeddingNetwork:

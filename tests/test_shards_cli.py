@@ -83,8 +83,8 @@ def test_additions_and_refits(say: Say, refused, tmp_path: Path) -> None:
     assert say("add", one, more, "--batch-size", 2)[0] == 0
     assert files(index) == files(one)
     refused(2, "3 of 3 images are in the index already", *plan[:2], tmp_path / "j", *plan[3:])
-    skipping = [*plan[:2], tmp_path / "j", *plan[3:], "--skip-existing"]
-    refused(2, "holds these images already; nothing to add", *skipping)
+    skipping = [*plan[:2], tmp_path / "j", *plan[3:], "--skip-existing", "--quiet"]
+    refused(2, "holds these images already; there is nothing to add", *skipping)
     again = tmp_path / "again"
     assert say("plan", again, "--refit", index, "--batch-size", 2, *TRUSTED)[0] == 0
     assert say("shard", again, 0, *TRUSTED)[0] == 0

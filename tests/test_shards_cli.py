@@ -83,8 +83,8 @@ def test_additions_and_refits(say: Say, refused, tmp_path: Path) -> None:
     assert say("add", one, more, "--batch-size", 2)[0] == 0
     assert files(index) == files(one)
     refused(2, "3 of 3 images are in the index already", *plan[:2], tmp_path / "j", *plan[3:])
-    skipping = [*plan[:2], tmp_path / "j", *plan[3:], "--skip-existing"]
-    refused(2, "holds these images already; nothing to add", *skipping)
+    skipping = [*plan[:2], tmp_path / "j", *plan[3:], "--skip-existing", "--quiet"]
+    refused(2, "holds these images already; there is nothing to add", *skipping)
     again = tmp_path / "again"
     assert say("plan", again, "--refit", index, "--batch-size", 2, *TRUSTED)[0] == 0
     assert say("shard", again, 0, *TRUSTED)[0] == 0
@@ -96,7 +96,7 @@ def test_additions_and_refits(say: Say, refused, tmp_path: Path) -> None:
 def test_wrong_words(say: Say, refused, tmp_path: Path) -> None:
     job = tmp_path / "job"
     for command in (["shard", job, 0], ["merge", job, tmp_path / "index"]):
-        refused(2, f"{job}: is no job (there is no such folder); plan one: embedcam plan", *command)
+        refused(6, f"{job}: is no job (there is no such folder); plan one: embedcam plan", *command)
     assert say(*PLAN, job)[0] == 0
     for words, message in (
         (["shard", job, 3, *TRUSTED], "piece = 3 of 3; pieces are counted from 0 to 2"),
@@ -127,7 +127,7 @@ def run_as(script: str, folder: Path, **variables: str) -> list[list[str]]:
     said.write_text("")
     for name, code in (
         ("embedcam", f'echo "embedcam $*" >> {shlex.quote(str(said))}'),
-        ("sbatch", '[ "$3" = --wrap ] && sh -c "$4"; echo "sbatch $1" >&2; echo 17'),
+        ("sbatch", '[ "$2" != --wrap ] || sh -c "$3"; echo 17'),
     ):
         (folder / "bin" / name).write_text(f"#!/bin/sh\n{code}\n")
         (folder / "bin" / name).chmod(0o755)

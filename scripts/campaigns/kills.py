@@ -164,7 +164,7 @@ def kinds(base: Path) -> dict[str, Kind]:
         "shards of three rounds": Kind(
             partial(in_pieces, kind="other", rounds=3), partial(planned, **again), index="index"
         ),
-        "merge": Kind(merged, embedded, index="index"),
+        "merge of shards": Kind(merged, embedded, index="index"),
         "shards of additions": Kind(more_in_pieces, more_planned, merged, index="index"),
     }
 
@@ -210,9 +210,9 @@ def wrong_report(folder: Path, expected: dict[str, str]) -> str | None:
 class Campaign:
     """Kills jobs in a folder, and counts."""
 
-    def __init__(self, base: Path, seed: int) -> None:
+    def __init__(self, base: Path, seed: int, only: str) -> None:
         self.base, self.chance = base, random.Random(seed)
-        self.kinds = kinds(base)
+        self.kinds = {name: kind for name, kind in kinds(base).items() if only in name}
         self.failures: list[str] = []
         for name, kind in self.kinds.items():
             self._undisturbed(name, kind)
@@ -316,6 +316,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=200, help="kills (default 200)")
     parser.add_argument("--seconds", type=float, default=480, help="at most (default 480)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
+    parser.add_argument("--only", default="", help="jobs whose names hold this, such as shards")
     options = parser.parse_args()
     until = time.monotonic() + options.seconds
     warnings.simplefilter("ignore", DeprecationWarning)  # of forks, from Python 3.12 on
@@ -325,7 +326,7 @@ def main() -> int:
     plan.CHUNK = 4
     os.fsync = KILLER.step  # type: ignore[assignment]
     with tempfile.TemporaryDirectory(prefix="embedcam-kills-") as name:
-        campaign = Campaign(Path(name), options.seed)
+        campaign = Campaign(Path(name), options.seed, options.only)
         campaign.run(options.count, until)
     print(campaign.table())
     kills = sum(kind.kills for kind in campaign.kinds.values())

@@ -267,6 +267,9 @@ def test_a_member_that_is_not_there_any_more_is_said(tmp_path: Path, monkeypatch
     again = find_images(path)
     assert [again.state(place, mark) for place, mark in enumerate(marks[::-1])] == ["same"] * 2
     assert again.state(0, marks[0]) == "changed"
+    shard(path, [("a.png", b"another size")])
+    with pytest.raises(ImageError, match=r"a\.png: s\.tar holds something else there now; list"):
+        source.open(0)
     path.write_bytes(b"")
     with pytest.raises(ImageError, match=r"s\.tar ends before it; list its images again"):
         source.open(1)

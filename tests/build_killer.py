@@ -8,7 +8,8 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import faiss
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import embedcam.offline.plan as plan
 from embedcam.images import ImageSource, find_images
 from embedcam.index import Index, verify
-from embedcam.offline import add_images, build_index
+from embedcam.offline import add_images, build_index, merge_job, plan_job, run_shard
 from embedcam.preprocess import custom
 from embedcam.recipe.recipe import Recipe
 from scripts.campaigns.killing import KILLER, Job, begin, in_child, was_killed
@@ -162,6 +163,76 @@ def scenario_outside(base: Path) -> list[str]:
     in_child(job, base / "i")
     same = everything(base / "i") == everything(base / "whole")
     return [] if same and killed > 2 else [f"same: {same}, killed {killed} times"]
+
+
+def planned(base: Path, kind: str) -> tuple[Path, Job, Job, dict[str, str]]:
+    """A job in two pieces; what does them, what merges them, and the bytes of one process."""
+    it, source, recipe = toy(kind), pictures(base / "p", 14), Recipe(triplets=4, rank=3)
+    options = {"batch_size": 4, "pieces": 2, "scratch_gb": 0}
+    plan_job(source, it.network, base / "start" / "job", recipe, **options)
+    build_index(source, it.network, base / "one", recipe, **QUIET, scratch_gb=0)
+    alone = {"network": it.network, "workers": 0, "progress": False}
+
+    def shards(folder: Path, order: Sequence[int] = (1, 0)) -> None:
+        for piece in [*order] * 3:
+            run_shard(folder / "job", piece, **alone)
+
+    def merged(folder: Path) -> None:
+        merge_job(folder / "job", folder / "index", **alone)
+
+    return base / "start", shards, merged, everything(base / "one")
+
+
+def chunks_in(folder: Path) -> dict[str, int]:
+    """The whole chunks of a job, by name, and which folders they are."""
+    return {file.parent.name: file.parent.stat().st_ino for file in folder.glob("*-0*/arrays.json")}
+
+
+def scenario_shards(base: Path) -> list[str]:
+    """Shards and the merge killed: what was whole stays, and the bytes are one process's."""
+    start, shards, merged, expected = planned(base, "other")
+
+    def job(folder: Path) -> None:
+        shards(folder)
+        merged(folder)
+
+    shutil.copytree(start, base / "reference")
+    KILLER.watch(base / "reference")
+    job(base / "reference")
+    KILLER.folder, total = "", KILLER.seen
+    problems, killed = list[str](), 0
+    for point in np.unique(np.linspace(1, total, 8).round().astype(int)).tolist():
+        folder = base / f"at-{point}"
+        shutil.copytree(start, folder)
+        killed += in_child(job, folder, point)
+        whole = chunks_in(folder / "job")
+        in_child(job, folder)
+        again = [name for name, at in whole.items() if chunks_in(folder / "job").get(name) != at]
+        if again:
+            problems.append(f"killed at {point} of {total}: {again} were done again")
+        if everything(folder / "index") != expected:
+            problems.append(f"killed at {point} of {total}: other bytes")
+    return problems if killed > 6 and total > 40 else [f"killed {killed} times of {total}"]
+
+
+def scenario_at_once(base: Path) -> list[str]:
+    """Two processes on the same pieces at once, of which one is killed now and then."""
+    start, shards, merged, expected = planned(base, "other")
+    chance, problems = random.Random(0), list[str]()
+    for turn in range(2):
+        folder = base / f"turn-{turn}"
+        shutil.copytree(start, folder)
+        orders = (0, 1), (turn, 1 - turn)
+        pids = [begin(partial(shards, order=order), folder) for order in orders]
+        if turn:
+            time.sleep(chance.uniform(0.02, 0.3))
+            os.kill(pids[0], signal.SIGKILL)
+        for pid in pids:
+            was_killed(pid)
+        in_child(merged, folder)
+        if everything(folder / "index") != expected:
+            problems.append(f"turn {turn}: other bytes")
+    return problems
 
 
 def main() -> None:

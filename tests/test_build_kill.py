@@ -1,4 +1,4 @@
-"""SIGKILL at any moment of a build, addition or refit: run again, it ends in the same bytes."""
+"""SIGKILL at any moment of a build, addition, refit or shard: again, it ends in the same bytes."""
 
 import json
 import os
@@ -22,7 +22,8 @@ def killer():
 
 
 @pytest.mark.parametrize(
-    "scenario", ["pooled", "other", "add", "update", "refit", "another_recipe", "outside"]
+    "scenario",
+    ["pooled", "other", "add", "update", "refit", "another_recipe", "outside", "shards", "at_once"],
 )
 def test_a_killed_job_run_again_ends_in_the_same_bytes(tmp_path, killer, scenario) -> None:
     killer.stdin.write(f"{scenario} {tmp_path}\n")

@@ -78,6 +78,11 @@ class Choices:
     index: Path4096 | None = None
     index_sha256: Digest | None = None
 
+    def plain(self) -> Json:
+        """Return the choices as `job.json` has them."""
+        values: Json = json.loads(json.dumps(asdict(self)))
+        return values
+
 
 class How(TypedDict):
     """How the work of a job is done, as `build_index` has it."""
@@ -113,7 +118,7 @@ class Job:
     def checkpoint(self) -> Checkpoint:
         """Where finished chunks of a job on disk lie, each with the stamp of this job."""
         assert self.path is not None
-        return Checkpoint(self.path, stamp_of(self._maker()))
+        return Checkpoint(self.path, stamp_of(self.maker()))
 
     @property
     def n_chunks(self) -> int:
@@ -206,7 +211,7 @@ class Job:
 
         `onnx_file` is what runs the network, where torch does not.
         """
-        job, choices = replace(self, path=path), json.loads(json.dumps(asdict(self.choices)))
+        job, choices = replace(self, path=path), self.choices.plain()
         _files.make_folder(path)
         key, given = self.choices.key, {}
         if self.triplets is not None:
@@ -222,7 +227,7 @@ class Job:
         Checkpoint(path, key).write(_stage(key), 0, arrays)
         if onnx_file is not None:
             publish(job._onnx_file, onnx_file.read_bytes())
-        maker = job._maker()
+        maker = job.maker()
         publish(path / f"made-{stamp_of(maker)}.json", json.dumps(maker).encode())
         content = {"version": _VERSION, "sha256": _sha256(choices), "job": choices}
         publish(path / NAME, json.dumps(content, indent=1).encode())
@@ -283,7 +288,7 @@ class Job:
             pass
         return "was made for another job"
 
-    def _maker(self) -> Json:
+    def maker(self) -> Json:
         """Return what says who makes a chunk of this job."""
         probe = b"".join(array.tobytes() for _, array in sorted(self.identity.arrays().items()))
         return {

@@ -255,7 +255,7 @@ def _check_folder(path: Path) -> None:
 
 def _write(job: Job, path: Path, onnx_file: Path | None) -> None:
     if (path / NAME).exists():
-        if Job.open(path).choices != job.choices:
+        if Job.open(path).choices.plain() != job.choices.plain():
             raise InputError(
                 f"{path}: holds another job (other images, or other choices); choose another "
                 "folder, or delete it"
@@ -295,6 +295,9 @@ def _check_same(job: Job, index: Index) -> None:
 
 def _look_again(job: Job, work: Plan, chunks: range) -> list[int]:
     """Weigh chunks and draw their stored maps; return the pieces that have to be weighed before."""
+    wanted = ["weights", "maps"] if job.draws(work.strategy) else ["weights"]
+    if all(work.checkpoint.has(stage, c) for stage in wanted for c in _filled(work, chunks)):
+        return []
     for chunk in work.chunks:
         if not work.checkpoint.whole("embed", chunk, *_SMALL):
             job.refuse_others()

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -35,7 +36,7 @@ from embedcam import EmbeddingNetwork, Explainer, Preprocess, Recipe, find_image
 from embedcam.errors import IndexFormatError
 from embedcam.images import ImageSource
 from embedcam.index import Index, compact, rebuild_faiss, remove, sweep, verify
-from embedcam.offline import add_images, build_index
+from embedcam.offline import add_images, build_index, merge_job, plan_job, run_shard
 from embedcam.prototypes import compress
 from embedcam.report import LINES, PAGE
 
@@ -60,13 +61,26 @@ class Net(nn.Module):
         return self.linear(self.relu(self.conv(images)).mean((2, 3)))
 
 
+class Bent(Net):
+    """The same with a pooling that sees positions: weights take a second look at the images."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embeddings `[B D]`."""
+        maps = self.relu(self.conv(images)).clamp(min=1e-3)
+        return self.linear((maps**3).mean((2, 3)) ** (1 / 3))
+
+
 @dataclass
 class Kind:
-    """A kind of job, and what became of those that were killed."""
+    """A kind of job, and what became of those that were killed.
+
+    Its index is the folder itself, or one below.
+    """
 
     run: Callable[[Path], object]
     before: Callable[[Path], object] | None = None
     over: Callable[[Path], object] | None = None
+    index: str = ""
     kills: int = 0
     early: int = 0
     late: int = 0
@@ -80,6 +94,7 @@ def kinds(base: Path) -> dict[str, Kind]:
     """The kinds of jobs, over pictures and an index that lie in `base`."""
     torch.manual_seed(0)
     network = EmbeddingNetwork(Net().eval(), "relu", preprocess=Preprocess(size=(SIDE, SIDE)))
+    other = EmbeddingNetwork(Bent().eval(), "relu", preprocess=Preprocess(size=(SIDE, SIDE)))
     first, more, asked = (draw(base / name, n) for name, n in (("p", 12), ("q", 7), ("r", 10)))
     shared, few = base / "shared", {"batch_size": 4, "workers": 0, "progress": False}
 
@@ -101,6 +116,38 @@ def kinds(base: Path) -> dict[str, Kind]:
         explainer = Explainer(shared, network, n_neighbors=3)
         write_report(explainer, asked, folder, batch_size=4, side=32, progress=False)
 
+    def planned(folder: Path, kind: str = "pooled", **options: Any) -> None:
+        recipe = Recipe(triplets=4, sampling="random")
+        few = {"batch_size": 4, "pieces": 3, **options}
+        plan_job(first, several[kind], folder / "job", recipe, **few)
+
+    def pieces(folder: Path, kind: str = "pooled", rounds: int = 1) -> None:
+        for turn in range(rounds):
+            for piece in (range(3), (2, 0, 1))[turn % 2]:
+                run_shard(folder / "job", piece, network=several[kind], **alone)
+
+    def merged(folder: Path, kind: str = "pooled") -> None:
+        merge_job(folder / "job", folder / "index", several[kind], **alone)
+
+    def in_pieces(folder: Path, kind: str = "pooled", rounds: int = 1) -> None:
+        pieces(folder, kind, rounds)
+        merged(folder, kind)
+
+    def embedded(folder: Path) -> None:
+        planned(folder)
+        pieces(folder)
+
+    def more_planned(folder: Path) -> None:
+        build(folder / "index")
+        plan_job(more, network, folder / "job", add_to=folder / "index", batch_size=4, pieces=2)
+
+    def more_in_pieces(folder: Path) -> None:
+        for piece in (1, 0):
+            run_shard(folder / "job", piece, network=network, **alone)
+        merge_job(folder / "job", folder / "index", network, **alone)
+
+    several, alone = {"pooled": network, "other": other}, {"workers": 0, "progress": False}
+    again = {"kind": "other", "scratch_gb": 0}
     small = partial(compress, shared, replace=True, progress=False)
     in_child(grown, shared)
     return {
@@ -113,6 +160,12 @@ def kinds(base: Path) -> dict[str, Kind]:
         "compress": Kind(partial(small, prototypes=4), partial(small, prototypes=3)),
         "refit": Kind(partial(build, seed=5, replace=True), build),
         "report": Kind(report),
+        "shards": Kind(in_pieces, planned, index="index"),
+        "shards of three rounds": Kind(
+            partial(in_pieces, kind="other", rounds=3), partial(planned, **again), index="index"
+        ),
+        "merge": Kind(merged, embedded, index="index"),
+        "shards of additions": Kind(more_in_pieces, more_planned, merged, index="index"),
     }
 
 
@@ -176,7 +229,7 @@ class Campaign:
                     self.failures.append(f"{name}: {error}")
 
     def _place(self, name: str, what: str) -> Path:
-        return self.base / f"{name.replace(' --', '-')}-{what}"
+        return self.base / f"{name.replace(' --', '-').replace(' ', '-')}-{what}"
 
     def _undisturbed(self, name: str, kind: Kind) -> None:
         start, whole = self._place(name, "start"), self._place(name, "whole")
@@ -193,7 +246,7 @@ class Campaign:
         in_child(counted, whole)
         kind.seconds = time.monotonic() - began
         kind.steps = int(steps.read_text())
-        kind.expected = everything(whole)
+        kind.expected = everything(whole / kind.index)
 
     def _one(self, name: str, kind: Kind) -> None:
         start, folder = self._place(name, "start"), self._place(name, "killed")
@@ -207,9 +260,11 @@ class Campaign:
                 break
         else:
             done = True
-        if everything(folder) != kind.expected:  # else it was over before the signal came
+        if (
+            everything(folder / kind.index) != kind.expected
+        ):  # else it was over before the signal came
             in_child(kind.over if done and kind.over else kind.run, folder)
-        differing = set(everything(folder).items()) ^ set(kind.expected.items())
+        differing = set(everything(folder / kind.index).items()) ^ set(kind.expected.items())
         if differing:
             files = sorted({file for file, _ in differing})
             self.failures.append(f"{name}: run again, it differs in {files[:5]}")
@@ -226,10 +281,13 @@ class Campaign:
 
     def _check(self, name: str, kind: Kind, folder: Path) -> bool:
         mark = "report.json" if name == "report" else "manifest.json"
-        start, whole = self._place(name, "start"), self._place(name, "whole")
+        start, whole, folder = (
+            place / kind.index
+            for place in (self._place(name, "start"), self._place(name, "whole"), folder)
+        )
         new = (whole / mark).read_bytes()
         done = (folder / mark).exists() and (folder / mark).read_bytes() == new
-        old = (start / mark).read_bytes() if start.exists() else None
+        old = (start / mark).read_bytes() if (start / mark).exists() else None
         is_report = name == "report"
         wrong = wrong_report(folder, kind.expected) if is_report else wrong_index(folder, old, new)
         if wrong:

@@ -9,13 +9,14 @@ import importlib
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, NamedTuple
 
 from .. import _files, errors
@@ -40,7 +41,9 @@ TRIES = 10
 """How often a piece may kill its worker before it is given up."""
 PATIENCE = 60.0
 """Seconds without an answer after which the driver says that it waits, and frees idle workers."""
-_POLL = 1.0
+_POLL, _LONGEST, _TERM = 1.0, 30, signal.SIGTERM
+_ZERO = ("RAY_USAGE_STATS_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "RAY_worker_niceness")
+"""Nothing is sent to Ray's makers; workers without a GPU are no news, and no background."""
 _STAGES = ("embed", "weights", "maps")
 _STORE = 80 << 20
 """Bytes of the object store of a cluster of this machine: next to nothing goes through it."""
@@ -133,45 +136,65 @@ def check_ray() -> None:
 @contextmanager
 def _cluster(address: str | None, workers: int | None) -> Iterator[Any]:
     """Yield Ray, connected: as this process is already, to a cluster, or to one of its own."""
-    # Nothing of this is sent to Ray's makers, and workers without a GPU are no news.
-    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"):
+    for name in _ZERO:
         os.environ.setdefault(name, "0")
     import ray
 
-    if ray.is_initialized() and address is None:
+    if ray.is_initialized():
+        if address is not None:
+            raise InputError(
+                f"this process is connected to a Ray cluster already; leave out the address "
+                f"{address!r}, or call ray.shutdown() before"
+            )
         yield ray
         return
     address = address or os.environ.get("RAY_ADDRESS")
-    quiet = {"logging_level": "ERROR", "log_to_driver": False}
     if address is not None:
-        with _ended(ray):
-            try:
-                ray.init(address, **quiet)
-            except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-                raise InputError(
-                    f"no Ray cluster can be used at {address!r} ({reason(error)}); start one (ray "
-                    "start --head), or leave out the address for one of this machine alone"
-                ) from error
+        with _connected(ray, address):
             yield ray
         return
-    with TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder, _ended(ray):
-        ray.init(
-            "local",
-            num_cpus=max(default_workers(), workers or 1),
-            include_dashboard=False,
-            object_store_memory=_STORE,
-            _temp_dir=folder,
-            **quiet,
-        )
+    # Names of sockets, which lie deep in it, have 103 letters at most.
+    place = gettempdir() if len(gettempdir()) < _LONGEST else "/tmp"
+    options = {
+        "num_cpus": max(default_workers(), workers or 1),
+        "include_dashboard": False,
+        "object_store_memory": _STORE,
+    }
+    with (
+        TemporaryDirectory(prefix="er-", dir=place, ignore_cleanup_errors=True) as folder,
+        _connected(ray, "local", _temp_dir=folder, **options),
+    ):
         yield ray
 
 
 @contextmanager
-def _ended(ray: Any) -> Iterator[None]:
+def _connected(ray: Any, address: str, **options: object) -> Iterator[None]:
+    """Connect to a cluster, and in the end leave it, or end it where it is this process's own."""
+    # Ray prints what it has to say on standard output, where a command's JSON is.
+    printing = importlib.import_module("ray._private.worker")
+    before, terminated = getattr(printing, "print_to_stdstream", None), signal.getsignal(_TERM)
+    printing.print_to_stdstream = _heard  # type: ignore[attr-defined]
     try:
+        try:
+            ray.init(address, logging_level="ERROR", log_to_driver=False, **options)
+        except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+            raise InputError(
+                f"no Ray cluster can be used at {address!r} ({reason(error)}); start one (ray "
+                "start --head), or leave out the address for one of this machine alone"
+            ) from error
+        with suppress(ValueError):  # in another thread than the first none was set
+            signal.signal(_TERM, terminated)
         yield
     finally:
         ray.shutdown()
+        printing.print_to_stdstream = before  # type: ignore[attr-defined]
+
+
+def _heard(message: Json, *_: object, **__: object) -> None:
+    """Log what Ray says, but for workers that are ended here."""
+    text = " ".join(str(message.get("lines", "")).split())
+    if "ray.kill" not in text:
+        log.info("Ray: %s", errors.sentence(text, 300))
 
 
 def _shares(nodes: list[Json], workers: int | None, gpus: float) -> tuple[int, int]:

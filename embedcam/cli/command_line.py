@@ -135,7 +135,9 @@ def _is_kept(options: Namespace) -> bool:
     folder = Path(options.folder if options.command == "demo" else options.index)
     stages = folder / "stages.json"
     recorded = stages.read_text(encoding="utf-8").strip() if stages.is_file() else "{}"
-    return recorded != "{}" or any(folder.glob("**/.building/*/arrays.json"))
+    if getattr(options, "job", None) and any(Path(options.job).glob("embed-*/arrays.json")):
+        return True
+    return recorded != "{}" or any(folder.glob("**/.building/embed-*/arrays.json"))
 
 
 def _way_out(error: BaseException, options: Namespace) -> str:

@@ -37,18 +37,21 @@ if TYPE_CHECKING:
     from ..images.texts import LabelColumn, Texts
     from ..index import RunEntry
     from ..network import EmbeddingNetwork
-    from ..offline import BuildReport
+    from ..offline import BuildReport, RayEngine
     from ..offline.report import Changes
 
 
 def build(options: Namespace) -> None:
     """Build an index from images, or from features."""
     again = options.refit and (Path(options.index) / "manifest.json").exists()
+    engine = _engine(options)
     recipe, images, network = _choices(options, again)
     if options.embeddings or options.pooled:
+        if engine is not None:
+            raise InputError("features need no engine to look at images; leave out --engine")
         report = _build_features(options, recipe, network)
     else:
-        report = _build_images(options, recipe, images, network, again)
+        report = _build_images(options, recipe, images, network, again, engine)
     _report(options, report, "built")
     if again and not options.recipe:
         note(
@@ -65,17 +68,32 @@ def _work(options: Namespace, on_unreadable: str = "fail") -> Values:
     return {**asked, "on_unreadable": options.on_unreadable or on_unreadable}
 
 
+def _engine(options: Namespace) -> "RayEngine | None":
+    """Return what looks at the images in place of this process."""
+    about = ("ray_address", "ray_workers", "num_gpus", "job")
+    if options.engine is None:
+        for name in about:
+            if getattr(options, name) is not None:
+                raise InputError(f"--{name.replace('_', '-')} goes with --engine ray")
+        return None
+    from ..offline import RayEngine
+
+    return RayEngine(*(getattr(options, name) for name in about))
+
+
 def add(options: Namespace) -> None:
     """Add images to an index."""
     from ..offline import BuildReport, add_images
 
+    engine = _engine(options)
     source, network, earlier = _additions(options, options.index)
     if options.skip_existing and not len(source):
         report = BuildReport(Path(options.index), 0, [], left_out=source.left_out)
         return _report(options, report, "added")
     with run_by(options, load_named(network), earlier) as loaded:
         work = _work(options)
-        report = add_images(source, loaded, options.index, update=options.update, **work)
+        how = {"update": options.update, "engine": engine, **work}
+        report = add_images(source, loaded, options.index, **how)
     _report(options, report, "added")
 
 
@@ -358,7 +376,12 @@ def _choices(options: Namespace, again: bool) -> tuple[Recipe, Values, Values]:
 
 
 def _build_images(
-    options: Namespace, recipe: Recipe, images: Values, network: Values, again: bool
+    options: Namespace,
+    recipe: Recipe,
+    images: Values,
+    network: Values,
+    again: bool,
+    engine: "RayEngine | None",
 ) -> "BuildReport":
     from ..offline import build_index
 
@@ -375,6 +398,7 @@ def _build_images(
             own_maps=own_maps,
             trust=not options.no_trust,
             replace=options.refit,
+            engine=engine,
             **work,
         )
 

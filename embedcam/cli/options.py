@@ -70,6 +70,17 @@ def _work(command: ArgumentParser) -> _ActionsContainer:
     return group
 
 
+def _engine(command: ArgumentParser) -> None:
+    group = command.add_argument_group("engine", "what looks at the images")
+    text = "workers of a Ray cluster, in place of this process"
+    group.add_argument("--engine", choices=("ray",), help=text)
+    add = _adder(group)
+    add("--ray-address ADDRESS", "of a running cluster (default RAY_ADDRESS, else one of its own)")
+    add("--ray-workers N", "how many (default one for each 4 CPUs, or for each GPU)", POSITIVE)
+    add("--num-gpus X", "GPUs of a worker, also a share (default 1 where --device is one)", AMOUNT)
+    add("--job FOLDER", "for the job, where workers see another folder than INDEX")
+
+
 def _online(add: Callable[..., None]) -> None:
     add(*MOVED)
     add("--onnx FILE", "the network as `embedcam export` wrote it, run without torch")
@@ -95,6 +106,7 @@ def build(command: ArgumentParser) -> None:
     add("images IMAGES", COLLECTION, nargs="?")
     add(*INDEX)
     _built(command, ("--refit", "redo a finished index"))
+    _engine(command)
     title = "from features instead of images", "the layer's HxW is given by --grid"
     add = _adder(command.add_argument_group(*title))
     add("--embeddings FILE", ".npy [N D]")
@@ -163,6 +175,7 @@ def add(command: ArgumentParser) -> None:
     add_options(command, ImageSettings, "labels", "exclude", "max_pixels")
     _network(command)
     _runtime(_work(command))
+    _engine(command)
 
 
 def remove(command: ArgumentParser) -> None:

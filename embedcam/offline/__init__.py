@@ -7,6 +7,7 @@ it stopped.
 """
 
 from .build import add_images, build_index, calibrate_index, indexed_images
+from .engine import RayEngine
 from .features import build_from_features
 from .plan import SCRATCH_GB
 from .report import BuildReport, Changes
@@ -17,6 +18,7 @@ __all__ = [
     "BuildReport",
     "Changes",
     "PlanReport",
+    "RayEngine",
     "ShardReport",
     "add_images",
     "build_from_features",

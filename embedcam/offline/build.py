@@ -5,7 +5,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
@@ -29,6 +29,9 @@ from .strategies import Strategy, is_exact, strategy_for
 from .triplets import pairs_digest
 from .trust import LEAST, calibrate_trust, forwarded, trust_rows
 
+if TYPE_CHECKING:
+    from .engine import RayEngine
+
 log = logging.getLogger(__name__)
 
 CHECKPOINT = ".building"
@@ -49,6 +52,7 @@ def build_index(
     scratch_gb: float = SCRATCH_GB,
     replace: bool = False,
     progress: bool | None = None,
+    engine: "RayEngine | None" = None,
 ) -> BuildReport:
     """Build an index of CAM weights; run again after an interruption, it goes on.
 
@@ -81,6 +85,8 @@ def build_index(
         Redo a finished index instead of refusing.
     progress
         Bars; None shows them on a terminal or in a notebook, else logs how far it is.
+    engine
+        What looks at the images; None does it in this process. `workers` are then the merge's.
 
     Returns
     -------
@@ -108,9 +114,31 @@ def build_index(
         if (done := finished_build(job, path, network, replace=replace)) is not None:
             return done
         checkpoint, stages = Checkpoint.owned(path / CHECKPOINT, job.choices.key), Stages(progress)
-        work = job.work(network, checkpoint, stages, workers, strategy)
+        how_done = (network, checkpoint, stages, workers, strategy)
+        job, work = _embedded(job, engine, *how_done)
+        report = write_build(job, work, path)
+    if engine is not None:
+        engine.tidy()
+    return report
+
+
+def _embedded(
+    job: Job,
+    engine: "RayEngine | None",
+    network: EmbeddingNetwork,
+    checkpoint: Checkpoint,
+    stages: Stages,
+    workers: int | None,
+    strategy: Strategy,
+) -> tuple[Job, Plan]:
+    """Have the images of a job embedded, here or by an engine, whose work is found on disk."""
+    if engine is not None:
+        job = engine.do(job, checkpoint.path, network, stages)
+        checkpoint = job.checkpoint
+    work = job.work(network, checkpoint, stages, workers, strategy)
+    if engine is None:
         shard.embed_chunks(work)
-        return write_build(job, work, path)
+    return job, work
 
 
 def planned_build(
@@ -245,6 +273,7 @@ def add_images(
     on_unreadable: str = "fail",
     scratch_gb: float = SCRATCH_GB,
     progress: bool | None = None,
+    engine: "RayEngine | None" = None,
 ) -> BuildReport:
     """Add images to an index; run again after an interruption, it goes on.
 
@@ -265,7 +294,7 @@ def add_images(
         `BuildReport.changes`.
     batch_size
         Images a forward pass; None takes the build's, where that ran on the same kind of device.
-    workers, on_unreadable, scratch_gb, progress
+    workers, on_unreadable, scratch_gb, progress, engine
         As for `build_index`.
 
     Raises
@@ -314,8 +343,11 @@ def add_images(
         if not update:
             plan.check_new(index, source)
         checkpoint = Checkpoint.owned(path / CHECKPOINT, _key_of_additions(job))
-        work = job.work(network, checkpoint, stages, workers, strategy)
-        shard.embed_chunks(work)
+        if engine is not None:
+            choices = dataclasses.replace(job.choices, index=str(path.resolve()))
+            job = dataclasses.replace(job, choices=choices)
+        how_done = (network, checkpoint, stages, workers, strategy)
+        job, work = _embedded(job, engine, *how_done)
         if changes is not None:
             skipped = work.skipped()
             changes = changes.without({name for name, _ in skipped})
@@ -323,6 +355,8 @@ def add_images(
                 remove_checkpoint(checkpoint.path)
                 return removed(changes, skipped)
         report = write_additions(job, work, index)
+    if engine is not None:
+        engine.tidy()
     return dataclasses.replace(report, changes=changes)
 
 

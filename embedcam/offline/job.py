@@ -213,7 +213,8 @@ class Job:
         """
         job, choices = replace(self, path=path), self.choices.plain()
         _files.make_folder(path)
-        key, given = self.choices.key, {}
+        key, gone = self.choices.key, Texts.of(self.gone)
+        given = {"gone": gone.blob, "gone_ends": gone.offsets}
         if self.triplets is not None:
             given["triplets"] = np.asarray(self.triplets)
         images, unfinished = _images_of(path, key), unfinished_name(_images_of(path, key))
@@ -243,13 +244,14 @@ class Job:
             if not listing.whole(_stage(choices.key), 0):
                 raise Wrong(" is damaged or missing", "list of files")
             arrays = listing.read(_stage(choices.key), 0)
-            source, files = load_source(_images_of(path, choices.key)), _files_of(arrays)
+            source = load_source(_images_of(path, choices.key))
+            files, gone = (_texts_of(arrays, name) for name in ("files", "gone"))
             if not len(source) == len(files) == choices.n_images:
                 raise Wrong(f" has not {choices.n_images} entries", "list of images")
             probe = {name: np.array(arrays[name]) for name in _PROBE}
             identity = Identity.from_dict(choices.network, probe)
             triplets = arrays.get("triplets")
-            job = cls(choices, source, files, identity, triplets, path=path)
+            job = cls(choices, source, files, identity, triplets, tuple(gone), path)
             if job._digest() != choices.key:
                 raise Wrong(" do not belong together", f"{NAME} and the list of images")
         except (Wrong, IndexFormatError, KeyError, ValueError) as error:
@@ -448,11 +450,11 @@ def _checked_choices(path: Path) -> Choices:
     return read_as(Choices, choices)
 
 
-def _files_of(arrays: dict[str, np.ndarray]) -> Texts:
-    """Return the fingerprints of a listing, once its arrays fit each other."""
-    blob, ends = arrays["files"], arrays["files_ends"]
+def _texts_of(arrays: dict[str, np.ndarray], name: str) -> Texts:
+    """Return a column of a listing, once its arrays fit each other."""
+    blob, ends = arrays[name], arrays[f"{name}_ends"]
     if blob.dtype != np.uint8 or blob.ndim != 1 or ends.dtype != np.uint64 or ends.ndim != 1:
-        raise Wrong(" are no texts", "files")
+        raise Wrong(" are no texts", name)
     if not len(ends) or ends[0] or ends[-1] != len(blob) or (ends[1:] < ends[:-1]).any():
-        raise Wrong(" have ends outside the text", "files")
+        raise Wrong(" have ends outside the text", name)
     return Texts(blob, ends)

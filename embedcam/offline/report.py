@@ -158,7 +158,8 @@ class Stages:
         start = time.perf_counter()
         with progress_of(stage, n_images, shown=self._progress) as advance:
             yield advance
-        self.seconds[stage] = time.perf_counter() - start
+        took = time.perf_counter() - start
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + took
 
 
 def report_of(

@@ -161,10 +161,14 @@ def run_shard(
     ImageError
         An image whose file changed since the plan, or that cannot be read and is not to be skipped.
     """
-    path = Path(path)
-    job = Job.open(path)
-    chunks = job.chunks_of(piece, of)
-    work = _work(job, network, workers, progress)
+    job = Job.open(Path(path))
+    job.chunks_of(piece, of)  # refuse a piece that is none before a network is loaded
+    return do_piece(job, work_of(job, network, workers, progress), piece, of)
+
+
+def do_piece(job: Job, work: Plan, piece: int, of: int | None = None) -> ShardReport:
+    """Do what can be done of a piece now, with a network that is admitted."""
+    path, chunks = job.checkpoint.path, job.chunks_of(piece, of)
     done, waits_for = 1, list[int]()
     with plan.disk_errors(path), work.network.one_thread_each():
         shard.embed_chunks(work, chunks)
@@ -209,8 +213,8 @@ def merge_job(
     job = Job.open(path)
     if job.choices.kind != "add":
         writer.check_target(index, replace=True)
-    _refuse_unfinished(job)
-    work = _work(job, network, workers, progress)
+    refuse_unfinished(job)
+    work = work_of(job, network, workers, progress)
     with plan.disk_errors(index), work.network.one_thread_each():
         if job.choices.kind == "add":
             Index.open(index).close()  # refuse a folder without one before a lock appears in it
@@ -230,10 +234,23 @@ def missing_pieces(path: str | Path) -> list[int]:
     return Job.open(Path(path)).missing()
 
 
-def _work(
+def work_of(
     job: Job, network: EmbeddingNetwork | None, workers: int | None, progress: bool | None
 ) -> Plan:
+    """Return a job on disk with its network, which is admitted."""
     return job.work(job.admit(network), job.checkpoint, Stages(progress), workers)
+
+
+def one_chunk_a_piece(job: Job) -> Job:
+    """Return the job with the smallest pieces, which `of` regroups."""
+    return _with(job, n_pieces=min(job.n_chunks, MOST_PIECES))
+
+
+def keep(job: Job, path: Path, onnx_file: Path | None) -> Job:
+    """Write a job to a folder, or find it there; refuse a folder that holds something else."""
+    _check_folder(path)
+    _write(job, path, onnx_file)
+    return replace(job, path=path)
 
 
 def _with(job: Job, **changes: object) -> Job:
@@ -264,7 +281,8 @@ def _write(job: Job, path: Path, onnx_file: Path | None) -> None:
     job.save(path, onnx_file)
 
 
-def _refuse_unfinished(job: Job) -> None:
+def refuse_unfinished(job: Job) -> None:
+    """Refuse a job of which pieces are missing, damaged, or made by something else."""
     if missing := job.missing():
         raise PiecesMissing(str(job.path), missing, job.choices.n_pieces)
     job.refuse_others()

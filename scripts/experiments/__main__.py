@@ -8,6 +8,7 @@
     python -m scripts.experiments positions [--natural DATA/natural --weights FILE]
     python -m scripts.experiments attended NETWORKS
     python -m scripts.experiments unlabelled 10000 40000 1000000
+    python -m scripts.experiments shards DATA/objects24 --weights FILE
 
 DATA is made by examples/prepare_data.py, FILE holds MobileNetV2's ImageNet weights. With --output
 the tables are written as Markdown, under the experiment's own description.
@@ -31,6 +32,7 @@ EXPERIMENTS = (
     "positions",
     "attended",
     "unlabelled",
+    "shards",
 )
 
 

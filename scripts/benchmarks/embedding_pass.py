@@ -28,7 +28,7 @@ def main(pictures: str, name: str, runtime: str, threads: int) -> None:
     with tempfile.TemporaryDirectory(prefix="embedcam-forward-") as folder:
         network = load_network(f"torchvision:{name}", weights="random", size=224)
         if runtime == "onnx":
-            network = by_onnx(network, few, Path(folder), threads)
+            network = by_onnx(network, Path(folder))
         once = min(build(few, network, Path(folder))[1] for _ in range(3))
         print(json.dumps(parts(source, network)), flush=True)
         for _ in sys.stdin:
@@ -38,18 +38,11 @@ def main(pictures: str, name: str, runtime: str, threads: int) -> None:
             print(json.dumps(told), flush=True)
 
 
-def by_onnx(
-    network: EmbeddingNetwork, few: ImageSource, folder: Path, threads: int
-) -> EmbeddingNetwork:
-    """The network with its passes run by the file that `export` writes of it."""
-    from embedcam.export import export_onnx
-    from embedcam.onnx import OnnxNetwork
+def by_onnx(network: EmbeddingNetwork, folder: Path) -> EmbeddingNetwork:
+    """The network with its passes run by the file that is exported of it, as `--runtime onnx`."""
+    from embedcam.export import through_onnx
 
-    with tempfile.TemporaryDirectory(dir=folder) as name:
-        index = Path(name) / "index"
-        build_index(few, network, index, Recipe(faiss="none"), trust=False, progress=False)
-        written = export_onnx(index, network, folder / "network.onnx")
-    return network.with_session(OnnxNetwork(written.path, threads=threads))
+    return through_onnx(network, folder / "network.onnx", progress=False)
 
 
 def build(source: ImageSource, network: EmbeddingNetwork, folder: Path) -> tuple[float, float]:

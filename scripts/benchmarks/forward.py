@@ -162,7 +162,7 @@ def preface(options: argparse.Namespace) -> str:
         "# The forward pass of builds\n\n"
         "`python -m scripts.benchmarks forward --old CHECKOUT --photographs FOLDER`: images a "
         f"second from JPEG files of {LONGER} px, beside a checkout of an older commit; torch "
-        f"{torch.__version__} and ONNX Runtime on {options.threads} threads, "
+        f"{torch.__version__} with {options.threads} threads allowed, "
         f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}.\n\n"
         "Cases take turns, a build each in a round, every case in a process of its own. A ratio is "
         "the median over rounds of (older / this case in the same round), in brackets the smallest "
@@ -185,6 +185,6 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
                         metavar="NAME", help="torchvision models")  # fmt: skip
     parser.add_argument("--images", type=int, default=256, help="of a build (256)")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2, help="of torch and ONNX Runtime (2)")
+    parser.add_argument("--threads", type=int, default=2, help="that torch may use (2)")
     parser.add_argument("--output", type=Path, help="Markdown file to write as well")
     return parser.parse_args(given)

@@ -1,5 +1,6 @@
 """Workers of a Ray cluster: the same bytes whatever is killed, one sentence whatever fails."""
 
+import json
 import os
 import re
 import shlex
@@ -314,6 +315,9 @@ def test_what_cannot_be_is_refused_before_anything_is_done(
     for wrong in ({"workers": 0}, {"num_gpus": -1}):
         with pytest.raises(InputError, match=next(iter(wrong))):
             RayEngine(**wrong)
+    told = json.loads(engine._Worker(str(tmp_path / "unseen"), "{}", [], 1).piece(0, 1))
+    assert (told["error"], told["errno"]) == ("InputError", None)
+    assert "unseen: is not seen by the worker on" in told["text"]
     features = ["build", tmp_path / "i", "--embeddings", "e", "--pooled", "p", "--grid", "7x7"]
     refused(2, "leave out --engine", *features, "--engine", "ray")
     for option in ("--ray-workers", "--ray-address", "--num-gpus", "--job"):

@@ -238,6 +238,11 @@ class _Worker:
     def piece(self, number: int, of: int) -> str:
         """Do what can be done of a piece now; return JSON of what was done, or of the error."""
         try:
+            if not self._path.is_dir():
+                raise InputError(
+                    f"{self._path}: is not seen by the worker on {os.uname().nodename}; give a "
+                    "folder for the job that all workers see (--job FOLDER, or job=)"
+                )
             if self._open is None:
                 network = load_network(**json.loads(self._loading))
                 job = Job.open(self._path)

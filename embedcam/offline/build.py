@@ -217,9 +217,9 @@ def write_build(job: Job, work: Plan, path: Path) -> BuildReport:
     anchors = anchors_of(job, work, embedded)
     shard.weigh_chunks(work, anchors, embedded.n_before)
     note, root = plan.head_note(recipe, network), work.source.root
-    with work.stages("encode"):
+    with work.stages("encode", len(embedded.positions)) as progressed:
         encodings = encodings_of(work, embedded)
-        part = merge.encode(work, encodings, embedded, choices.own_maps, root)
+        part = merge.encode(work, encodings, embedded, choices.own_maps, root, progressed)
     made = merge.calibrate_build(work, encodings, embedded, part) if choices.trust else None
     with work.stages("write"):
         of = (embedded.ids, embedded.new, part.labels, recipe)
@@ -480,9 +480,9 @@ def write_additions(job: Job, work: Plan, index: Index) -> BuildReport:
             "built with"
         )
     encodings = encodings_of(work, embedded, index)
-    with work.stages("encode"):
+    with work.stages("encode", len(embedded.positions)) as progressed:
         of = (work, encodings, embedded, job.choices.own_maps)
-        part = merge.encode(*of, as_root(root) if root else None)
+        part = merge.encode(*of, as_root(root) if root else None, progressed)
     with work.stages("write"):
         checkpoint = Checkpoint.owned(path / CHECKPOINT, _key_of_additions(job))
         checkpoint.mark_commit(job.choices.key, manifest.generation + 1)

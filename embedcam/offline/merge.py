@@ -12,6 +12,7 @@ import torch
 from ..errors import InputError
 from ..images import Root, root_text
 from ..images.places import stored_path
+from ..images.progress import Advance
 from ..images.texts import LabelColumn, Texts, in_runs
 from ..index import Index, PartData
 from ..index.calibration import Calibration, MatchCalibration
@@ -189,6 +190,7 @@ def encode(
     embedded: EmbeddedImages,
     with_maps: bool,
     root: Root | None,
+    progressed: Advance,
 ) -> PartData:
     """Return the images of the chunks as one part of an index; paths are relative to `root`."""
     n, grid = len(embedded.positions), grid_of(plan)
@@ -219,6 +221,7 @@ def encode(
         if maps is not None:
             maps[rows], scales[rows] = map_chunk(plan, chunk, factors[0])
         done = rows.stop
+        progressed(len(arrays["counts"]))
     return PartData(
         ids=embedded.ids,
         labels=embedded.labels,

@@ -125,10 +125,11 @@ class PiecesMissing(InputError):  # noqa: N818 - reads as the fact it states
     def __init__(self, path: str, pieces: Sequence[int], of: int) -> None:
         self.pieces = list(pieces)
         some = ", ".join(map(str, self.pieces[:20])) + (", ..." if len(self.pieces) > 20 else "")
-        what = f"piece {some} of its {of:,} is missing"
+        what, them = f"piece {some} of its {of:,} is missing", "it"
         if len(self.pieces) > 1:
             what = f"{len(self.pieces):,} of its {of:,} pieces are missing ({some})"
-        super().__init__(f"{path}: {what}; do it: `embedcam shard {path} {self.pieces[0]}`")
+            them = "each of them"
+        super().__init__(f"{path}: {what}; do {them}: `embedcam shard {path} {self.pieces[0]}`")
 
 
 class ImageError(InputError):

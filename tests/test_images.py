@@ -253,8 +253,8 @@ def test_a_folder_per_class(tmp_path):
         (["1.png"], "", "folders", 'no subfolder to take labels from; take labels="none"'),
         (["a/1.png", "x.png"], "", "auto", r"1 images such as 'x.png' lie beside the class"),
         ([], "", "auto", r"contains no images \(.avif, .bmp"),
-        ([], "nowhere", "auto", "does not exist; give a folder of images or a .csv"),
-        (["one.png"], "one.png", "auto", "give a folder of images or a .csv file"),
+        ([], "nowhere", "auto", "does not exist; give a folder of images, or a file"),
+        (["one.png"], "one.png", "auto", "give a folder of images, or a file: .csv"),
         ([], "", "yes", "labels = 'yes' is unknown; known: auto, folders"),
     ],
 )

@@ -127,7 +127,10 @@ def test_the_same_index_from_every_kind_of_input(store, tmp_path: Path, quick) -
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        ("memory://nowhere", "memory://nowhere: does not exist; give a folder of images or a .csv"),
+        (
+            "memory://nowhere",
+            "memory://nowhere: does not exist; give a folder of images, or a file",
+        ),
         ("file:///etc", "file:///etc: is no address that is read; known: s3://, gs://, https://"),
         ("memory://a::file:///etc", "is no address that is read"),
         ("gs://bucket", r"gs://bucket: is an address, which fsspec reads (Please install gcsfs"),

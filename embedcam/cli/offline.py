@@ -134,6 +134,8 @@ def plan(options: Namespace) -> None:
             )
     if report.not_taken:
         note(options, f"not taken: {report.not_taken}")
+    for text in report.notes:
+        note(options, text)
     last, times = report.n_pieces - 1, ("", ", twice", ", three times")[report.rounds - 1]
     numbers = f"I = 0 to {last:,}" if last else "I = 0"
     lines = [
@@ -155,7 +157,7 @@ def shard(options: Namespace) -> None:
     which = f"{report.path}: piece {report.piece:,} of {report.of:,}"
     waits = f"piece{'s' * (len(report.waits_for) > 1)} {numbers_of(report.waits_for)}"
     if report.done == report.rounds:
-        text = "done"
+        text = "done" if report.n_images else "nothing in it, as pieces are whole chunks"
     elif report.waits_for:
         steps = ("embedded", "weighed")[report.done - 1]
         text = f"{steps}; do it again once {waits} is {steps} too, or leave the rest to the merge"

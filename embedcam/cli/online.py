@@ -99,6 +99,9 @@ def _tell(
     if draws and lost:
         found = f"{len(lost):,} of {counted(len(results), 'indexed picture')} were not found"
         advice = "--images FOLDER says where they are"
+        if is_url(str(explanation.root)):
+            found = f"{len(lost):,} of {counted(len(results), 'indexed picture')} were not shown"
+            advice = f"addresses are read below one that you name: --images {explanation.root}"
         note(options, f"note: {found} under {explanation.root}; {advice}")
     if changed:
         advice = f"`embedcam add --update {options.index} IMAGES` takes the new ones in"

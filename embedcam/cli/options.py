@@ -141,7 +141,7 @@ def plan(command: ArgumentParser) -> None:
     add = _common(command)
     add("images IMAGES", COLLECTION, nargs="?")
     add(*JOB)
-    text = "how many (default: of 32 chunks of 256 images each, at most 1000)"
+    text = "how many (default: one of each 256 images, at most 1000)"
     add("--pieces P", text, POSITIVE)
     onto = _adder(command.add_mutually_exclusive_group())
     onto("--add INDEX", "the images are added to this index, by its recipe", dest="add_to")

@@ -73,7 +73,9 @@ class Snapshot:
         if self.network is not None and self.network.preprocess is not None:
             self.preprocess = self.network.preprocess
         unmarked = not self.marked and (before is None or before.marked)
-        if unmarked and any(index.select(index.live_positions()[:1]).paths):
+        # Of pictures at addresses none are kept.
+        local = not isinstance(self.root, str)
+        if unmarked and local and any(index.select(index.live_positions()[:1]).paths):
             _LOG.warning(
                 "%s keeps no marks of its images' files, so whether a picture was replaced since "
                 "the build cannot be told; `embedcam build --refit` adds them",

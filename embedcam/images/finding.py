@@ -104,8 +104,8 @@ def find_images(
         problem = "is no folder and no .csv file" if kind else why_missing(text)
         if kind is None and is_url(text):
             problem = "does not exist"
-        more = " (or .tar, .parquet, .arrow or .lance)" if kind else ""
-        raise InputError(f"{shown}: {problem}; give a folder of images or a .csv file{more}")
+        kinds = ".csv, .tar, .parquet, .arrow or .lance"
+        raise InputError(f"{shown}: {problem}; give a folder of images, or a file: {kinds}")
     listing, root, stamps, notes = found
     return ImageSource(
         listing,

@@ -569,8 +569,8 @@ def indexed_images(
         address = folder
     if address is not None:
         raise InputError(
-            f"the index names pictures at {cut(address, 200)}, which are read where you name their "
-            "folder: give it as the images"
+            f"the index names pictures at {cut(address, 200)}, and addresses are read where you "
+            "name them: give the list or the folder that they were indexed from as the images"
         )
     numbers = index.manifest.near_share is not None
     return ImageSource(items, folder, max_pixels=max_pixels, numbers=numbers)

@@ -39,8 +39,8 @@ from .strategies import Strategy, is_exact, strategy_for
 from .triplets import pairs_digest
 
 NAME = "job.json"
-PIECE_CHUNKS, MOST_PIECES = 32, 1000
-"""Chunks of a piece where nothing is said, unless that makes more pieces than `MOST_PIECES`."""
+MOST_PIECES = 1000
+"""Pieces where nothing is said, at most: one a chunk, else several."""
 _VERSION, _MOST_BYTES, _MOST = 1, 16 << 20, 1 << 40
 _LIBRARIES = ("torchvision", "timm")
 _PROBE = ("probe_embedding", "probe_pooled")
@@ -329,9 +329,9 @@ class Job:
 
 
 def pieces_of(n_images: int, per_chunk: int) -> int:
-    """Return how many pieces a job has where nothing is said: 32 chunks each, 1,000 at most."""
+    """Return how many pieces a job has where nothing is said: one a chunk, 1,000 at most."""
     chunks = -(-n_images // per_chunk)
-    return min(MOST_PIECES, -(-chunks // PIECE_CHUNKS))
+    return min(MOST_PIECES, chunks)
 
 
 def job_of(

@@ -91,8 +91,8 @@ def plan_job(
     path
         Folder of the job, which every worker must see.
     pieces
-        How many; None makes pieces of 32 chunks (8,192 images, or with methods that are slow 32
-        batches), at most 1,000. A piece may be empty.
+        How many; None makes one of each chunk (256 images, or with methods that are slow a batch),
+        at most 1,000. Of more pieces than chunks some are empty.
     add_to
         The index that the merge adds the images to, by its own recipe.
     recipe, batch_size, on_unreadable, triplets, own_maps, trust, scratch_gb
@@ -126,8 +126,12 @@ def plan_job(
     with plan.disk_errors(path):
         _write(job, path, network.onnx_file)
     choices = job.choices
-    of = (choices.n_images, choices.n_pieces, choices.rounds)
-    return PlanReport(path, *of, str(source.left_out), list(source.notes))
+    of, notes = (choices.n_images, choices.n_pieces, choices.rounds), list(source.notes)
+    if (empty := choices.n_pieces - job.n_chunks) > 0:
+        notes.append(
+            f"{empty:,} pieces are empty: each is whole chunks of {choices.per_chunk} images"
+        )
+    return PlanReport(path, *of, str(source.left_out), notes)
 
 
 def run_shard(

@@ -159,8 +159,9 @@ def test_arrays_on_disk_are_claimed_before_they_are_written(tmp_path, monkeypatc
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as caught:
         scratch.array("y", "uint8", (5,))
+    assert caught.value.filename == str(tmp_path / "s")
 
 
 def test_a_job_is_remembered_until_its_folder_is_gone(tmp_path) -> None:

@@ -256,6 +256,29 @@ def test_a_command_runs_a_file_which_may_say_how_torch_loads_it(folder, say, ref
     assert code == 0, err
 
 
+def test_a_job_is_run_by_the_file_that_it_keeps(folder, say, refused) -> None:
+    assert say("build", "photos", "whole.index", *NAMED, "--runtime", "onnx")[0] == 0
+    assert say("plan", "photos", "job", *NAMED, "--runtime", "onnx")[0] == 0
+    assert say("shard", "job", 0, *NAMED[:2])[0] == 0
+    assert say("merge", "job", "merged.index", *NAMED[:2])[0] == 0
+    one, several = (Path(name) for name in ("whole.index", "merged.index"))
+    names = {str(path.relative_to(one)) for path in one.rglob("*") if path.is_file()}
+    assert names == {str(p.relative_to(several)) for p in several.rglob("*") if p.is_file()}
+    assert all((one / name).read_bytes() == (several / name).read_bytes() for name in names)
+    (file,) = Path("job").glob("network-*.onnx")
+    held = file.read_bytes()
+    lost = f"{file}: is missing or damaged, and runs the job's network; plan the job again in"
+    for content in (None, b"", held[: len(held) // 2]):
+        file.unlink()
+        if content is not None:
+            file.write_bytes(content)
+        for command in (("shard", "job", 0), ("merge", "job", "lost.index")):
+            refused(4, lost, *command, *NAMED[:2])
+        file.write_bytes(held)
+    save(pooled_model(network_of(), props=described(network_of()), scale=2.0), file)
+    refused(4, f"{file}: holds another network than the one given", "shard", "job", 0, *NAMED[:2])
+
+
 def test_what_cannot_be_is_refused_before_any_work(folder, say, refused, monkeypatch) -> None:
     network = network_of()
     save(pooled_model(network, props=described(network)), folder / "silent.onnx")

@@ -141,6 +141,20 @@ def test_addresses_that_cannot_be_used(store, address: str, message: str) -> Non
         find_images(address)
 
 
+def test_one_wrong_address_of_a_list_is_an_image_that_cannot_be_read(store, tmp_path: Path) -> None:
+    put(store, pictures(tmp_path / "p", 3).root, MEMORY)
+    names = [f"{MEMORY}/c0/000.png", "file:///etc/hostname", "s3://a::b/c.png"]
+    (tmp_path / "l.csv").write_text("path,label\n" + "".join(f"{name},x\n" for name in names))
+    source = find_images(tmp_path / "l.csv")
+    assert list(source.fingerprints())[1:] == ["unreadable"] * 2
+    assert source.open(0).size == (24, 20)
+    for position in (1, 2):
+        message = f"{names[position]}: is no address that is read; known: s3://"
+        with pytest.raises(ImageError, match=re.escape(message)) as caught:
+            source.open(position)
+        assert source.refused(position) == str(caught.value)
+
+
 def test_what_a_store_gives_is_bounded(store, monkeypatch) -> None:
     store.pipe_file(f"{MEMORY}/a.png", png(1))
     source = find_images(MEMORY)

@@ -26,8 +26,9 @@ from photo_samples import CROP, Pooled
 from toys import seeded
 
 import embedcam.offline.job as jobs
+import embedcam.offline.merge as merge
 import embedcam.offline.plan as plan
-from embedcam.errors import ImageError, InputError, NetworkMismatch, PiecesMissing
+from embedcam.errors import EmbedcamError, ImageError, InputError, NetworkMismatch, PiecesMissing
 from embedcam.images import ImageSource, find_images, from_dataset
 from embedcam.network import EmbeddingNetwork
 from embedcam.offline import add_images, merge_job, missing_pieces, plan_job, run_shard
@@ -276,6 +277,32 @@ def test_an_image_that_changed_is_refused_where_it_is_read(tmp_path) -> None:
     shutil.rmtree(job / "embed-0000001")
     with pytest.raises(ImageError, match="its file changed after the job was planned"):
         run_shard(job, 1, network=it.network, **QUIET)
+    (tmp_path / "p/c1/004.png").unlink()
+    with pytest.raises(ImageError, match="its file was removed after the job was planned; put"):
+        run_shard(job, 1, network=it.network, **QUIET)
+
+
+def test_a_job_that_is_removed_under_the_work_gets_a_sentence(tmp_path, planned) -> None:
+    network, job, _ = planned
+    write, gather = jobs.Checkpoint.write, merge.gather
+    said = "job: the job was removed, or is out of reach, while it was worked on; bring its folder"
+
+    def gone(function, *given):
+        shutil.rmtree(tmp_path / "job", ignore_errors=True)
+        return function(*given)
+
+    shutil.copytree(job, tmp_path / "job")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs.Checkpoint, "write", lambda *given: gone(write, *given))
+        with pytest.raises(EmbedcamError, match=said):
+            run_shard(tmp_path / "job", 0, network=network, **QUIET)
+    shutil.copytree(job, tmp_path / "job")
+    run_shard(tmp_path / "job", 0, 1, network, **QUIET)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merge, "gather", lambda *given: gone(gather, *given))
+        with pytest.raises(EmbedcamError, match=said):
+            merge_job(tmp_path / "job", tmp_path / "index", network, **QUIET)
+    assert not (tmp_path / "index/manifest.json").exists()
 
 
 def test_what_cannot_be_planned_or_done(tmp_path, planned) -> None:
@@ -316,6 +343,12 @@ def test_planning_again_is_the_same_job(tmp_path) -> None:
     (tmp_path / "job/job.json").unlink()  # killed before it was written
     plan_job(source, it.network, tmp_path / "job", pieces=2, **FEW)
     assert everything(tmp_path / "job") == listed
+    for piece in range(2):
+        run_shard(tmp_path / "job", piece, network=it.network, **QUIET)
+    merge_job(tmp_path / "job", tmp_path / "index", it.network, **QUIET)
+    done = everything(tmp_path / "job")
+    assert plan_job(source, it.network, tmp_path / "job", pieces=2, **FEW) == report
+    assert everything(tmp_path / "job") == done
 
 
 def test_a_job_that_was_altered_gets_a_sentence(tmp_path, planned) -> None:
@@ -352,10 +385,16 @@ def test_a_job_that_was_altered_gets_a_sentence(tmp_path, planned) -> None:
         kept = place.read_bytes()
         place.write_bytes(kept[: len(kept) // 2] if len(kept) > 1 else b"zz")
         if kept:
-            with pytest.raises(InputError, match=r"no job that can be done|list of images"):
+            with pytest.raises(InputError, match=r"list of (files|images)|belong") as error:
                 jobs.Job.open(tmp_path / "job")
+            assert str(error.value).endswith("; plan the job again in another folder")
+            assert "[" not in str(error.value).removeprefix(str(tmp_path))
         place.write_bytes(kept)
     jobs.Job.open(tmp_path / "job")
+    file.rename(tmp_path / "held")
+    file.symlink_to(tmp_path / "held")
+    with pytest.raises(InputError, match=r"job\.json: is a symbolic link; plan the job again"):
+        jobs.Job.open(tmp_path / "job")
     shutil.rmtree(tmp_path / "job")
     os.symlink(tmp_path / "elsewhere", tmp_path / "job")
     with pytest.raises(InputError, match="symbolic link"):

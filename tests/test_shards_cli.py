@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from cli_samples import NAMED, TRUSTED, Say, answer
+from input_samples import png
 from photo_samples import picture
 
 from embedcam.cli import main
@@ -105,6 +106,11 @@ def test_wrong_words(say: Say, refused, tmp_path: Path) -> None:
         (["plan", "photos", "photos", *NAMED], "which is no part of a job"),
         (["plan", "photos", job, "--batch-size", 3, *NAMED], "holds another job"),
         (["plan", job, *NAMED], "no images were given; name a folder or a CSV"),
+        (["plan", "photos", "j", "--skip-existing", *NAMED], "--skip-existing goes with --add IND"),
+        (
+            ["plan", "photos", "j", "--add", "one", "--top-m", 3, "--no-trust", *TRUSTED],
+            "--add takes images in by the recipe of one; leave out --top-m, --no-trust, or plan",
+        ),
     ):
         if words[0] == "merge":
             for piece in range(3):
@@ -114,6 +120,18 @@ def test_wrong_words(say: Say, refused, tmp_path: Path) -> None:
     refused(4, "this is not the network of the plan: its layer is", "shard", job, 0, *broken)
     for words in (["shard", job, -1], ["shard", job, "x"], ["shard", job, 0, "--of", 0]):
         assert say(*words)[0] == 2
+
+
+def test_what_to_do_about_a_picture_that_cannot_be_read(say: Say, refused, tmp_path: Path) -> None:
+    for number in range(4):
+        (tmp_path / f"p{number}.png").write_bytes(png(number) if number else b"none")
+    job = tmp_path / "job"
+    assert say("plan", tmp_path, job, *NAMED)[0] == 0
+    says = "; planned again in another folder, --on-unreadable skip leaves such files out\n"
+    refused(3, says, "shard", job, 0, *TRUSTED)
+    (tmp_path / "p0.png").unlink()
+    says = "its file was removed after the job was planned; put the old one back, or plan the job "
+    refused(3, f"{says}again in another folder\n", "shard", job, 0, *TRUSTED)
 
 
 def blocks(language: str) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from toys import seeded
 
 from embedcam.errors import ImageError, InputError
-from embedcam.images import map_batches
+from embedcam.images import ImageSource, map_batches
 from embedcam.network import EmbeddingNetwork
 from embedcam.offline import build_index
 from embedcam.preprocess import Preprocess
@@ -100,6 +100,87 @@ def test_a_network_of_functions_goes_alone() -> None:
             assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+class Keeper:
+    """A hook that keeps a module's features for its forward."""
+
+    def __init__(self, owner: nn.Module, copies: bool) -> None:
+        self.owner, self.copies = owner, copies
+
+    def __call__(self, module: nn.Module, given: object, out: Tensor) -> None:
+        self.owner.kept = out
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Keeper":
+        copied = memo[id(self.owner)] if self.copies else self.owner
+        return Keeper(copied, self.copies)
+
+
+class Keeping(nn.Module):
+    """Its forward reads what a hook kept, or calls a function that was made with the module."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.stem, self.relu, self.head = nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Linear(8, 5)
+        self.kept = self.top = None
+        if kind == "function":
+            self.top = lambda maps: self.head(maps.mean((2, 3)))
+        elif kind == "closure":
+            self.relu.register_forward_hook(lambda *given: setattr(self, "kept", given[2]))
+        else:
+            self.relu.register_forward_hook(Keeper(self, kind != "one keeper"))
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.relu(self.stem(images))
+        return self.top(maps) if self.top else self.head(self.kept.mean((2, 3)))
+
+
+class Itself(Keeping):
+    def __deepcopy__(self, memo: object) -> "Itself":
+        return self
+
+
+@pytest.mark.parametrize(
+    ("module", "number"),
+    [
+        (lambda: Keeping("a keeper each"), 3),
+        (lambda: Keeping("one keeper"), 1),
+        (lambda: Keeping("closure"), 1),
+        (lambda: Keeping("function"), 1),
+        (lambda: Itself("a keeper each"), 1),
+    ],
+    ids=["a keeper each", "one keeper", "closure", "function", "itself"],
+)
+def test_a_module_that_keeps_things_elsewhere_goes_alone(tmp_path, monkeypatch, module, number):
+    monkeypatch.setattr("embedcam.offline.plan.usable_cores", lambda: 3)
+    quicken(monkeypatch)
+    source = pictures(tmp_path / "images", 9)
+    for name, workers in (("one", 0), ("three", 3)):
+        made = EmbeddingNetwork(seeded(module, 3).eval(), "stem", preprocess=Preprocess((16, 16)))
+        assert len(made.side_by_side(3)) == number
+        build_index(source, made, tmp_path / name, dense(), batch_size=2, workers=workers)
+    assert everything(tmp_path / "one") == everything(tmp_path / "three")
+
+
+def test_more_workers_than_cores_read_and_do_not_compute(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("embedcam.offline.plan.usable_cores", lambda: 2)
+    quicken(monkeypatch)
+    threads, asked = set(), []
+    opened, beside = ImageSource.open, EmbeddingNetwork.side_by_side
+
+    def noted(source, position):
+        threads.add(threading.current_thread().name)
+        time.sleep(0.01)
+        return opened(source, position)
+
+    monkeypatch.setattr(ImageSource, "open", noted)
+    monkeypatch.setattr(
+        EmbeddingNetwork, "side_by_side", lambda net, n: asked.append(n) or beside(net, n)
+    )
+    source = pictures(tmp_path / "images", 9)
+    build_index(source, network(), tmp_path / "index", dense(), batch_size=1, workers=5)
+    assert set(asked) == {2}
+    assert len(threads) == 5
 
 
 def test_batches_are_run_side_by_side_and_come_in_order(tmp_path) -> None:

@@ -203,6 +203,19 @@ def test_broken_shards(tmp_path: Path, data: bytes, message: str) -> None:
     assert "s.tar" in str(caught.value)
 
 
+def test_shards_without_pictures_are_said_to_hold_what_they_hold(tmp_path: Path) -> None:
+    for members, held in (
+        ((), ""),
+        ((("a.txt", b"x"), ("b.tar", b"y")), "; they hold 1 [.]txt, 1 [.]tar"),
+    ):
+        shard(tmp_path / "s" / "0.tar", members)
+        with pytest.raises(InputError, match=rf"0\.tar hold no images{held}$"):
+            find_images(tmp_path / "s")
+    twice = shard(tmp_path / "t.tar", [("a.png", png(1)), ("b.png", png(2)), ("a.png", png(3))])
+    with pytest.raises(InputError, match=r"two members .*t\.tar\?a\.png have the same id 'a'"):
+        find_images(twice)
+
+
 def test_a_named_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "s.tar")
     with pytest.raises(InputError, match=r"s\.tar: is no regular file"):

@@ -142,13 +142,17 @@ def _is_kept(options: Namespace) -> bool:
 
 def _way_out(error: BaseException, options: Namespace) -> str:
     """Return words on the option that leaves out a broken image among many."""
-    if options.command not in ("build", "add", "evaluate") or "the build again" in str(error):
+    of_job = options.command in ("shard", "merge")
+    takes = of_job or options.command in ("build", "add", "plan", "evaluate")
+    if not takes or re.search("the (build|job) again", str(error)):
         return ""
     # Of a probe picture, which is no file, there is nothing to leave out.
     of_file = isinstance(error, EmbeddingError) and error.is_named
-    left_out = "; --on-unreadable skip leaves such files out"
     broken = of_file or isinstance(error, ImageError)
-    return left_out if broken and options.on_unreadable != "skip" else ""
+    if not broken or (not of_job and options.on_unreadable == "skip"):
+        return ""
+    left_out = "--on-unreadable skip leaves such files out"
+    return f"; planned again in another folder, {left_out}" if of_job else f"; {left_out}"
 
 
 def _say(error: BaseException, way_out: str = "") -> int:

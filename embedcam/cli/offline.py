@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .._files import refuse_device
-from .._options import Values, checked_values, chosen
+from .._options import Values, checked_values, chosen, settings_of
 from ..errors import InputError, RecipeError, printable, reason, show_json
 from ..images.places import shard_of
 from ..images.progress import progress_of
@@ -103,6 +103,7 @@ def plan(options: Namespace) -> None:
 
     work = _work(options)
     del work["workers"], work["progress"]
+    _refuse_unused(options)
     if options.add_to:
         source, named, earlier = _additions(options, options.add_to)
         if not len(source):
@@ -145,6 +146,22 @@ def plan(options: Namespace) -> None:
         f"  then: embedcam merge {report.path} {options.add_to or options.refit or 'INDEX'}",
     ]
     emit(options, {**asdict(report), "path": str(report.path)}, *lines)
+
+
+def _refuse_unused(options: Namespace) -> None:
+    """Refuse options of a plan that would be ignored."""
+    if not options.add_to:
+        if options.skip_existing:
+            raise InputError("--skip-existing goes with --add INDEX; give both, or neither")
+        return
+    flags = [settings_of(Recipe)[name].flag or name for name in chosen(options, Recipe)]
+    flags += [name for name in ("recipe", "no_own_maps", "no_trust") if getattr(options, name)]
+    if flags:
+        named = ", ".join(f"--{flag.replace('_', '-')}" for flag in flags)
+        raise InputError(
+            f"--add takes images in by the recipe of {options.add_to}; leave out {named}, or plan "
+            "the index anew with --refit"
+        )
 
 
 def shard(options: Namespace) -> None:

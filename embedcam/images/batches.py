@@ -66,10 +66,15 @@ def embed(
     return batch, None
 
 
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, usable or 1)
+
+
 def default_workers() -> int:
     """Return the threads worth having here: one for each usable core, at most eight."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(8, usable or 1))
+    return min(8, usable_cores())
 
 
 def load_batches(
@@ -113,16 +118,19 @@ def map_batches(
     batch_size: int,
     runs: Sequence[Callable[[Batch], T]],
     *,
+    workers: int | None = None,
     on_error: Literal["fail", "skip"] = "fail",
     marked: bool = False,
     start: Callable[[], object] | None = None,
 ) -> Generator[T, None, None]:
     """Yield in order what `runs` make of each batch; see `load_batches` for what a batch is.
 
-    As many batches go side by side as there are runs. A thread reads, prepares and runs a whole
-    batch, so that reading and computing share the cores without anyone waiting for the other;
-    `start` is called once in each. A run is used by one thread at a time.
+    As many batches go side by side as there are `workers`, by default one for each run. A thread
+    reads, prepares and runs a whole batch, so that reading and computing share the cores without
+    anyone waiting for the other; `start` is called once in each. A run is used by one thread at a
+    time, so that more workers than runs read more and take no more memory to compute.
     """
+    workers = len(runs) if workers is None else whole("workers", workers, len(runs))
     free: SimpleQueue[Callable[[Batch], T]] = SimpleQueue()
     for run in runs:
         free.put(run)
@@ -137,15 +145,13 @@ def map_batches(
         finally:
             free.put(run)
 
-    pool = ThreadPoolExecutor(len(runs), "embedcam-images", initializer=start)
+    pool = ThreadPoolExecutor(workers, "embedcam-images", initializer=start)
     waiting: deque[Future[tuple[Batch, T]]] = deque()
     shape: tuple[int, ...] | None = None
     parts = (positions[i : i + batch_size] for i in range(0, len(positions), batch_size))
     try:
         while True:
-            waiting += (
-                pool.submit(of, part) for part in islice(parts, len(runs) + 1 - len(waiting))
-            )
+            waiting += (pool.submit(of, part) for part in islice(parts, workers + 1 - len(waiting)))
             if not waiting:
                 return
             batch, made = waiting.popleft().result()

@@ -159,10 +159,9 @@ def _of_folder(root: Root, labels: Labels, left_out: LeftOut) -> _Found:
                 other = LeftOut(excluded=dict.fromkeys(left_out.excluded, 0))
                 names, told = _walked(root, endings, other)
                 shards = list(zip(names, told or [""] * len(names), strict=True))
-                found = _of_shards(root, shards, labels, left_out)
-                for ending in endings:
+                for ending in endings:  # taken, after all
                     left_out.endings.pop(ending, None)
-                return found
+                return _of_shards(root, shards, labels, left_out)
         there = f"; it holds {left_out}" if str(left_out) else ""
         raise InputError(f"{root}: contains no images ({', '.join(sorted(EXTENSIONS))}){there}")
     if labels == "numbers":

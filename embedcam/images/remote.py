@@ -17,18 +17,26 @@ _SCHEME = re.compile(r"([a-z0-9]+)://?(?=[^/])", re.IGNORECASE)
 _ALIASES = {"s3a": "s3", "gcs": "gs", "ftps": "ftp"}
 KNOWN = ("s3", "gs", "https", "http", "hf", "az", "abfs", "abfss", "ftp", "sftp", "memory")
 """Schemes that are read; others, such as file:, and chains of them ("::") are not."""
+UNKNOWN = f"is no address that is read; known: {', '.join(f'{one}://' for one in KNOWN)}"
 _STAMPS = ("ETag", "etag", "md5Hash", "checksum", "LastModified", "updated", "created", "mtime")
+
+
+def is_known(address: str) -> bool:
+    """Return whether an address is of a kind that is read."""
+    fits = _SCHEME.match(address)
+    return fits is not None and "::" not in address and _known(fits[1]) in KNOWN
+
+
+def _known(scheme: str) -> str:
+    return _ALIASES.get(scheme.lower(), scheme.lower())
 
 
 def filesystem(address: str) -> tuple[AbstractFileSystem, str]:
     """Return the file system of an address, and the path in it; or raise InputError."""
     fits = _SCHEME.match(address)
-    scheme = "" if fits is None else _ALIASES.get(fits[1].lower(), fits[1].lower())
-    if fits is None or scheme not in KNOWN or "::" in address:
-        raise InputError(
-            f"{cut(address, 200)}: is no address that is read; known: "
-            f"{', '.join(f'{one}://' for one in KNOWN)}"
-        )
+    if fits is None or not is_known(address):
+        raise InputError(f"{cut(address, 200)}: {UNKNOWN}")
+    scheme = _known(fits[1])
     with _in_words(address):
         import fsspec
 
@@ -73,8 +81,8 @@ def _too_long(address: str, n_bytes: int) -> ImageError:
 
 def stamp_of_address(address: str) -> str:
     """Return what changes when a file does: size and tag, or time; "unreadable" where it is not."""
-    system, path = filesystem(address)
     try:
+        system, path = filesystem(address)
         return stamp_of_info(system.info(path))
     except Exception as error:
         if ran_out(error):

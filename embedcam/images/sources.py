@@ -174,10 +174,11 @@ class ImageSource:
     def _said_twice(self, one: int, other: int) -> str:
         name, places = self.items.ids[one], (self.place(one), self.place(other))
         if all(map(inside, places)) and places[0] != places[1]:
+            shown = [cut(name_of(place), 200) for place in places]
+            who = " and ".join(shown) if shown[0] != shown[1] else f"two members {shown[0]}"
             return (
-                f"{' and '.join(cut(name_of(place), 200) for place in places)} have the same id "
-                f"{short(name)}; ids must be unique: name the members, or fill the column of ids, "
-                "so that no two of all shards are alike"
+                f"{who} have the same id {short(name)}; ids must be unique: name the members, or "
+                "fill the column of ids, so that no two of all shards are alike"
             )
         return f"images {one} and {other} have the same id {short(name)}; ids must be unique"
 
@@ -207,9 +208,14 @@ class ImageSource:
     def refused(self, position: int) -> str | None:
         """Return why an image is not read, where its path alone says so: its error's message."""
         path = self.items.paths[position]
-        if is_url(path) and not _reads_addresses():
-            said = 'is an address, which fsspec reads; pip install "embedcam[remote]"'
-            return f"{self.name(position)}: {said}"
+        if is_url(path):
+            from .remote import UNKNOWN, is_known
+
+            if not is_known(path):
+                return f"{self.name(position)}: {UNKNOWN}"
+            if not _reads_addresses():
+                said = 'is an address, which fsspec reads; pip install "embedcam[remote]"'
+                return f"{self.name(position)}: {said}"
         if escaped(path) != path:
             return f"{self.name(position)}: the file name is not UTF-8; rename it"
         return None

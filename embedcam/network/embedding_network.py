@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_args
 
@@ -20,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._checks import check_sides, one_of, whole
 from .._files import ProcessLock
-from ..errors import EmbeddingError, InputError, NetworkError, NetworkMismatch
+from ..errors import EmbedcamError, EmbeddingError, InputError, NetworkError, NetworkMismatch
 from ..index.identity import Identity, compare, difference_of
 from ..index.manifest import RunEntry
 from ..preprocess import (
@@ -42,6 +43,7 @@ from .module import (
     bare_name,
     by_batch,
     by_chance,
+    calls_of,
     full_float32,
     hash_parameters,
     is_convolutional,
@@ -233,11 +235,30 @@ class EmbeddingNetwork:
         """Return networks for as many threads: this one, and others of the same parameters.
 
         This one alone on a GPU, which takes one pass at a time, and where it cannot be copied, as
-        functions and compiled modules cannot be.
+        functions and compiled modules cannot be, and a module that keeps things outside itself.
         """
-        alone = self.device.type != "cpu" or not self.hooked
+        alone = count < 2 or self.device.type != "cpu" or not self.hooked or not self._copies_well
         twins = [None if alone else twin_of(self.module) for _ in range(count - 1)]
         return [self, *(self._of(twin) for twin in twins if twin is not None)]
+
+    @cached_property
+    def _copies_well(self) -> bool:
+        """Whether a copy of the module computes the same, and by itself."""
+        if twin_of(self.module) is None:
+            return False
+        first, second = np.split(self.probe_images(2), 2)
+        expected = self.runner.forward(first)
+        self.runner.forward(second)  # what it leaves is not of the first when it is copied
+        twin = twin_of(self.module)
+        if twin is None:
+            return False
+        try:
+            with calls_of(self.module) as called:
+                found = self._of(twin).runner.forward(first)
+        except EmbedcamError:
+            return False
+        pairs = zip(vars(expected).values(), vars(found).values(), strict=True)
+        return not called and all(torch.equal(*pair) for pair in pairs)
 
     def one_thread_each(self) -> AbstractContextManager[None]:
         """Return the context of a job whose passes go side by side: each on one thread.

@@ -4,8 +4,9 @@ import copy
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from types import FunctionType
 
 import torch
 from torch import Tensor, nn
@@ -166,19 +167,46 @@ def full_float32(device: torch.device) -> AbstractContextManager[object]:
 def twin_of(module: nn.Module) -> nn.Module | None:
     """Return a module of the same parameters, for another thread; None where there can be none.
 
-    What a forward leaves on the module, such as a feature for later, each then has for itself.
+    What a forward leaves on the module, such as a feature for later, each then has for itself. What
+    it leaves elsewhere, they would share: a hook that is a plain function keeps things in a dict,
+    or on the module it was written for.
     """
-    kinds = {type(part).__name__ for part in module.modules()}
-    if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
+    parts = list(module.modules())
+    if any(isinstance(part, torch.jit.ScriptModule) for part in parts):
         return None
+    kinds = {type(part).__name__ for part in parts}
     if any(kind.startswith(("GraphModule", "OptimizedModule")) for kind in kinds):
         return None  # each would be compiled again
+    hooks = [h for part in parts for h in (part._forward_hooks, part._forward_pre_hooks)]
+    if any(isinstance(hook, FunctionType) for of in hooks for hook in of.values()):
+        return None
     try:
-        return copy.deepcopy(module, {id(tensor): tensor for tensor in _tensors(module)})
+        twin = copy.deepcopy(module, {id(tensor): tensor for tensor in _tensors(module)})
     except Exception as error:  # of the user's own __deepcopy__, or of what cannot be copied
         if ran_out(error):
             raise
         return None
+    if not isinstance(twin, nn.Module) or not {*parts}.isdisjoint(twin.modules()):
+        return None
+    return twin
+
+
+@contextmanager
+def calls_of(module: nn.Module) -> Iterator[list[str]]:
+    """Yield a list that names the parts of a module that are called, however, as they are."""
+    called = list[str]()
+
+    def noting(name: str) -> Callable[..., None]:
+        return lambda *_: called.append(name)
+
+    handles = [
+        part.register_forward_pre_hook(noting(name)) for name, part in module.named_modules()
+    ]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -163,10 +163,13 @@ class Checkpoint:
             size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
             # Claimed now: writing to a map of a file with holes kills the process on a full disk.
             claim = getattr(os, "posix_fallocate", None)
-            if claim is None:
-                file.truncate(size)
-            else:
-                claim(file.fileno(), 0, size)
+            try:
+                if claim is None:
+                    file.truncate(size)
+                else:
+                    claim(file.fileno(), 0, size)
+            except OSError as error:  # that of a merge is not where its index is
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
             return np.memmap(file, np.dtype(dtype), "r+", shape=shape)
 
     def mark_commit(self, job: str, generation: int) -> None:

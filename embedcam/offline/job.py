@@ -16,7 +16,7 @@ import numpy as np
 
 from .. import _files
 from .._checks import whole as checked_whole
-from ..errors import IndexFormatError, InputError, NetworkMismatch, reason
+from ..errors import IndexFormatError, InputError, NetworkError, NetworkMismatch, reason
 from ..export import opened_for
 from ..images import ImageSource, load_source
 from ..images.texts import Texts
@@ -174,7 +174,7 @@ class Job:
         network = self._load() if network is None else network
         network.repeat_run(self.choices.run)
         if self.choices.run.runtime == "onnx" and network.onnx_file is None:
-            network = opened_for(network, self._onnx_file)
+            network = self._by_onnx(network)
         here, planned = libraries_of(network), self.choices.libraries
         if here != planned:
             raise InputError(
@@ -200,6 +200,23 @@ class Job:
                 "this"
             )
         return network
+
+    def _by_onnx(self, network: EmbeddingNetwork) -> EmbeddingNetwork:
+        """Return the network run by the job's own file."""
+        try:
+            return opened_for(network, self._onnx_file)
+        except NetworkMismatch as error:
+            raise NetworkMismatch(
+                f"{self._onnx_file}: holds another network than the one given here; give the "
+                f"network and weights that the job was planned with, or {_PLAN_AGAIN}"
+            ) from error
+        except NetworkError as error:
+            if not str(error).startswith(f"{self._onnx_file}: "):
+                raise
+            raise NetworkError(
+                f"{self._onnx_file}: is missing or damaged, and runs the job's network; "
+                f"{_PLAN_AGAIN}"
+            ) from error
 
     @property
     def _onnx_file(self) -> Path:
@@ -242,18 +259,18 @@ class Job:
             choices = read_choices(path)
             listing = Checkpoint(path, choices.key)
             if not listing.whole(_stage(choices.key), 0):
-                raise Wrong(" is damaged or missing", "list of files")
+                raise Wrong("its list of files is damaged or missing")
             arrays = listing.read(_stage(choices.key), 0)
-            source = load_source(_images_of(path, choices.key))
+            source = _source_of(path, choices.key)
             files, gone = (_texts_of(arrays, name) for name in ("files", "gone"))
             if not len(source) == len(files) == choices.n_images:
-                raise Wrong(f" has not {choices.n_images} entries", "list of images")
+                raise Wrong(f"its list of images has not {choices.n_images} entries")
             probe = {name: np.array(arrays[name]) for name in _PROBE}
             identity = Identity.from_dict(choices.network, probe)
             triplets = arrays.get("triplets")
             job = cls(choices, source, files, identity, triplets, tuple(gone), path)
             if job._digest() != choices.key:
-                raise Wrong(" do not belong together", f"{NAME} and the list of images")
+                raise Wrong(f"{NAME} and the list of images do not belong together")
         except (Wrong, IndexFormatError, KeyError, ValueError) as error:
             if isinstance(error, InputError) and not isinstance(error, Wrong):
                 raise
@@ -424,11 +441,13 @@ def read_choices(path: Path) -> Choices:
 
 
 def _checked_choices(path: Path) -> Choices:
+    step, place = "give the folder of a job", path
     try:
         _files.is_folder(path)
+        step, place = _PLAN_AGAIN, path / NAME
         content = _files.read_regular(path, NAME, _MOST_BYTES)
     except _files.NotPlain as error:
-        raise InputError(f"{path}: {error}; give the folder of a job") from error
+        raise InputError(f"{place}: {error}; {step}") from error
     except OSError as error:
         why = f"has no {NAME}" if path.is_dir() else "there is no such folder"
         raise InputError(
@@ -450,11 +469,19 @@ def _checked_choices(path: Path) -> Choices:
     return read_as(Choices, choices)
 
 
+def _source_of(path: Path, key: str) -> ImageSource:
+    """Return the images that a job lists."""
+    try:
+        return load_source(_images_of(path, key))
+    except InputError as error:
+        raise InputError(f"{error}; {_PLAN_AGAIN}") from error.__cause__
+
+
 def _texts_of(arrays: dict[str, np.ndarray], name: str) -> Texts:
     """Return a column of a listing, once its arrays fit each other."""
     blob, ends = arrays[name], arrays[f"{name}_ends"]
     if blob.dtype != np.uint8 or blob.ndim != 1 or ends.dtype != np.uint64 or ends.ndim != 1:
-        raise Wrong(" are no texts", name)
+        raise Wrong(f"its list of {name} is no list of texts")
     if not len(ends) or ends[0] or ends[-1] != len(blob) or (ends[1:] < ends[:-1]).any():
-        raise Wrong(" have ends outside the text", name)
+        raise Wrong(f"its list of {name} has ends outside the text")
     return Texts(blob, ends)

@@ -22,7 +22,7 @@ from .. import __version__
 from .._checks import one_of, whole
 from ..errors import EmbedcamError, ImageError, InputError, NetworkMismatch, RecipeError
 from ..images import Batch, ImageSource, embed, load_batches, map_batches, root_text
-from ..images.batches import default_workers
+from ..images.batches import default_workers, usable_cores
 from ..images.texts import Texts
 from ..index import Index, RunEntry, check_factory
 from ..index.encoding import Encoding, LowRank, TopM
@@ -122,14 +122,21 @@ class Plan:
         of = (self.source, positions, self.network.require_preprocess(), self.batch_size, runs)
         on_error: Literal["fail", "skip"] = "fail" if self.on_unreadable == "fail" else "skip"
         alone = partial(torch.set_num_threads, 1)
-        yield from map_batches(*of, on_error=on_error, marked=marked, start=alone)
+        n = self._workers
+        yield from map_batches(*of, workers=n, on_error=on_error, marked=marked, start=alone)
 
     @cached_property
     def side_by_side(self) -> list[tuple[Strategy, EmbeddingNetwork]]:
-        """Strategies with their networks for as many threads as images are read by."""
-        count = default_workers() if self.workers is None else max(1, self.workers)
-        networks = self.network.side_by_side(count)
+        """Strategies with their networks: one for a thread that reads images, no more than cores.
+
+        More workers wait for a store or a disk; what a pass takes of memory is not for those.
+        """
+        networks = self.network.side_by_side(min(self._workers, usable_cores()))
         return [(self.strategy.by(network), network) for network in networks]
+
+    @property
+    def _workers(self) -> int:
+        return default_workers() if self.workers is None else max(1, self.workers)
 
     def _check_files(self, positions: np.ndarray) -> None:
         if self.files is None:
@@ -137,8 +144,9 @@ class Plan:
         now = self.source.only(positions.tolist()).fingerprints()
         for position, fingerprint in zip(positions.tolist(), now, strict=True):
             if fingerprint != self.files[position]:
+                what = "was removed" if fingerprint == "unreadable" else "changed"
                 raise ImageError(
-                    f"{self.source.name(position)}: its file changed after the job was planned; "
+                    f"{self.source.name(position)}: its file {what} after the job was planned; "
                     "put the old one back, or plan the job again in another folder"
                 )
 

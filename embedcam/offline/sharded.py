@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .._checks import whole
-from ..errors import InputError, PiecesMissing
+from ..errors import EmbedcamError, InputError, PiecesMissing
 from ..images import ImageSource
 from ..index import Index, writer
 from ..index.encoding import Encoding
@@ -25,7 +25,9 @@ from .plan import SCRATCH_GB, Plan
 from .report import BuildReport, Stages
 
 MOST_PIECES = 1 << 20
-_OURS = re.compile(r"(images|listing|embed|weights|maps|made|network)-.*|job\.json\..*")
+_OURS = re.compile(
+    r"(images|listing|made|network|embed|reduced|weights|fitted|maps)-.*|job\.json\..*"
+)
 _SMALL = ("positions", "embedding", "length", "grid", "errors", "refused", "cropped")
 """Arrays of an embedded chunk that others read."""
 
@@ -174,7 +176,7 @@ def do_piece(job: Job, work: Plan, piece: int, of: int | None = None) -> ShardRe
     """Do what can be done of a piece now, with a network that is admitted."""
     path, chunks = job.checkpoint.path, job.chunks_of(piece, of)
     done, waits_for = 1, list[int]()
-    with plan.disk_errors(path), work.network.one_thread_each():
+    with plan.disk_errors(path), _there(path), work.network.one_thread_each():
         shard.embed_chunks(work, chunks)
         if job.choices.rounds > 1 and not (waits_for := job.missing()):
             waits_for = _look_again(job, work, chunks)
@@ -219,7 +221,7 @@ def merge_job(
         writer.check_target(index, replace=True)
     refuse_unfinished(job)
     work = work_of(job, network, workers, progress)
-    with plan.disk_errors(index), work.network.one_thread_each():
+    with plan.disk_errors(index), _there(path), work.network.one_thread_each():
         if job.choices.kind == "add":
             Index.open(index).close()  # refuse a folder without one before a lock appears in it
             with writer.lock(index), Index.open(index) as into:
@@ -255,6 +257,20 @@ def keep(job: Job, path: Path, onnx_file: Path | None) -> Job:
     _check_folder(path)
     _write(job, path, onnx_file)
     return replace(job, path=path)
+
+
+@contextmanager
+def _there(path: Path) -> Iterator[None]:
+    """Say of a job that is removed under the work what to do."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if (path / NAME).exists():
+            raise
+        raise EmbedcamError(
+            f"{path}: the job was removed, or is out of reach, while it was worked on; bring its "
+            "folder back and run the same command again, or plan it again"
+        ) from error
 
 
 def _with(job: Job, **changes: object) -> Job:

@@ -317,6 +317,18 @@ def test_candidates_follow_from_the_bits_of_a_code(factory, times) -> None:
     assert faiss_build.candidates(index) == times
 
 
+def test_a_search_asks_for_as_many_candidates(tmp_path, monkeypatch) -> None:
+    make(path := tmp_path / "index", 100, factory="PQ4x4")
+    asked = []
+    monkeypatch.setattr(
+        "embedcam.index.search.parameters", lambda index, probes, effort: asked.append(effort)
+    )
+    with Index.open(path) as index:
+        for _ in range(2):
+            index.search(index.embeddings([3]), 1)
+    assert asked == [4 * (1 + SLACK)] * 2
+
+
 @pytest.mark.parametrize("factory", ["IVF16,RaBitQ", "IVF16,PQ8x4", "RaBitQ"])
 def test_coarse_codes_still_find_the_true_neighbors(factory) -> None:
     width = 32

@@ -120,6 +120,11 @@ class Texts(Sequence[str]):
         return ValueError("offsets fall or lead outside the text")
 
 
+def take_each(*wanted: tuple[Texts, np.ndarray]) -> list[list[str]]:
+    """Return some rows `[n]` of each of several columns."""
+    return [texts.take(rows) for texts, rows in wanted]
+
+
 class TextsWriter:
     """What becomes a `Texts`, some strings at a time."""
 

@@ -15,7 +15,7 @@ import numpy as np
 from .._files import ProcessLock, fresh, replace
 from ..errors import IndexFormatError, InputError
 from .arrays import BLOCK_BYTES, ArrayLike, block_rows, broken, open_checked, sha256_of
-from .faiss_build import brief, metric_code
+from .faiss_build import brief, candidates, metric_code
 from .faiss_layout import FLAT, HEADER, MAPPED, is_bounded
 from .manifest import FAISS_BLOCK, MOST_FAISS_BLOCKS, FaissEntry, Manifest
 from .records import Json
@@ -154,6 +154,8 @@ class FaissFile:
     """
 
     descriptor: int | None = None
+    times = 1
+    """Of the loaded file: `faiss_build.candidates`, which takes longer to find out than to keep."""
 
     def __init__(self, root: Path, manifest: Manifest, entry: FaissEntry) -> None:
         self._root, self._manifest, self.entry = root, manifest, entry
@@ -171,7 +173,8 @@ class FaissFile:
         loaded = self._loaded
         if loaded is None:
             with self._lock:
-                loaded = self._loaded = self.read() if self._loaded is None else self._loaded
+                loaded = self.read() if self._loaded is None else self._loaded
+                self.times, self._loaded = candidates(loaded), loaded
         return loaded
 
     def close(self) -> None:

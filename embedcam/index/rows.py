@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import IndexFormatError, InputError
-from ..images.texts import Texts
+from ..images.texts import Texts, take_each
 from . import manifest as manifest_file
 from .arrays import (
     SUFFIXES,
@@ -181,17 +181,14 @@ class Part:
 
     def labels_of(self, rows: np.ndarray) -> list[str | None]:
         """Return labels of rows `[n]`, or None without one."""
-        codes = self.codes[rows].tolist()
-        known = sorted({*codes} - {-1})
-        for code in known:
-            check_row(code, len(self.labels.offsets) - 1)
-        names = dict(zip(known, self.labels.take(np.array(known, np.int64)), strict=True))
-        return [names.get(code) for code in codes]
+        codes, known = self._codes_of(rows)
+        return _named(codes, known, self.labels.take(known))
 
     def texts_of(self, rows: np.ndarray) -> list[tuple[str, str, str | None]]:
         """Return id, path and label of rows `[n]`, n >= 1."""
-        lists = self.ids_of(rows), self.paths_of(rows), self.labels_of(rows)
-        return list(zip(*lists, strict=True))
+        codes, known = self._codes_of(rows)
+        ids, paths, names = take_each((self.ids, rows), (self.paths, rows), (self.labels, known))
+        return list(zip(ids, paths, _named(codes, known, names), strict=True))
 
     def find(self, key: bytes) -> list[int]:
         """Return the rows with this id, removed ones included, in rising order."""
@@ -212,6 +209,19 @@ class Part:
 
     def _row(self, at: int) -> int:
         return check_row(int(self.order[at]), self.count)
+
+    def _codes_of(self, rows: np.ndarray) -> tuple[list[int], np.ndarray]:
+        """Return codes of labels of rows `[n]`, -1 without one; and those that occur, rising."""
+        codes = self.codes[rows].tolist()
+        known = sorted({*codes} - {-1})
+        for code in known:
+            check_row(code, len(self.labels.offsets) - 1)
+        return codes, np.array(known, np.int64)
+
+
+def _named(codes: list[int], known: np.ndarray, names: list[str]) -> list[str | None]:
+    name_of = dict(zip(known.tolist(), names, strict=True))
+    return [name_of.get(code) for code in codes]
 
 
 def order_dtype(n_rows: int) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from .._checks import LARGEST, as_numbers, check_vectors, whole
 from ..errors import InputError
 from .arrays import ArrayLike, blocks
-from .faiss_build import candidates, metric_code, parameters, threads
+from .faiss_build import metric_code, parameters, threads
 from .rows import IndexRows
 
 if TYPE_CHECKING:
@@ -143,8 +143,9 @@ def search(
     probes = (entry.search.nprobe or 1) if nprobe is None else whole("nprobe", nprobe, 1)
     if k == 0:
         raise InputError("every image of this index has been removed; add images first")
-    loaded = None if index.faiss_file is None else index.faiss_file.loaded()
-    fetch = min(index.n_rows, (k + SLACK) * (1 if loaded is None else candidates(loaded)))
+    file = index.faiss_file
+    loaded, times = (None, 1) if file is None else (file.loaded(), file.times)
+    fetch = min(index.n_rows, (k + SLACK) * times)
 
     def ranked(batch: np.ndarray) -> Neighbors:
         found = np.full((len(batch), k), -1, np.int64)

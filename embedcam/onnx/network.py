@@ -346,15 +346,20 @@ class OnnxNetwork:
                 f"{len(batch)} images; expected activations [B K H W] and an embedding [B D]"
             )
         deepest = maps[names.index(self._maps[0])] if self._maps[0] in names else None
-        embedding, norm = self._lengths(batch, deepest, embedding)
-        if self._norm and outputs[-1].shape == (len(batch),):
-            norm = outputs[-1]
-        return Embedded(embedding, norm, maps)
+        told = outputs[-1] if self._norm and outputs[-1].shape == (len(batch),) else None
+        return Embedded(*self._lengths(batch, deepest, embedding, told), maps)
 
     def _lengths(
-        self, batch: np.ndarray, maps: np.ndarray | None, embedding: np.ndarray
+        self,
+        batch: np.ndarray,
+        maps: np.ndarray | None,
+        embedding: np.ndarray,
+        told: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return the embedding `[B D]` and its length `[B]` before normalization, if known."""
+        """Return the embedding `[B D]` and its length `[B]` before normalization, if known.
+
+        The file's own word for the length, `told`, goes before what follows from the activations.
+        """
         lengths = np.sqrt(np.einsum("bd,bd->b", embedding, embedding, dtype=np.float64))
         bad = ~np.isfinite(lengths) | ((lengths == 0) & bool(self.normalize))
         what = "the embedding is zero or not finite and cannot be used"
@@ -374,6 +379,8 @@ class OnnxNetwork:
         if bad.any():
             advice = f"leave the picture out, or check the weights in {self.path}"
             raise EmbeddingError(what, advice, np.flatnonzero(bad).tolist(), len(bad))
+        if told is not None:
+            return embedding, told
         if self.normalize is False:
             return embedding, lengths.astype(np.float32)
         if self.normalize and self.described is None:

@@ -1,5 +1,6 @@
 """Workers of a Ray cluster: the same bytes whatever is killed, one sentence whatever fails."""
 
+import importlib
 import json
 import os
 import re
@@ -353,13 +354,13 @@ def short() -> Iterator[Path]:
         yield Path(folder)
 
 
-def command(folder: Path, index: Path, temporary: Path) -> subprocess.Popen[str]:
+def command(folder: Path, index: Path, temporary: Path, *more: str) -> subprocess.Popen[str]:
     words = ["build", "photos", str(index), "--network", "ray_toy:make", "--layer", "relu"]
     words += ["--batch-size", "2", "--no-trust", "--engine", "ray", "--ray-workers", "1"]
     paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     env = {**os.environ, "PYTHONPATH": paths, "TMPDIR": str(temporary)}
     return subprocess.Popen(
-        [sys.executable, "-m", "embedcam", *words],
+        [sys.executable, "-m", "embedcam", *words, *more],
         cwd=folder,
         env=env,
         text=True,
@@ -383,13 +384,14 @@ def gone(process: str) -> bool:
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_an_ended_driver_ends_its_cluster_and_goes_on(
-    folder, short, tmp_path, passes, two, how
+@pytest.mark.parametrize(
+    ("how", "own"), [(signal.SIGINT, True), (signal.SIGKILL, True), (signal.SIGKILL, False)]
+)
+def test_an_ended_driver_ends_its_workers_and_goes_on(
+    folder, short, tmp_path, passes, two, how, own
 ) -> None:
-    # `two`, since Ray otherwise looks for a cluster of another session.
-    index = tmp_path / "i"
-    driver = command(folder, index, short)
+    index, shared = tmp_path / "i", importlib.import_module("ray").get_runtime_context()
+    driver = command(folder, index, short, *([] if own else ["--ray-address", shared.gcs_address]))
     until(lambda: [*index.glob(".building/embed-*/arrays.json")] or driver.poll() is not None)
     driver.send_signal(how)
     code, (_, said) = driver.wait(120), driver.communicate()

@@ -319,10 +319,9 @@ def measure(options: argparse.Namespace) -> Iterator[str]:
             folder = Path(name)
             (folder / "tars").mkdir()
             images = write_shards(pictures, folder / "tars", n)
-            text = f"import {__name__} as it; it.counted().identity()"
-            probe = Run(["-c", text], folder, weights).end()
-            probes = {which for by in probe.seen().values() for _, which in by}
-            to = Setting(folder, weights, images, len(pictures.paths), probes)
+            to = Setting(folder, weights, images, len(pictures.paths), set())
+            planned = to.command("plan", images, folder / "planned", "--no-trust").end()
+            to = to._replace(probes={which for by in planned.seen().values() for _, which in by})
             note = f"{to.n_images:,} images in chunks of {CHUNK}; {WORKERS} workers."
             if not number:
                 rows = costs(to, options.rounds)

@@ -6,6 +6,7 @@ Each time the index must verify and be the old or the new one, and doing the ope
 end at the same manifest, byte for byte, as a run that nobody disturbed.
 """
 
+import json
 import os
 import shutil
 import sys
@@ -13,11 +14,11 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from index_samples import encoding_of, make, part
+from index_samples import WIDTH, encoding_of, make, part
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from embedcam.errors import IndexFormatError
-from embedcam.index import Index, append, compact, rebuild_faiss, remove, verify
+from embedcam.index import Index, append, compact, faiss_build, rebuild_faiss, remove, verify
 from embedcam.prototypes import compress
 from scripts.campaigns.killing import in_child
 
@@ -29,6 +30,16 @@ def prepare_life(path: Path) -> None:
     make(path, 20)
     append(path, part(20, 23, ROWS))
     remove(path, ["image-0004", "image-0021"])
+
+
+def several_files() -> None:
+    """Search files of 6 rows each."""
+    faiss_build.MOST_BYTES = 6 * 4 * WIDTH
+
+
+def prepare_several(path: Path) -> None:
+    several_files()
+    prepare_life(path)
 
 
 def calibrate(path: Path) -> None:
@@ -44,6 +55,8 @@ OPERATIONS = {
         prepare_life,
         lambda path: append(path, part(20, 34, ROWS), removing=REPLACED),
     ),
+    "append to several": (prepare_several, lambda path: append(path, part(30, 40, ROWS))),
+    "several into one": (prepare_several, lambda path: rebuild_faiss(path, "HNSW8")),
     "remove": (prepare_life, lambda path: remove(path, ["image-0007", "image-0020"])),
     "compact": (prepare_life, compact),
     "rebuild": (prepare_life, lambda path: rebuild_faiss(path, "HNSW8")),
@@ -54,6 +67,10 @@ OPERATIONS = {
     ),
     "replace": (prepare_life, lambda path: make(path, 9, "dense", replace=True, start=100)),
 }
+
+
+def n_search_files(path: Path) -> int:
+    return 1 + len(json.loads((path / "manifest.json").read_text())["faiss"].get("more", ()))
 
 
 def state(path: Path) -> bytes | None:
@@ -96,7 +113,7 @@ def main(operation: str, folder: Path) -> None:
             rebuild_faiss(path)
         leftovers = {p.name for p in path.rglob("*")} - {".lock"}
         assert not [name for name in leftovers if name.endswith(".tmp")], leftovers
-        assert len(list(path.glob("faiss-*"))) == 1
+        assert len(list(path.glob("faiss-*"))) == n_search_files(path)
         shutil.rmtree(path)
         if through:
             break

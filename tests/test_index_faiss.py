@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import re
+import shutil
 import struct
 from itertools import pairwise
 from pathlib import Path
@@ -12,16 +14,19 @@ import numpy as np
 import pytest
 from index_samples import WIDTH, encoding_of, make, part
 from test_index_corrupt import FAISS, at, edit, flip
+from threadpoolctl import threadpool_limits
 
 from embedcam.errors import IndexFormatError, InputError
 from embedcam.index import (
     Index,
     append,
+    compact,
     faiss_build,
     faiss_files,
     manifest,
     nearest,
     rebuild_faiss,
+    remove,
     verify,
     writer,
 )
@@ -429,4 +434,281 @@ def test_where_lists_cannot_tell_images_apart_auto_takes_flat(tmp_path, monkeypa
     path = make(tmp_path / "x", 400, factory="auto")
     entry = entry_of(path)
     assert (entry["factory"], entry["trained_on"], entry["search"]) == ("Flat", 0, {})
+    verify(path)
+
+
+# --- several files ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_files(monkeypatch) -> None:
+    """At most 1,600 bytes of rows in a file: 50 of Flat, 100 of IVF,SQ8, 160 of IVF,PQ4x4."""
+    monkeypatch.setattr(faiss_build, "MOST_BYTES", 1600)
+
+
+SECOND = "faiss-000001.0001.index"
+
+
+def answers(path: Path, k: int = 7) -> list[list[int]]:
+    queries = part(3000, 3040, encoding_of("top-m")).embeddings
+    with Index.open(path) as index:
+        return index.search(queries, k).positions.tolist()
+
+
+def files_of(path: Path) -> dict[str, int]:
+    """The rows of each search file that the manifest names; no other lies there."""
+    entry = entry_of(path)
+    files = {one["file"]: one["rows"] for one in entry.get("more", [])}
+    total = json.loads((path / "manifest.json").read_text())["counts"]["rows"]
+    assert {p.name for p in path.glob("faiss-*")} == {entry["file"], *files}
+    return {entry["file"]: total - sum(files.values()), **files}
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize("factory", MERGED)
+def test_several_files_are_searched_as_one(tmp_path, monkeypatch, factory, metric) -> None:
+    one = make(tmp_path / "one", 390, factory=factory, metric=metric)
+    monkeypatch.setattr(faiss_build, "MOST_BYTES", 1600)
+    path = make(tmp_path / "x", 390, factory=factory, metric=metric)
+    rows = files_of(path)
+    each = next(iter(rows.values()))
+    numbers = 0 if factory == "Flat" else 8
+    assert each == 1600 // (numbers + faiss.read_index(str(one / FAISS)).code_size) < 390
+    assert list(rows) == [FAISS, *(f"faiss-000001.{n:04d}.index" for n in range(1, len(rows)))]
+    assert [*rows.values()] == [min(each, 390 - start) for start in range(0, 390, each)]
+    verify(path)
+    # Each is what one shard is, and the search over all the one over a single file.
+    vectors = part(0, 390, encoding_of("top-m")).embeddings
+    trained = faiss_build.train(factory, vectors, metric, np.arange(390))[0]
+    for number, file in enumerate(rows):
+        shard = faiss_build.shard(trained, vectors, each * number, min(390, each * (number + 1)))
+        assert (path / file).read_bytes() == bytes_of(shard)
+    with Index.open(path) as index, Index.open(one) as single:
+        some, alone = index.faiss_file.loaded(), single.faiss_file.loaded()
+        assert faiss_build.candidates(some) == faiss_build.candidates(alone)
+        options = faiss_build.parameters(some, 3, 1)
+        found = some.search(vectors[:40], 60, params=options)
+        expected = alone.search(vectors[:40], 60, params=options)
+        np.testing.assert_array_equal(found[1], expected[1])
+        np.testing.assert_array_equal(found[0], expected[0])
+        assert index.manifest.named_bytes == sum(
+            p.stat().st_size for p in path.rglob("*") if p.name not in ("manifest.json", ".lock")
+            and p.is_file()
+        )  # fmt: skip
+    assert answers(path) == answers(one)
+    remove(one, [f"image-{n:04d}" for n in range(0, 390, 3)])
+    remove(path, [f"image-{n:04d}" for n in range(0, 390, 3)])
+    assert answers(path, 200) == answers(one, 200)
+    compact(path)
+    compact(one)
+    assert [*files_of(path).values()] == [min(each, 260 - at) for at in range(0, 260, each)]
+    assert answers(path) == answers(one)
+    verify(path)
+
+
+@pytest.mark.usefixtures("small_files")
+@pytest.mark.parametrize(("factory", "each"), [("Flat", 50), ("IVF8,SQ8", 100)])
+def test_full_files_stay_and_the_last_grows(tmp_path, factory, each) -> None:
+    path = make(tmp_path / "x", each - 10, factory=factory)
+    trained = entry_of(path)["trained_on"]
+    start = each - 10
+    for stop, expected in (
+        (each, {"faiss-000002.index": each}),
+        (each + 5, {"faiss-000002.index": each, "faiss-000003.0001.index": 5}),
+        (
+            3 * each + 1,
+            {
+                "faiss-000002.index": each,
+                "faiss-000004.0001.index": each,
+                "faiss-000004.0002.index": each,
+                "faiss-000004.0003.index": 1,
+            },
+        ),
+    ):
+        before = {p.name: p.stat().st_mtime_ns for p in path.glob("faiss-*")}
+        append(path, part(start, stop, encoding_of("top-m")))
+        start = stop
+        assert files_of(path) == expected
+        for name in before.keys() & expected.keys():
+            assert (path / name).stat().st_mtime_ns == before[name]
+        assert entry_of(path)["trained_on"] == trained
+        verify(path)
+    index, _ = faiss_build.train(factory, part(0, each - 10, encoding_of("top-m")).embeddings, "l2",
+                                 np.arange(each - 10))  # fmt: skip
+    rows = part(0, stop, encoding_of("top-m")).embeddings
+    for number, file in enumerate(expected):
+        begin = number * each
+        shard = faiss_build.shard(index, rows, begin, min(stop, begin + each))
+        assert (path / file).read_bytes() == bytes_of(shard)
+
+
+@pytest.mark.parametrize("factory", ["HNSW8", "NSG8", "PCA4,IVF8,SQ8"])
+def test_types_that_cannot_be_merged_stay_in_one_file(tmp_path, monkeypatch, factory) -> None:
+    one = make(tmp_path / "one", 300, factory=factory)
+    append(one, part(300, 310, encoding_of("top-m")))
+    monkeypatch.setattr(faiss_build, "MOST_BYTES", 1600)
+    path = make(tmp_path / "x", 300, factory=factory)
+    append(path, part(300, 310, encoding_of("top-m")))
+    assert files_of(path) == {"faiss-000002.index": 310}
+    assert (path / "manifest.json").read_bytes() == (one / "manifest.json").read_bytes()
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF8,SQ8"])
+def test_at_most_so_many_files(tmp_path, monkeypatch, factory) -> None:
+    monkeypatch.setattr(manifest, "MOST_FAISS_FILES", 3)
+    monkeypatch.setattr(faiss_build, "MOST_BYTES", 160)
+    path = make(tmp_path / "x", 30, factory=factory)
+    each = 5 if factory == "Flat" else 10
+    assert [*files_of(path).values()] == [each, each, 30 - 2 * each]
+    append(path, part(30, 44, encoding_of("top-m")))
+    assert [*files_of(path).values()] == [each, each, 44 - 2 * each]
+    verify(path)
+
+
+def test_a_manifest_has_digests_of_so_many_blocks_in_all(tmp_path, monkeypatch) -> None:
+    for module in (faiss_files, manifest, writer):
+        monkeypatch.setattr(module, "FAISS_BLOCK", 256)
+        monkeypatch.setattr(module, "MOST_FAISS_BLOCKS", 30)
+    path = make(tmp_path / "few", 200)
+    assert entry_of(path)["blocks"] is not None
+    monkeypatch.setattr(faiss_build, "MOST_BYTES", 1600)
+    path = make(tmp_path / "x", 400)
+    entry = entry_of(path)
+    assert [one["blocks"] for one in (entry, *entry["more"])] == [None] * 8
+    verify(path)
+
+
+@pytest.mark.usefixtures("small_files")
+def test_what_an_earlier_embedcam_does_with_several_files(tmp_path) -> None:
+    path = make(tmp_path / "x", 390, factory="IVF8,SQ8")
+    # It knows no "more", so it misses rows in the file that it does know, and refuses it.
+    entry = at("faiss", "more", absent=True)
+    entry(path)
+    with pytest.raises(IndexFormatError, match="holds 100 vectors of width 8; the index has 390"):
+        Index.open(path)
+    # Its sweep leaves files alone that it does not know: by this, and nothing else.
+    for name in ("faiss-000001.0001.index", "faiss-000001.0001.index.tmp"):
+        assert re.fullmatch(r"faiss-[0-9]+\.index(\.tmp)?", name) is None
+    # What it makes instead is one file, beside which ours are swept.
+    rebuild_faiss(path, "HNSW8")
+    assert files_of(path) == {"faiss-000002.index": 390}
+
+
+def add_a_file(entry: dict[str, Any]) -> None:
+    entry["more"].append({**entry["more"][-1], "file": "faiss-000001.0004.index"})
+
+
+HOSTILE = {
+    "one more file": (add_a_file,
+                      "holds 100 vectors of width 8; its part of the index has 10 of 8"),
+    "one file less": (lambda m: m["more"].pop(), "holds 100 vectors .* of the index has 190 of 8"),
+    "one row less": (lambda m: m["more"][-1].update(rows=89), "holds 100 vectors .* has 101 of 8"),
+    "all rows": (lambda m: m["more"][0].update(rows=200), r"more holds 390 of 390 rows"),
+    "rows that are too many": (lambda m: m["more"][0].update(rows=2**48 - 1), "more holds 2814749"),
+    "no rows": (lambda m: m["more"][0].update(rows=0), r"more\[0\]\.rows = 0 is impossible"),
+    "the same file twice": (lambda m: m["more"][1].update(file=SECOND), "the file number 2"),
+    "the first file again": (lambda m: m["more"][1].update(file=FAISS), r"faiss-NNNNNN\.\[0-9"),
+    "a file elsewhere": (lambda m: m["more"][0].update(file="../x.index"), "expected faiss-NNNNNN"),
+    "the order": (lambda m: m["more"].reverse(), "the file number 1"),
+    "no list": (lambda m: m.update(more="x"), "is 'x', not of type list"),
+    "many": (lambda m: m.update(more=[{**m["more"][0], "rows": 1}] * 256), "names 256 files; at m"),
+    "a number of rows as text": (lambda m: m["more"][0].update(rows="1"), "rows is '1'"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(faiss_build, "MOST_BYTES", 1600)
+        return make(tmp_path_factory.mktemp("several") / "x", 390, factory="IVF8,SQ8")
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_lists_of_files(tmp_path, several, name) -> None:
+    change, what = HOSTILE[name]
+    path = shutil.copytree(several, tmp_path / "x")
+    edit(lambda m: change(m["faiss"]))(path)
+    with pytest.raises(IndexFormatError, match=what):
+        Index.open(path)
+
+
+def test_files_of_two_types_or_of_one_that_is_never_several(tmp_path, several) -> None:
+    vectors = part(0, 390, encoding_of("top-m")).embeddings
+
+    def forge(folder: Path, factory: str, numbers: list[int]) -> Path:
+        path = shutil.copytree(several, folder)
+        for number in numbers:
+            file = path / (f"faiss-000001.{number:04d}.index" if number else FAISS)
+            rows = vectors[100 * number : 100 * number + 100]
+            file.write_bytes(data := bytes_of(filled(factory, rows)))
+            told = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "blocks": None}
+            edit(lambda m, n=number, t=told: ([m["faiss"], *m["faiss"]["more"]][n]).update(t))(path)
+        return path
+
+    with pytest.raises(IndexFormatError, match=r"0002\.index: is of another type than the file of"):
+        Index.open(forge(tmp_path / "two", "IVF8,Flat", [2]))
+    path = forge(tmp_path / "graphs", "HNSW8", [0, 1, 2, 3])
+    with pytest.raises(IndexFormatError, match=r"faiss-000001\.index: is of a type that is in one"):
+        found(path)
+
+
+def test_damage_in_any_of_several_files_is_found(tmp_path, several) -> None:
+    path = shutil.copytree(several, tmp_path / "x")
+    assert verify(path).ok
+    for file in files_of(path):
+        flip(file, 700)(path)
+        for use in (found, verify):
+            with pytest.raises(
+                IndexFormatError, match=f"{file}: does not match its checksum; the f"
+            ):
+                use(path)
+        if file == "faiss-000001.0003.index":  # which is the one that grows
+            with pytest.raises(IndexFormatError, match="does not match its checksum"):
+                append(path, part(390, 395, encoding_of("top-m")))
+        flip(file, 700)(path)
+    (path / SECOND).unlink()
+    with pytest.raises(IndexFormatError, match=f"{SECOND}: is missing; the file is derived"):
+        Index.open(path)
+    rebuild_faiss(path)
+    assert files_of(path) == {"faiss-000002.index": 390}
+
+
+def test_a_reader_of_several_files_keeps_them(tmp_path, several) -> None:
+    path = shutil.copytree(several, tmp_path / "x")
+    expected = answers(path)
+    queries = part(3000, 3040, encoding_of("top-m")).embeddings
+    index = Index.open(path)
+    rebuild_faiss(path, "Flat")
+    assert index.search(queries, 7).positions.tolist() == expected
+    index.close()
+    with pytest.raises(InputError, match="the index is closed"):
+        index.search(queries, 7)
+    assert [one.descriptor for one in (index.faiss_file, *index.faiss_file.more)] == [None] * 4
+
+
+@pytest.mark.usefixtures("small_files")
+def test_making_the_same_files_again_changes_nothing(tmp_path, several) -> None:
+    path = shutil.copytree(several, tmp_path / "x")
+    before = (path / "manifest.json").read_bytes()
+    make(path, 390, factory="IVF8,SQ8", replace=True)
+    assert (path / "manifest.json").read_bytes() == before
+    assert len(files_of(path)) == 4
+
+
+@pytest.mark.usefixtures("lists_early", "small_files")
+def test_auto_measures_over_all_files(tmp_path, monkeypatch) -> None:
+    path = make(tmp_path / "x", 2000, factory="auto")
+    assert len(files_of(path)) == 20
+    with faiss_build.threads(3), threadpool_limits(3):
+        again = make(tmp_path / "again", 2000, factory="auto")
+    for file in (*files_of(path), "manifest.json"):
+        assert (again / file).read_bytes() == (path / file).read_bytes()
+    monkeypatch.setattr(faiss_build, "MOST_BYTES", 1 << 20)
+    one = make(tmp_path / "one", 2000, factory="auto")
+    assert len(files_of(one)) == 1
+    assert entry_of(path)["search"] == entry_of(one)["search"]
+    monkeypatch.setattr(faiss_build, "MOST_BYTES", 1600)
+    monkeypatch.setattr(writer, "enough_lists", lambda *_: None)
+    rebuild_faiss(path, "auto")
+    assert (entry_of(path)["factory"], [*files_of(path).values()]) == ("Flat", [50] * 40)
     verify(path)

@@ -30,6 +30,7 @@ import embedcam.offline.merge as merge
 import embedcam.offline.plan as plan
 from embedcam.errors import EmbedcamError, ImageError, InputError, NetworkMismatch, PiecesMissing
 from embedcam.images import ImageSource, find_images, from_dataset
+from embedcam.index import faiss_build
 from embedcam.network import EmbeddingNetwork
 from embedcam.offline import add_images, merge_job, missing_pieces, plan_job, run_shard
 from embedcam.recipe.recipe import Recipe
@@ -110,6 +111,18 @@ def test_given_triplets_are_kept_in_the_job(tmp_path) -> None:
     recipe = Recipe(sampling="given", target="margin")
     one = built(source, it, tmp_path / "one", recipe, triplets=pairs, **FEW)
     several = in_pieces(source, it.network, tmp_path, recipe, triplets=pairs)
+    assert everything(several) == everything(one)
+
+
+def test_search_files_that_auto_chooses_are_the_same_in_pieces(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(faiss_build, "_AUTO", ((4, "Flat"), (1 << 40, "IVF2,SQ8")))
+    monkeypatch.setattr(faiss_build, "MOST_BYTES", 100)
+    it, source, recipe = toy("affine"), pictures(tmp_path / "p"), Recipe(faiss="auto")
+    one = built(source, it, tmp_path / "one", recipe, **FEW)
+    entry = json.loads((one / "manifest.json").read_text())["faiss"]
+    assert (entry["factory"], entry["search"]) == ("IVF2,SQ8", {"nprobe": 2})
+    assert [one["rows"] for one in entry["more"]] == [5]
+    several = in_pieces(source, it.network, tmp_path, recipe)
     assert everything(several) == everything(one)
 
 

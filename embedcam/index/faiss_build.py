@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 EF_SEARCH = 64
+MOST_BYTES = 4 << 30
+"""Of the rows in a search file of a type that shards can fill: where they take more, in several."""
 _AUTO = ((20_000, "Flat"), (200_000, "IVF512,SQ8"), (2_000_000, "IVF1024,SQ8"))
 _AUTO_ABOVE, _AUTO_MOST = "IVF4096,SQ8", "IVF16384,SQ8"
 _COARSE = ((5.5, 1), (3.5, 2), (1.75, 4), (0.9, 16), (0.0, 64))
@@ -133,12 +135,28 @@ def add(
         raise InputError(f"the FAISS factory {factory!r} keeps {kept} of {stop - start} rows")
 
 
-def grow(index: "faiss.Index", embeddings: ArrayLike, start: int, factory: str) -> None:
-    """Add the rows from `start` on to an index, which keeps those before; training stays."""
-    if start == 0 or "NSG" in type(index).__name__:  # a graph that cannot grow
-        index.reset()
-        start = 0
-    add(index, embeddings, start, factory=factory)
+def can_grow(index: "faiss.Index") -> bool:
+    """Return whether rows can be added to an index that holds some; to some graphs they cannot."""
+    return "NSG" not in type(index).__name__
+
+
+def rows_a_file(index: "faiss.Index") -> int:
+    """Return how many rows a search file holds where several do; all of a type not to be merged."""
+    if not is_mergeable(index):
+        return 1 << 62
+    sizes: Any = index  # of its type, unseen by type checkers
+    return max(1, MOST_BYTES // (int(sizes.code_size) + (8 if hasattr(sizes, "nlist") else 0)))
+
+
+def first_of(index: "faiss.Index") -> "faiss.Index":
+    """Return an index, or the first of those that are searched as one: all are of its type."""
+    import faiss
+
+    one = faiss.downcast_index(index)
+    if isinstance(one, faiss.IndexShards):
+        several: Any = one
+        return faiss.downcast_index(several.at(0))
+    return one
 
 
 def is_mergeable(index: "faiss.Index") -> bool:
@@ -187,7 +205,7 @@ def candidates(index: "faiss.Index") -> int:
     """
     import faiss
 
-    index = faiss.downcast_index(index)
+    index = first_of(index)
     if isinstance(index, faiss.IndexRefine):
         return 1  # it ranks its candidates by finer codes itself
     if "HNSW" in (name := type(index).__name__) or "NSG" in name or "NNDescent" in name:
@@ -222,7 +240,7 @@ def parameters(
     import faiss
 
     options: Any = faiss  # its keyword arguments are added at run time, unseen by type checkers
-    index = faiss.downcast_index(index)
+    index = first_of(index)
     made: faiss.SearchParameters | None = None
     if isinstance(index, faiss.IndexPreTransform):
         inner = parameters(index.index, nprobe, ef_search)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .arrays import ArrayLike
-from .faiss_build import parameters, threads
+from .faiss_build import first_of, parameters, threads
 from .search import SLACK, Neighbors, nearest, rank, without_itself
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def enough_lists(index: "faiss.Index", embeddings: ArrayLike, metric: str) -> in
     queries = np.ascontiguousarray(embeddings[own], np.float32)
     k = min(total, _NEAREST + 1)
     true = _scores(without_itself(nearest(embeddings, queries, k, metric), own), metric)[:, -1:]
-    n_lists, probes = int(getattr(index, "nlist", 1)), _FIRST
+    n_lists, probes = int(getattr(first_of(index), "nlist", 1)), _FIRST
     while True:
         probes = min(probes, n_lists)
         with threads(1):

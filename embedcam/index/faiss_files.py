@@ -5,7 +5,7 @@ import hashlib
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +15,9 @@ import numpy as np
 from .._files import ProcessLock, fresh, replace
 from ..errors import IndexFormatError, InputError
 from .arrays import BLOCK_BYTES, ArrayLike, block_rows, broken, open_checked, sha256_of
-from .faiss_build import brief, candidates, metric_code
+from .faiss_build import brief, candidates, is_mergeable, metric_code
 from .faiss_layout import FLAT, HEADER, MAPPED, is_bounded
-from .manifest import FAISS_BLOCK, MOST_FAISS_BLOCKS, FaissEntry, Manifest
+from .manifest import FAISS_BLOCK, MOST_FAISS_BLOCKS, FaissEntry, FurtherFaissEntry, Manifest
 from .records import Json
 
 if TYPE_CHECKING:
@@ -111,12 +111,15 @@ def write_flat(
     metric: str,
     before: "FaissFile | None" = None,
     start: int = 0,
+    stop: int | None = None,
 ) -> Json:
-    """Write what FAISS would of a Flat index over embeddings `[N D]`, block by block.
+    """Write what FAISS would of a Flat index over rows of embeddings `[N D]`, block by block.
 
-    The first `start` rows are copied from the file `before`, its checksum compared on the way.
+    Those are `start` to `stop`, behind the rows of the file `before`, which are copied, its
+    checksum compared on the way.
     """
-    rows, width = embeddings.shape
+    width, stop = embeddings.shape[1], embeddings.shape[0] if stop is None else stop
+    rows = stop - start + (0 if before is None else before.rows)
     code = metric_code(metric)
     kind = next(kind for kind, of in FLAT.items() if of == code)
     entry: Json = {}
@@ -125,8 +128,8 @@ def write_flat(
         stream.put(struct.pack("<Q", rows * width))
         if before is not None:
             before.copy(stream.put)
-        for first in range(start, rows, step := block_rows(embeddings)):
-            block = np.ascontiguousarray(embeddings[first : first + step], "<f4")
+        for first in range(start, stop, step := block_rows(embeddings)):
+            block = np.ascontiguousarray(embeddings[first : min(first + step, stop)], "<f4")
             if block.size:
                 stream.put(block.reshape(-1).view(np.uint8).data)
     return entry
@@ -150,19 +153,33 @@ def read_shard(root: Path, entry: Json) -> "faiss.Index":
 class FaissFile:
     """The FAISS file of an index: checked when it is opened, loaded by whoever first needs it.
 
-    Loaded once for all threads. The descriptor survives a `compact` and is closed with it.
+    Loaded once for all threads. The descriptor survives a `compact` and is closed with it. The
+    first of several files has the others, which hold the rows behind its own, in `more`.
     """
 
     descriptor: int | None = None
     times = 1
     """Of the loaded file: `faiss_build.candidates`, which takes longer to find out than to keep."""
+    more: Sequence["FaissFile"] = ()
 
-    def __init__(self, root: Path, manifest: Manifest, entry: FaissEntry) -> None:
+    def __init__(
+        self, root: Path, manifest: Manifest, entry: FaissEntry | FurtherFaissEntry
+    ) -> None:
         self._root, self._manifest, self.entry = root, manifest, entry
+        further = entry.more if isinstance(entry, FaissEntry) else ()
+        self.rows = (
+            manifest.counts.rows - sum(one.rows for one in further)
+            if isinstance(entry, FaissEntry)
+            else entry.rows
+        )
         self._lock = ProcessLock()
         self._loaded: faiss.Index | None = None
         self.descriptor = open_checked(root, entry.file, entry.bytes, REBUILD)
         self._check_header(os.pread(self.descriptor, HEADER.size + 8, 0))
+        self.more = [FaissFile(root, manifest, one) for one in further]
+        for one in self.more:
+            if one.kind() != self.kind():
+                raise one.broken("is of another type than the file of the first rows")
 
     def __del__(self) -> None:
         if self.descriptor is not None:
@@ -173,9 +190,23 @@ class FaissFile:
         loaded = self._loaded
         if loaded is None:
             with self._lock:
-                loaded = self.read() if self._loaded is None else self._loaded
+                loaded = self.joined() if self._loaded is None else self._loaded
                 self.times, self._loaded = candidates(loaded), loaded
         return loaded
+
+    def joined(self) -> "faiss.Index":
+        """Return one search over the file and those behind it, read anew."""
+        import faiss
+
+        if not self.more:
+            return self.read()
+        options: Any = faiss  # its arguments are read at run time, unseen by type checkers
+        shards: faiss.IndexShards = options.IndexShards(self._shape()[0], False, True)
+        for one in (self, *self.more):  # one after the other, rows counted on
+            if not is_mergeable(index := one.read()):
+                raise one.broken("is of a type that is in one file")
+            shards.add_shard(index)
+        return shards
 
     def close(self) -> None:
         """Let go of the file; a search that has begun ends with what it took."""
@@ -184,10 +215,16 @@ class FaissFile:
             descriptor, self.descriptor, self._loaded = self.descriptor, None, None
             if descriptor is not None:
                 os.close(descriptor)
+        for one in self.more:
+            one.close()
+
+    def kind(self) -> bytes:
+        """Return the four letters that FAISS names its type by."""
+        return os.pread(self._open(), 4, 0)
 
     def is_flat(self) -> bool:
         """Return whether it is nothing but the vectors."""
-        return os.pread(self._open(), 4, 0) in FLAT
+        return self.kind() in FLAT
 
     def read(self, mapped: bool = True) -> "faiss.Index":
         """Read the file anew; all of it, its checksum compared, where it is not to be `mapped`.
@@ -197,8 +234,7 @@ class FaissFile:
         """
         import faiss
 
-        descriptor = self._open()
-        kind = os.pread(descriptor, 4, 0)
+        descriptor, kind = self._open(), self.kind()
         if not (mapped and self._is_sampled(kind)) and sha256_of(descriptor) != self.entry.sha256:
             raise self.broken("does not match its checksum")
         flags = getattr(faiss, "IO_FLAG_MMAP_IFC", 0) if mapped and kind in MAPPED else 0
@@ -233,7 +269,8 @@ class FaissFile:
         if not (kind in FLAT or is_bounded(descriptor, size, *self._shape())):
             return False
         count = -(-size // FAISS_BLOCK)
-        for number in np.unique(np.linspace(0, count - 1, _SAMPLED).astype(np.int64)).tolist():
+        # By a set: `np.unique` imports for longer than the blocks take.
+        for number in sorted({int(at) for at in np.linspace(0, count - 1, _SAMPLED)}):
             block = os.pread(descriptor, FAISS_BLOCK, number * FAISS_BLOCK)
             digest = _digest()
             digest.update(block)
@@ -242,8 +279,7 @@ class FaissFile:
         return True
 
     def _shape(self) -> tuple[int, int, int]:
-        of = self._manifest
-        return of.embedding.width, of.counts.rows, metric_code(of.metric)
+        return self._manifest.embedding.width, self.rows, metric_code(self._manifest.metric)
 
     def _open(self) -> int:
         if self.descriptor is None:
@@ -267,7 +303,9 @@ class FaissFile:
     def _check(self, width: int, rows: int, metric: int) -> None:
         expected_width, expected_rows, expected_metric = self._shape()
         if (width, rows) != (expected_width, expected_rows):
-            known = f"the index has {expected_rows} of {expected_width}"
+            whole = expected_rows == self._manifest.counts.rows
+            of = "the index" if whole else "its part of the index"
+            known = f"{of} has {expected_rows} of {expected_width}"
             raise self.broken(f"holds {rows} vectors of width {width}; {known}")
         if metric != expected_metric:
             raise self.broken(f"was not made for the metric {self._manifest.metric}")

@@ -91,7 +91,7 @@ def _walk(file: _Cursor, width: int, rows: int, metric: int) -> None:
         pairs = file.numbers(count, least=0, most=max(rows, n_lists))
         pairs = pairs.reshape(-1, 2)
         _expect(pairs[:, 0].max(initial=0) < n_lists)
-        _expect(len(np.unique(pairs[:, 0])) == len(pairs))
+        _expect(len(set(pairs[:, 0].tolist())) == len(pairs))
         sizes = pairs[:, 1]
     else:
         raise _Unlike

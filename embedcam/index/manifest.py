@@ -32,6 +32,8 @@ MAX_FILES = 1 << 14
 """Each is mapped; a process has some 65,000 maps, of the default kernel."""
 FAISS_BLOCK, MOST_FAISS_BLOCKS = 1 << 20, 1 << 17
 """Bytes of a block of a FAISS file that has a digest of its own, and how many have."""
+MOST_FAISS_FILES = 256
+"""Each stays open."""
 _SIDE = (1 << 16) - 1
 _PIECES = re.compile(r"(parts|fitted|\.building|\.lock|faiss-.*|tombstones-.*|manifest\.json\.tmp)")
 
@@ -159,16 +161,13 @@ class FaissBlocks:
     ]
 
 
-@dataclass(frozen=True)
-class FaissEntry:
-    """The derived file for searching."""
+@dataclass(frozen=True, kw_only=True)
+class FaissFileEntry:
+    """One file for searching."""
 
-    factory: Annotated[str, text(500, r"(?!.*[0-9]{8})[^\0]*", "numbers of at most 7 digits")]
-    search: SearchSettings
-    file: Annotated[str, _numbered(r"faiss-NNNNNN\.index")]
+    file: str
     bytes: Some
     sha256: Sha256
-    trained_on: Count
     version: Name | None = None
     blocks: FaissBlocks | None = None
 
@@ -176,6 +175,35 @@ class FaissEntry:
         count, told = -(-self.bytes // FAISS_BLOCK), self.blocks
         if told is not None and told.of == self.sha256 and len(told.blake2b) != 16 * count:
             raise Wrong(f" has {len(told.blake2b)} digits for {count} blocks", "blocks", "blake2b")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FurtherFaissEntry(FaissFileEntry):
+    """A file of the rows behind those of the files before it."""
+
+    file: Annotated[str, _numbered(r"faiss-NNNNNN\.[0-9]{4}\.index")]
+    rows: Some
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaissEntry(FaissFileEntry):
+    """The derived file for searching, the first of them where there are several."""
+
+    factory: Annotated[str, text(500, r"(?!.*[0-9]{8})[^\0]*", "numbers of at most 7 digits")]
+    search: SearchSettings
+    file: Annotated[str, _numbered(r"faiss-NNNNNN\.index")]
+    trained_on: Count
+    more: tuple[FurtherFaissEntry, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.more) >= MOST_FAISS_FILES:
+            raise Wrong(f" names {len(self.more)} files; at most {MOST_FAISS_FILES - 1}", "more")
+        for number, one in enumerate(self.more):
+            if one.file.split(".")[1] != f"{number + 1:04d}":
+                raise Wrong(
+                    f" is {one.file!r}, the file number {number + 1}", "more", number, "file"
+                )
 
 
 @dataclass(frozen=True)
@@ -394,6 +422,11 @@ class Manifest:
         if (counts.rows, counts.live) != (total, total - removed):
             held = f"the parts hold {total}, {removed} of them removed"
             raise Wrong(f" says {counts.rows} rows and {counts.live} live; {held}", "counts")
+        further = sum(one.rows for one in self.faiss.more) if self.faiss else 0
+        if further and further >= total:
+            raise Wrong(
+                f" holds {further} of {total} rows; the first file has some", "faiss", "more"
+            )
         if (added := counts.added_after_fit) > total - self.fit.rows:
             of = f" of {added} added and {self.fit.rows} fitted rows of {total}"
             raise Wrong(of + " do not go together", "counts")
@@ -424,10 +457,10 @@ class Manifest:
         return near_share(self.recipe)
 
     @property
-    def files(self) -> dict[str, FileEntry | FaissEntry]:
+    def files(self) -> dict[str, FileEntry | FaissFileEntry]:
         """Every file that it names, by its path; its own is not among them."""
-        alone = (self.tombstones, self.faiss)
-        named: dict[str, FileEntry | FaissEntry] = {one.file: one for one in alone if one}
+        alone = (self.tombstones, self.faiss, *(self.faiss.more if self.faiss else ()))
+        named: dict[str, FileEntry | FaissFileEntry] = {one.file: one for one in alone if one}
         for folder in (*self.parts, self.fitted):
             named |= {f"{folder.directory}/{name}": one for name, one in folder.files.items()}
         return named

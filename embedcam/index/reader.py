@@ -17,7 +17,7 @@ from .arrays import Column, broken
 from .encoding import Encoding
 from .faiss_files import REBUILD, FaissFile
 from .identity import Identity
-from .manifest import Manifest
+from .manifest import FaissFileEntry, Manifest
 from .rows import (
     MARKS,
     Layer,
@@ -356,7 +356,7 @@ class Index:
 def missing(root: Path, manifest: Manifest, error: FileNotFoundError) -> IndexFormatError:
     """Return the error about a file that the manifest names and that is not there."""
     name = os.path.relpath(error.filename or root, root)
-    derived = manifest.faiss is not None and name == manifest.faiss.file
+    derived = isinstance(manifest.files.get(name), FaissFileEntry)
     return broken(root, name, "is missing", *([REBUILD] if derived else []))
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..errors import IndexFormatError, short
 from ..images.texts import Texts, first_twice, in_runs, sorted_order
+from . import faiss_build
 from .arrays import Column, blocks, broken, file_name, sha256_of, wrong_values
 from .faiss_files import REBUILD
 from .reader import Index
@@ -136,9 +137,10 @@ def _differing(
 
 def _checksums(index: Index, progress: Progress | None) -> Iterator[IndexFormatError]:
     contents: dict[str, np.ndarray | int] = {**_mapped(index)}
-    faiss = index.faiss_file
-    if faiss is not None and faiss.descriptor is not None:
-        contents[faiss.entry.file] = faiss.descriptor
+    first = index.faiss_file
+    for one in () if first is None else (first, *first.more):
+        if one.descriptor is not None:
+            contents[one.entry.file] = one.descriptor
     total, done = sum(index.manifest.files[name].bytes for name in contents), 0
 
     def tell(count: int) -> None:
@@ -238,7 +240,7 @@ def _unique(index: Index) -> Iterator[IndexFormatError]:
 def _faiss(index: Index) -> Iterator[IndexFormatError]:
     if index.faiss_file is None:
         return
-    loaded = index.faiss_file.read()
+    loaded = index.faiss_file.joined()
     if not index.n_rows:
         return
     rows = np.unique(np.linspace(0, index.n_rows - 1, _SAMPLE).astype(np.int64))
@@ -248,7 +250,7 @@ def _faiss(index: Index) -> Iterator[IndexFormatError]:
     if nearest.max() >= index.n_rows:
         yield index.faiss_file.broken("returns rows out of range")
         return
-    if type(loaded).__name__ not in _EXACT:
+    if type(faiss_build.first_of(loaded)).__name__ not in _EXACT:
         return
     hit = nearest >= 0
     near = index.embeddings(nearest[hit]).astype(np.float64)

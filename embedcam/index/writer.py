@@ -5,7 +5,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from contextvars import ContextVar
 from importlib import metadata
@@ -30,7 +30,7 @@ from . import faiss_build, faiss_files
 from . import manifest as manifest_file
 from .arrays import SUFFIXES, broken, open_checked, sha256_of, write_array
 from .faiss_choice import enough_lists
-from .manifest import FaissEntry, FileEntry, Manifest
+from .manifest import FAISS_BLOCK, MOST_FAISS_BLOCKS, FaissFileEntry, FileEntry, Manifest
 from .parts import Arrays, PartData, check_ids, parts_to_keep, write_fitted, write_rows
 from .reader import Index, missing
 from .records import Json, Wrong
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 ADD_INSTEAD = "add images to the index it was compressed from, and compress that again"
 _CHECKPOINT, _LOCK = ".building", ".lock"
 _TRASH = re.compile(
-    r"faiss-[0-9]+\.index(\.tmp)?|tombstones-[0-9]+\.u64(\.tmp)?|manifest\.json\.tmp"
+    r"faiss-[0-9]+(\.[0-9]+)?\.index(\.tmp)?|tombstones-[0-9]+\.u64(\.tmp)?|manifest\.json\.tmp"
 )
 _FOLDER = re.compile(r"[0-9]{6,12}(\.tmp)?")
 _ARRAY = re.compile(rf"[a-z][a-z0-9_.]*\.({'|'.join(SUFFIXES.values())}|utf8)")
@@ -438,7 +438,7 @@ class _Draft:
         self.manifest["parts"][kept:] = [entry]
 
     def make_faiss(self, factory: str | None) -> None:
-        """Make the FAISS file of the rows to be; None of the present kind, "none" drops it."""
+        """Make the FAISS files of the rows to be; None of the present kind, "none" drops it."""
         entry = self.manifest["faiss"]
         if factory is None and entry is None:
             raise InputError(f"{self.root}: built without FAISS; name a factory, such as 'Flat'")
@@ -450,50 +450,105 @@ class _Draft:
         auto = factory is not None and factory.lower() == faiss_build.AUTO
         chosen = faiss_build.choose(factory or str(entry["factory"]), len(live))
         if not faiss_build.is_flat(chosen, rows.shape[1], len(live), metric):
-            made, trained_on = faiss_build.build(chosen, rows, metric, live, auto)
+            made, trained_on = faiss_build.train(chosen, rows, metric, live, auto)
             # What was chosen for these images, or set by hand, is kept where the kind is.
             search = entry["search"] if factory is None else faiss_build.search_settings(made)
-            nprobe = enough_lists(made, rows, metric) if auto else None
+            told = {"factory": chosen, "trained_on": trained_on, "search": search}
+            self._save(told, made, rows)
+            nprobe = self._enough_lists(rows) if auto else None
             if not auto or nprobe is not None:
-                search = search | ({"nprobe": nprobe} if auto else {})
-                self._save({"factory": chosen, "trained_on": trained_on, "search": search}, made)
+                self.manifest["faiss"]["search"] = search | ({"nprobe": nprobe} if auto else {})
                 return
             chosen = "Flat"  # these embeddings are not to be told apart by 8 bits a dimension
         self._save_flat({"factory": chosen, "trained_on": 0, "search": {}}, rows)
 
+    def _enough_lists(self, rows: IndexRows) -> int | None:
+        manifest = manifest_file.check(self.root, self.manifest)
+        assert manifest.faiss is not None
+        with closing(faiss_files.FaissFile(self.root, manifest, manifest.faiss)) as file:
+            return enough_lists(file.joined(), rows, manifest.metric)
+
     def grow_faiss(self, index: Index, start: int) -> None:
-        """Add the rows to be from `start` on to the FAISS file, where there is one."""
+        """Add the rows to be from `start` on to the FAISS files, where there are any.
+
+        From 0 on all are written anew. Else those that are full stay, and the last grows.
+        """
         entry = index.manifest.faiss
         if entry is not None:
-            kept = self.manifest["faiss"]
+            kept, rows = self.manifest["faiss"], self._rows()
             try:
-                with closing(faiss_files.FaissFile(self.root, index.manifest, entry)) as file:
-                    if file.is_flat():
-                        before = file if start else None
-                        self._save_flat(kept, self._rows(), before, start)
+                with closing(faiss_files.FaissFile(self.root, index.manifest, entry)) as first:
+                    files = [first, *first.more]
+                    last = files[-1] if start else first
+                    told = [{**kept, "rows": first.rows}, *kept.get("more", ())] if start else []
+                    if first.is_flat():
+                        self._save_flat(kept, rows, told, last if start else None)
                         return
-                    loaded = file.read(mapped=False)
+                    loaded = last.read(mapped=False)
             except FileNotFoundError as error:
                 raise missing(self.root, index.manifest, error) from error
-            faiss_build.grow(loaded, self._rows(), start, entry.factory)
-            self._save(kept, loaded)
+            if not start:
+                loaded.reset()
+            self._save(kept, loaded, rows, told)
 
-    def _save(self, entry: Json, made: "faiss.Index") -> None:
-        written = faiss_files.write_faiss(self.root, made, self._faiss_name())
-        self.manifest["faiss"] = entry | written
+    def _save(
+        self, entry: Json, made: "faiss.Index", rows: IndexRows, files: Sequence[Json] = ()
+    ) -> None:
+        """Write what `made`, the last of the `files` where there are any, grows to."""
+
+        def write(name: str, start: int, stop: int, grown: int) -> Json:
+            if made.ntotal and not (grown and faiss_build.can_grow(made)):
+                made.reset()
+            faiss_build.add(made, rows, start + made.ntotal, stop, factory=str(entry["factory"]))
+            return faiss_files.write_faiss(self.root, made, name)
+
+        self._write_faiss(entry, files, rows.shape[0], faiss_build.rows_a_file(made), write)
 
     def _save_flat(
         self,
         entry: Json,
         rows: IndexRows,
-        before: faiss_files.FaissFile | None = None,
-        start: int = 0,
+        files: Sequence[Json] = (),
+        last: faiss_files.FaissFile | None = None,
     ) -> None:
-        of = (self.root, self._faiss_name(), rows, rows.index.metric)
-        self.manifest["faiss"] = entry | faiss_files.write_flat(*of, before, start)
+        """Write Flat files, of which the `last` of those there are grows."""
 
-    def _faiss_name(self) -> str:
-        return f"faiss-{self.number:06d}.index"
+        def write(name: str, start: int, stop: int, grown: int) -> Json:
+            of = (self.root, name, rows, rows.index.metric)
+            return faiss_files.write_flat(*of, last if grown else None, start + grown, stop)
+
+        each = max(1, faiss_build.MOST_BYTES // (4 * rows.shape[1]))
+        self._write_faiss(entry, files, rows.shape[0], each, write)
+
+    def _write_faiss(
+        self,
+        entry: Json,
+        files: Sequence[Json],
+        total: int,
+        each: int,
+        write: Callable[[str, int, int, int], Json],
+    ) -> None:
+        """Write search files of `each` rows, behind those that are full, and enter them all.
+
+        `write` gets a name, the rows' start and stop, and how many of them the last file holds.
+        """
+        kept, grown = list(files), 0
+        if kept and (kept[-1]["rows"] < each or len(kept) == manifest_file.MOST_FAISS_FILES):
+            grown = kept.pop()["rows"]
+        start = sum(one["rows"] for one in kept)
+        while start < total or not kept:
+            most = max(each, grown)
+            if len(kept) == manifest_file.MOST_FAISS_FILES - 1:
+                most = total
+            stop, further = min(total, start + most), f".{len(kept):04d}" if kept else ""
+            name = f"faiss-{self.number:06d}{further}.index"
+            kept.append({**write(name, start, stop, grown), "rows": stop - start})
+            start, grown = stop, 0
+        if sum(one["bytes"] for one in kept) > FAISS_BLOCK * MOST_FAISS_BLOCKS:
+            kept = [{**one, "blocks": None} for one in kept]
+        first, *more = kept
+        whole = {key: one for key, one in (entry | first).items() if key not in ("rows", "more")}
+        self.manifest["faiss"] = whole | ({"more": more} if more else {})
 
     def _rows(self) -> IndexRows:
         """Return the embeddings as they will be once the manifest is in place."""
@@ -524,12 +579,13 @@ def _unnumbered(manifest: Json) -> Json:
         plain["fitted"],
         plain["tombstones"] or {},
         plain["faiss"] or {},
+        *(plain["faiss"] or {}).get("more", ()),
     ):
         entry |= {"directory": None, "file": None}
     return plain
 
 
-def _is_whole(root: Path, name: str, entry: FileEntry | FaissEntry) -> bool:
+def _is_whole(root: Path, name: str, entry: FileEntry | FaissFileEntry) -> bool:
     try:
         with open(open_checked(root, name, entry.bytes), "rb") as file:
             return sha256_of(file.fileno()) == entry.sha256

@@ -76,6 +76,9 @@ SECTIONS: dict[str, Section] = {
     "auto": lambda o, folder: (
         searching.report(rows, folder) for rows in ((o.rows,) if o.quick else (100_000, 1_000_000))
     ),
+    "first": _one(
+        lambda o, folder: searching.first_report((1 if o.quick else 10) * o.rows, o.rounds, folder)
+    ),
     "zoo": _one(lambda o, _: zoo.peers_report(o.network[0], "resnet18", 4 * o.rounds)),
     "memory": lambda o, _: map(zoo.memory_report, ("resnet18", "mobilenet_v2")),
     "eigencam": _one(lambda o, _: zoo.decomposition_report(20 * o.rounds)),

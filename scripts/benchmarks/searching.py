@@ -2,18 +2,23 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
-from embedcam.index import faiss_build, faiss_files, nearest
+from embedcam.index import Index, faiss_build, faiss_files, nearest
+from embedcam.index.encoding import LowRank
 from embedcam.index.faiss_choice import enough_lists
 from embedcam.index.search import SLACK
+from embedcam.recipe.recipe import Recipe
 
+from .cases import near, write_index
 from .timing import section
 
-WIDTH, QUERIES, NEAREST = 128, 300, 5
+WIDTH, QUERIES, NEAREST = 128, 1000, 5
 DATA = ("clusters", "sphere, 16 of 128", "sphere, 32 of 128", "uniform on the sphere")
 
 
@@ -35,11 +40,55 @@ def vectors_of(kind: str, count: int, seed: int) -> np.ndarray:
     return made
 
 
+FIRST = """
+import sys, time
+import faiss, numpy
+from embedcam.index import Index
+query = numpy.load(sys.argv[2])
+start = time.perf_counter()
+index = Index.open(sys.argv[1])
+opened = time.perf_counter()
+index.search(query, 10)
+first = time.perf_counter()
+index.search(query, 10)
+print(opened - start, first - opened, time.perf_counter() - first)
+"""
+
+
+def first_report(rows: int, rounds: int, folder: Path) -> str:
+    """Seconds of opening and of the first search, each in a process of its own."""
+    encoding = LowRank(np.eye(WIDTH), np.zeros(WIDTH), "head", "embedding")
+    path = write_index(folder / "first", near(rows, 0), encoding, Recipe(faiss="auto"))
+    np.save(folder / "query.npy", near(1, 1))
+    command = [sys.executable, "-c", FIRST, str(path), str(folder / "query.npy")]
+    lines = []
+    for pages in ("in memory", "dropped"):
+        took = []
+        for _ in range(max(5, rounds)):
+            for file in path.rglob("*.*") if pages == "dropped" else ():
+                with open(file, "rb") as opened:
+                    os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            took.append([float(number) for number in done.stdout.split()])
+        for what, seconds in zip(("opening", "first", "second"), np.array(took).T, strict=True):
+            least, middle, most = np.quantile(seconds, [0, 0.5, 1])
+            lines.append([what, pages, f"{middle:.4f}", f"{least:.4f} to {most:.4f}"])
+    factory = Index.open(path, with_faiss=False).manifest.faiss.factory
+    shutil.rmtree(path)
+    return section(
+        f"The first search, {rows:,} x {WIDTH}",
+        f"`Index.open`, then `index.search` for one query, twice: {factory}, "
+        f"{max(5, rounds)} processes that have imported embedcam.index and faiss; seconds.",
+        ["what", "pages of the files", "median", "range"],
+        lines,
+    )
+
+
 def report(rows: int, folder: Path) -> str:
     """One line for each kind of data, for queries that are not among the rows."""
     lines = []
     for kind in DATA:
-        vectors, queries = vectors_of(kind, rows, 1), vectors_of(kind, QUERIES, 2)
+        vectors, queries = vectors_of(kind, rows, 1), vectors_of(kind, QUERIES, 3)
         true = nearest(vectors, queries, NEAREST).positions
         factory = faiss_build.choose("auto", rows)
         began = time.process_time()

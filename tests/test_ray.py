@@ -242,6 +242,7 @@ def test_what_a_worker_meets_is_said_as_here(folder, two, tmp_path, monkeypatch)
 @pytest.mark.peers
 def test_the_page_goes_from_tar_shards_to_an_index(two, tmp_path, monkeypatch, say) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("embedcam.offline.plan.CHUNK", 256)  # as workers without the toy have it
     (tmp_path / "shards").mkdir()
     for number in range(2):
         with tarfile.open(tmp_path / f"shards/{number}.tar", "w") as tar:

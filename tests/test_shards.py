@@ -179,7 +179,7 @@ def test_no_grouping_order_or_repetition_changes_a_byte(tmp_path_factory, planne
 def test_groups_of_pieces_divide_the_chunks(n_images, pieces, groups, per_chunk) -> None:
     choices = jobs.Choices(
         **dict.fromkeys(("key", "recipe", "network", "loading", "libraries", "rounds"), None),
-        **dict.fromkeys(("on_unreadable", "own_maps", "trust", "caches", "batch_size"), None),
+        **dict.fromkeys(("on_unreadable", "own_maps", "trust", "caches", "run"), None),
         kind="build", n_images=n_images, n_pieces=pieces, per_chunk=per_chunk,
     )  # fmt: skip
     job = jobs.Job(choices, None, None, None)

@@ -147,7 +147,7 @@ def test_one_wrong_address_of_a_list_is_an_image_that_cannot_be_read(store, tmp_
     (tmp_path / "l.csv").write_text("path,label\n" + "".join(f"{name},x\n" for name in names))
     source = find_images(tmp_path / "l.csv")
     assert list(source.fingerprints())[1:] == ["unreadable"] * 2
-    assert source.open(0).size == (24, 20)
+    assert source.open(0).size == (24, 24)
     for position in (1, 2):
         message = f"{names[position]}: is no address that is read; known: s3://"
         with pytest.raises(ImageError, match=re.escape(message)) as caught:

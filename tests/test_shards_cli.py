@@ -128,10 +128,10 @@ def test_what_to_do_about_a_picture_that_cannot_be_read(say: Say, refused, tmp_p
     job = tmp_path / "job"
     assert say("plan", tmp_path, job, *NAMED)[0] == 0
     says = "; planned again in another folder, --on-unreadable skip leaves such files out\n"
-    refused(3, says, "shard", job, 0, *TRUSTED)
+    refused(3, says, "shard", job, 0, "--quiet", *TRUSTED)
     (tmp_path / "p0.png").unlink()
     says = "its file was removed after the job was planned; put the old one back, or plan the job "
-    refused(3, f"{says}again in another folder\n", "shard", job, 0, *TRUSTED)
+    refused(3, f"{says}again in another folder\n", "shard", job, 0, "--quiet", *TRUSTED)
 
 
 def blocks(language: str) -> list[str]:

@@ -247,12 +247,11 @@ class EmbeddingNetwork:
         if twin_of(self.module) is None:
             return False
         first, second = np.split(self.probe_images(2), 2)
-        expected = self.runner.forward(first)
-        self.runner.forward(second)  # what it leaves is not of the first when it is copied
-        twin = twin_of(self.module)
-        if twin is None:
-            return False
         try:
+            expected = self.runner.forward(first)
+            self.runner.forward(second)  # what it leaves is not of the first when it is copied
+            if (twin := twin_of(self.module)) is None:
+                return False
             with calls_of(self.module) as called:
                 found = self._of(twin).runner.forward(first)
         except EmbedcamError:

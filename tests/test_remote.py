@@ -196,7 +196,7 @@ def test_a_service_reads_addresses_that_were_named(store, service, tmp_path: Pat
     with Index.open(path) as index:
         assert index.manifest.images_root == MEMORY
         assert list(index.paths) == list(local.ids)
-        with pytest.raises(InputError, match="the index names pictures at memory://bucket, which"):
+        with pytest.raises(InputError, match="the index names pictures at memory://bucket, and"):
             indexed_images(index)
         assert indexed_images(index, MEMORY).open(3).size == local.open(3).size
     assert answered(service, path, None).status == 404

@@ -42,7 +42,7 @@ def test_plan_shard_merge(say: Say, refused, tmp_path: Path) -> None:
         f"  then: embedcam merge {job} INDEX\n",
     )
     assert say("shard", job, 1, *TRUSTED)[:2] == (0, f"{job}: piece 1 of 3, 4 images: done\n")
-    missing = f"embedcam: {job}: 2 of its 3 pieces are missing (0, 2); do each of them: `embedcam shard"
+    missing = f"embedcam: {job}: 2 of its 3 pieces are missing (0, 2); do each of them: `embedcam"
     refused(2, missing, "merge", job, index)
     code, out, err = say("merge", job, index, "--json")
     assert (code, json.loads(out)) == (2, {"path": str(job), "missing": [0, 2]})

@@ -65,10 +65,10 @@ def test_a_table_and_a_store(inputs: Path, say, refused, tmp_path: Path) -> None
     assert code == 0, err
     query = next((inputs / "photos").rglob("*.*"))
     for named, words in (
-        ([], "5 of 5 indexed pictures were not found"),
+        ([], "5 of 5 indexed pictures were not shown under memory://photos; addresses"),
         (["--images", "memory://photos"], ""),
     ):
         code, _, err = say("explain", tmp_path / "i", query, "-o", tmp_path / "w.png", *named)
         assert code == 0, err
         assert words in err
-        assert ("not found" in err) is bool(words)
+        assert ("not shown" in err) is bool(words)

@@ -174,7 +174,7 @@ def embedded_in(network: EmbeddingNetwork, index: Path, photos: Path, **asked: A
 
     network.forward = spied  # type: ignore[method-assign]
     work = add_images if (index / "manifest.json").exists() else build_index
-    work(find_images(photos), network, index, progress=False, **asked)
+    work(find_images(photos), network, index, workers=0, progress=False, **asked)
     return [size for size in sizes if size > 2]  # but for probes
 
 

@@ -88,7 +88,7 @@ def test_additions_and_refits(say: Say, refused, tmp_path: Path) -> None:
     refused(2, "holds these images already; there is nothing to add", *skipping)
     again = tmp_path / "again"
     assert say("plan", again, "--refit", index, "--batch-size", 2, *TRUSTED)[0] == 0
-    assert say("shard", again, 0, *TRUSTED)[0] == 0
+    assert say("shard", again, 0, "--of", 1, *TRUSTED)[0] == 0
     assert "built, 15 images" in say("merge", again, index, *TRUSTED)[1]
     assert say("build", one, "--refit", "--batch-size", 2)[0] == 0
     assert files(index) == files(one)

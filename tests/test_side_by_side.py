@@ -8,12 +8,14 @@ import pytest
 import torch
 from build_samples import dense, everything, pictures, quicken
 from test_images import PLAIN, image_threads, numbered
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch import Tensor, nn
 from toys import seeded
 
 from embedcam.errors import ImageError, InputError
 from embedcam.images import ImageSource, map_batches
 from embedcam.network import EmbeddingNetwork
+from embedcam.network.module import one_thread
 from embedcam.offline import build_index
 from embedcam.preprocess import Preprocess
 from embedcam.recipe.recipe import Recipe
@@ -181,6 +183,19 @@ def test_more_workers_than_cores_read_and_do_not_compute(tmp_path, monkeypatch) 
     build_index(source, network(), tmp_path / "index", dense(), batch_size=1, workers=5)
     assert set(asked) == {2}
     assert len(threads) == 5
+
+
+def test_on_one_thread_blas_is_too_and_comes_back() -> None:
+    def counts() -> list[int]:
+        return [one["num_threads"] for one in threadpool_info() if one["user_api"] == "blas"]
+
+    with threadpool_limits(limits=2, user_api="blas"):
+        before = counts()
+        with one_thread():
+            assert set(counts()) == {1}
+            assert torch.get_num_threads() == 1
+        assert counts() == before
+    assert 2 in before
 
 
 def test_batches_are_run_side_by_side_and_come_in_order(tmp_path) -> None:

@@ -211,11 +211,14 @@ def calls_of(module: nn.Module) -> Iterator[list[str]]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Have torch compute on one thread in this one: numbers then do not depend on the cores."""
+    """Have torch and BLAS compute on one thread: numbers then do not depend on the cores."""
+    from threadpoolctl import threadpool_limits
+
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
-        yield
+        with threadpool_limits(limits=1, user_api="blas"):
+            torch.set_num_threads(1)
+            yield
     finally:
         torch.set_num_threads(before)
 

@@ -18,6 +18,7 @@ from ..index.arrays import scratch_array
 from ..index.identity import ALIKE, Identity
 from ..network import EmbeddingNetwork
 from ..network.checkpoints import read_affine
+from ..network.module import one_thread
 from ..recipe.recipe import Recipe
 from .cotangents import AnchorCotangents, coded_labels
 from .match import calibrate_match
@@ -50,6 +51,7 @@ class AffineHead:
         return cotangents @ torch.from_numpy(self.matrix).to(cotangents)
 
 
+@one_thread()
 def build_from_features(
     embeddings: np.ndarray,
     pooled: np.ndarray,
@@ -111,7 +113,7 @@ def build_from_features(
             f"method = {recipe.method!r} needs the images, and features alone are given; use "
             f"{' or '.join(map(repr, POOLED_METHODS))}, or build from the images"
         )
-    warn_of_norm(recipe, normalize, 2)
+    warn_of_norm(recipe, normalize, 3)  # one more for the context around
     embeddings, pooled = _matrix("embeddings", embeddings), _matrix("pooled", pooled)
     grid = check_sides("grid", grid)
     (n, width), n_channels = embeddings.shape, pooled.shape[1]

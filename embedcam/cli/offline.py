@@ -5,6 +5,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -281,8 +282,8 @@ def compact(options: Namespace) -> None:
     from ..index.manifest import read
 
     images, asked = _n_images(options.index), options.rebuild_faiss
-    with progress_of("compacting", shown=options.progress):
-        dropped = compact_parts(options.index, rebuild_faiss=asked)
+    shown = partial(progress_of, shown=options.progress)
+    dropped = compact_parts(options.index, rebuild_faiss=asked, stage=shown)
     text = f"compact; {counted(dropped, 'removed image')} dropped, {images:,} left"
     entry = read(Path(options.index)).faiss
     if isinstance(asked, str) and entry is not None:

@@ -30,7 +30,7 @@ import embedcam.offline.merge as merge
 import embedcam.offline.plan as plan
 from embedcam.errors import EmbedcamError, ImageError, InputError, NetworkMismatch, PiecesMissing
 from embedcam.images import ImageSource, find_images, from_dataset
-from embedcam.index import faiss_build
+from embedcam.index import faiss_build, remove
 from embedcam.network import EmbeddingNetwork
 from embedcam.offline import add_images, merge_job, missing_pieces, plan_job, run_shard
 from embedcam.recipe.recipe import Recipe
@@ -142,8 +142,14 @@ def test_an_addition_in_pieces_and_a_refit_make_the_bytes_of_one_process(tmp_pat
             run_shard(job, piece, network=it.network, **QUIET)
     merge_job(job, several, it.network, **QUIET)
     assert everything(several) == everything(one)
-    with pytest.raises(InputError, match=r"is not as it was when .*job was planned"):
-        merge_job(job, several, it.network, **QUIET)
+    assert merge_job(job, several, it.network, **QUIET).n_images == 0
+    assert everything(several) == everything(one)
+    paint(tmp_path / "r", [28], seed=6)  # another picture of a name that was added
+    other, index = find_images(tmp_path / "r"), shutil.copytree(several, tmp_path / "changed")
+    for change in (remove, lambda *_: add_images(other, it.network, index, **FEW, **QUIET)):
+        change(index, other.ids)
+        with pytest.raises(InputError, match=r"is not as it was when .*job was planned"):
+            merge_job(job, index, it.network, **QUIET)
     with pytest.raises(InputError, match="9 of 9 images are in the index already"):
         plan_job(more, it.network, tmp_path / "again", **options)
 

@@ -195,7 +195,7 @@ def test_no_grouping_order_or_repetition_changes_a_byte(tmp_path_factory, planne
 
 
 @given(st.integers(1, 400), st.integers(1, 90), st.integers(1, 130), st.integers(1, 9))
-def test_groups_of_pieces_divide_the_chunks(n_images, pieces, groups, per_chunk) -> None:
+def test_pieces_of_any_number_divide_the_chunks_alike(n_images, pieces, groups, per_chunk) -> None:
     choices = jobs.Choices(
         **dict.fromkeys(("key", "recipe", "network", "loading", "libraries", "rounds"), None),
         **dict.fromkeys(("on_unreadable", "own_maps", "trust", "caches", "run"), None),
@@ -205,6 +205,7 @@ def test_groups_of_pieces_divide_the_chunks(n_images, pieces, groups, per_chunk)
     for n in (groups, None):
         parts = [job.chunks_of(piece, n) for piece in range(pieces if n is None else n)]
         assert [c for part in parts for c in part] == list(range(-(-n_images // per_chunk)))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
     for piece in range(pieces):
         assert all(job.piece_of(chunk) == piece for chunk in job.chunks_of(piece))
 

@@ -152,7 +152,7 @@ def run_shard(
     path
         Folder of the job.
     piece, of
-        Which piece, from 0; `of` regroups the plan's pieces into so many.
+        Which piece, from 0; `of` divides the images anew, into so many.
     network
         The network of the plan; None loads it as it was loaded there.
     workers, progress
@@ -247,11 +247,6 @@ def work_of(
 ) -> Plan:
     """Return a job on disk with its network, which is admitted."""
     return job.work(job.admit(network), job.checkpoint, Stages(progress), workers)
-
-
-def one_chunk_a_piece(job: Job) -> Job:
-    """Return the job with the smallest pieces, which `of` regroups."""
-    return _with(job, n_pieces=min(job.n_chunks, MOST_PIECES))
 
 
 def keep(job: Job, path: Path, onnx_file: Path | None) -> Job:

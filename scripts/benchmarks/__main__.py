@@ -31,6 +31,7 @@ from . import (
     features,
     forward,
     indexes,
+    large,
     onnx,
     receipts,
     scale,
@@ -94,6 +95,7 @@ SECTIONS: dict[str, Section] = {
         scale.report(n * o.rows // 1000, folder, labels, width)
         for n, labels, width in ((10_000, 1000, 128), (2_000, 0, 64))
     ),
+    "large": _one(lambda o, folder: large.report(100 * o.rows, folder)),
 }
 OTHERS = {"service": service.main, "soak": soak.main, "forward": forward.main}
 

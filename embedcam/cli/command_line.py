@@ -58,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns 0 done; 2 wrong arguments or choices; 3 an image; 4 the network; 5 the index; 6 a file,
-    folder or store that cannot be read or written, or too little memory; 70 a fault of embedcam's own;
-    130 interrupted.
+    folder or store that cannot be read or written, or too little memory; 70 a fault of embedcam's
+    own; 130 interrupted.
     """
     try:
         return _run(arguments)

@@ -264,8 +264,10 @@ def _map_part(root: Path, entry: PartEntry, columns: Mapping[str, Column]) -> di
     return arrays
 
 
-def map_fitted(root: Path, manifest: Manifest) -> dict[str, np.ndarray]:
-    """Map the arrays kept once, by file name."""
+def map_fitted(
+    root: Path, manifest: Manifest, held: Mapping[str, np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
+    """Map the arrays kept once, by file name; a model's are `held` in memory, by place."""
     folder, width = manifest.fitted, manifest.embedding.width
     arrays = {}
     for name, entry in folder.files.items():
@@ -280,7 +282,7 @@ def map_fitted(root: Path, manifest: Manifest) -> dict[str, np.ndarray]:
         if match[1] is None and match[2] in rows and not fits:
             what = f"holds {entry.dtype} {list(entry.shape)}, which is no {match[2]}"
             raise broken(root, place, what)
-        arrays[name] = map_array(root, place, entry)
+        arrays[name] = map_array(root, place, entry) if held is None else held[place]
     return arrays
 
 

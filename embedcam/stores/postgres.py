@@ -121,6 +121,11 @@ class PostgresStore:
             connection.execute(self._sql("DELETE FROM {marks} WHERE generation = %(of)s"), values)
             return self._clear(connection, "r.generation = %(of)s", values)
 
+    def finish(self) -> None:
+        """Let the planner see how many rows each generation has."""
+        with self._link.transaction() as connection:
+            connection.execute(self._sql("ANALYZE {table}"), NOTHING)
+
     def close(self) -> None:
         """Close the connections."""
         self._link.close()

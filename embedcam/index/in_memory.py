@@ -17,6 +17,7 @@ import numpy as np
 
 from .._checks import LARGEST
 from ..errors import InputError, cut, short
+from ..images.texts import LabelColumn, Texts
 from .reader import Index, Positions
 from .row_batches import SCALE, codes_type, packed_columns
 from .rows import MARKS, Part
@@ -36,6 +37,7 @@ Rows = Sequence[Mapping[str, Any]] | ArrowRows
 MOST_ROWS = 10_000
 """For one query."""
 MOST_TEXT = 4096
+_TEXT = f"expected a text of at most {MOST_TEXT:,} characters"
 _AGAIN = "write the rows again with `embedcam rows INDEX --to ...`"
 _TAKE = "take the model of the rows' generation, or leave these rows out of the search"
 
@@ -49,8 +51,10 @@ class RowsIndex(Index):
     is_whole = False
 
     def __init__(
-        self, model: Index, part: MemoryPart, compared: tuple[np.ndarray, np.ndarray] | None
+        self, model: Index, part: Part, compared: tuple[np.ndarray, np.ndarray] | None
     ) -> None:
+        if isinstance(model, RowsIndex):
+            raise InputError("these are rows already; give the model, or the index, they are of")
         vars(self).update(vars(model))
         self.faiss_file, self.tombstones = None, np.empty(0, np.uint64)
         self._compared, self.has_embeddings = compared, compared is None
@@ -91,46 +95,6 @@ class RowsIndex(Index):
         return Neighbors.of(positions, *(values[positions] for values in self._compared))
 
 
-class MemoryPart(Part):
-    """Rows in memory; `arrays` maps the names that files would have to arrays."""
-
-    def __init__(
-        self,
-        arrays: dict[str, np.ndarray],
-        ids: Sequence[str],
-        labels: Sequence[str | None],
-        paths: Sequence[str],
-    ) -> None:
-        self.directory, self.count, self.arrays = "", len(ids), arrays
-        self._texts = list(zip(ids, paths, labels, strict=True))
-        self._rows = {name: row for row, name in enumerate(ids)}
-
-    def ids_of(self, rows: np.ndarray) -> list[str]:
-        """Return ids of rows `[n]`."""
-        return [self._texts[row][0] for row in rows.tolist()]
-
-    def paths_of(self, rows: np.ndarray) -> list[str]:
-        """Return paths of rows `[n]`."""
-        return [self._texts[row][1] for row in rows.tolist()]
-
-    def labels_of(self, rows: np.ndarray) -> list[str | None]:
-        """Return labels of rows `[n]`, or None without one."""
-        return [self._texts[row][2] for row in rows.tolist()]
-
-    def texts_of(self, rows: np.ndarray) -> list[tuple[str, str, str | None]]:
-        """Return id, path and label of rows `[n]`."""
-        return [self._texts[row] for row in rows.tolist()]
-
-    def find(self, key: bytes) -> list[int]:
-        """Return the row with this id, or none."""
-        row = self._rows.get(key.decode("utf-8", "replace"))
-        return [] if row is None else [row]
-
-    def ids_around(self, key: bytes, reach: int) -> list[str]:
-        """Return ids near to a misspelt one: all, for they are few."""
-        return list(self._rows)[:1000]
-
-
 def index_of_rows(model: Index, rows: Rows) -> RowsIndex:
     """Return an index of what a store returned, in its order, checked against its model.
 
@@ -141,11 +105,14 @@ def index_of_rows(model: Index, rows: Rows) -> RowsIndex:
     """
     columns = _columns(rows)
     ids = columns["id"]
+    if not ids:
+        raise InputError(
+            f"no row came back of generation {model.generation}; write the index's rows to the "
+            "store with `embedcam rows`, or ask for more"
+        )
     for row, name in enumerate(ids):
-        if not isinstance(name, str) or not name or len(name) > MOST_TEXT:
-            raise InputError(
-                f"the row {row} of the store has the id {short(name)}; expected a text"
-            )
+        if not name or not _is_text(name):
+            raise InputError(f"the row {row} of the store has the id {short(name)}; {_TEXT}")
     if len(set(ids)) < len(ids):
         twice = next(name for row, name in enumerate(ids) if name in ids[:row])
         raise _wrong(twice, "came back twice", "ask the store for each id once")
@@ -169,7 +136,18 @@ def index_of_rows(model: Index, rows: Rows) -> RowsIndex:
         if (what := column.wrong(arrays[column.file])) is not None:
             number, _, said = what.removeprefix("row ").partition(" ")
             raise _wrong(ids[int(number)], f"is broken ({column.stem}: {said})", _AGAIN)
-    return RowsIndex(model, MemoryPart(arrays, ids, labels, [one or "" for one in paths]), compared)
+    named = LabelColumn.of(labels)
+    strings = [Texts.of(one) for one in (ids, [path or "" for path in paths], named.names)]
+    order = np.array(sorted(range(len(ids)), key=lambda row: ids[row].encode()), np.int64)
+    return RowsIndex(model, Part("", arrays, strings, named.codes, order), compared)
+
+
+def listed(rows: Rows) -> list[Mapping[str, Any]]:
+    """Return rows as a list of mappings, an Arrow table's too."""
+    if isinstance(rows, Sequence):
+        return list(rows)
+    columns = _columns(rows)
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _columns(rows: Rows) -> dict[str, list[Any]]:
@@ -226,10 +204,15 @@ def _texts(
 ) -> list[str | None]:
     values = list(columns[column])
     for name, value in zip(ids, values, strict=True):
-        if value is not None and not (isinstance(value, str) and len(value) <= MOST_TEXT):
-            said = f"has the {column} {short(value)}"
-            raise _wrong(name, said, f"expected a text of at most {MOST_TEXT:,} characters")
+        if value is not None and not _is_text(value):
+            raise _wrong(name, f"has the {column} {short(value)}", _TEXT)
     return values
+
+
+def _is_text(value: object) -> bool:
+    if not isinstance(value, str) or len(value) > MOST_TEXT:
+        return False
+    return value.isascii() or not any("\ud800" <= one <= "\udfff" for one in value)
 
 
 def _numbers(
@@ -298,7 +281,7 @@ def _compared(
         if any(value is not None for value in columns[column]):
             pairs = zip(ids, columns[column], strict=True)
             values[column] = np.array([_number(name, column, value) for name, value in pairs])
-    if not values and ids:
+    if not values:
         raise InputError(
             "the rows came without embeddings, and without distances; select the vector as "
             '"embedding", or the squared Euclidean distance as "distance"'
@@ -309,13 +292,12 @@ def _compared(
                 twice = values[column]
                 values[other] = 1 - twice / 2 if column == "distance" else 2 - 2 * twice
                 break
-    if ids and len(values) < 2:
+    if len(values) < 2:
         raise InputError(
             "the rows came without embeddings, which are not of unit length here; select both "
             '"distance" (squared Euclidean) and "similarity" (inner product), or the embeddings'
         )
-    none = np.empty(0)
-    return values.get("distance", none), values.get("similarity", none)
+    return values["distance"], values["similarity"]
 
 
 def _number(name: str, column: str, value: object) -> float:

@@ -95,7 +95,7 @@ class Index:
         ]
         self.layers = make_layers(path, manifest.layers, of_layers, self.width)
         self.columns = columns_of(self.width, self.normalized, self.layers)
-        self._hold([Part(path, part, self.columns) for part in manifest.parts])
+        self._hold([Part.map(path, part, self.columns) for part in manifest.parts])
         self.tombstones = map_tombstones(path, manifest)
         if with_faiss and manifest.faiss is not None:
             self.faiss_file = FaissFile(path, manifest, manifest.faiss)

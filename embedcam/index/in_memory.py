@@ -48,7 +48,7 @@ class RowsIndex(Index):
     `distances` and `similarities` `[n]` are the store's own where rows came without embeddings.
     """
 
-    is_whole = False
+    is_whole, in_memory = False, True
 
     def __init__(
         self, model: Index, part: Part, compared: tuple[np.ndarray, np.ndarray] | None

@@ -13,6 +13,7 @@ import pytest
 from index_samples import encoding_of, make, part
 
 from embedcam import Recipe
+from embedcam.cli import offline
 from embedcam.images import progress
 from embedcam.images.progress import in_passes, progress_of
 from embedcam.index import append, compact, faiss_build, nearest, remove, search
@@ -168,3 +169,11 @@ def test_a_search_counts_rows_also_where_queries_come_in_batches(monkeypatch) ->
         nearest(vectors, vectors[:7], 2, progress=told.append)
         assert sum(told) == 50
     assert len(told) == 4
+
+
+def test_lines_of_ids_are_counted(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(offline, "_TOLD", 2)
+    (tmp_path / "ids.csv").write_text("id\na\nb\nc\nd\ne\n")
+    told = list[int]()
+    ids, _ = offline._ids_of(str(tmp_path / "ids.csv"), told.append)
+    assert (list(ids), told) == (["a", "b", "c", "d", "e"], [2, 2, 1])

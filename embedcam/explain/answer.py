@@ -63,7 +63,7 @@ def answers(
     n_searched = max(n_shown, TEN) if snapshot.matches else n_shown
     if neighbors is not None:
         n_shown = n_searched = len(snapshot.index)
-    embeddings = np.stack([query.embedding for query in queries])
+    embeddings = np.array([query.embedding for query in queries])
     found = find_neighbors(snapshot.index, embeddings, n_searched + (files is not None), neighbors)
     if files is not None:
         pairs = zip(found, files, strict=True)
@@ -205,7 +205,7 @@ def _without_file(
 def _maps(weights: Sequence[np.ndarray], query: Query) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     with np.errstate(over="ignore", invalid="ignore"):
         maps = picture_maps(weights, query.activations, query.finer, query.size)
-    if not np.isfinite(maps[0]).all():
+    if not np.isfinite(maps[0].max()):
         weight, activation = (
             max(float(np.abs(one).max()) for one in arrays)
             for arrays in (weights, query.activations)

@@ -89,7 +89,7 @@ class Texts(Sequence[str]):
 
     def raw(self, row: int) -> bytes:
         """Return the string's bytes."""
-        return self._between(int(self.offsets[row]), int(self.offsets[row + 1]))
+        return bytes(self._between(int(self.offsets[row]), int(self.offsets[row + 1])))
 
     def take(self, rows: np.ndarray) -> list[str]:
         """Return some rows `[n]`."""
@@ -99,7 +99,7 @@ class Texts(Sequence[str]):
         if len(rows) > 1 and last - first == len(rows) - 1 and bool((np.diff(rows) == 1).all()):
             return self.tolist(first, last + 1)  # a run is decoded from one piece of the blob
         bounds = zip(self.offsets[rows].tolist(), self.offsets[rows + 1].tolist(), strict=True)
-        return [self._between(*ends).decode("utf-8", self.errors) for ends in bounds]
+        return [str(self._between(*ends), "utf-8", self.errors) for ends in bounds]
 
     def tolist(self, start: int = 0, stop: int | None = None) -> list[str]:
         """Return rows start .. stop at once, faster than one by one."""
@@ -111,10 +111,10 @@ class Texts(Sequence[str]):
         bounds = (offsets.astype(np.int64) - first).tolist()
         return [blob[a:b].decode("utf-8", self.errors) for a, b in pairwise(bounds)]
 
-    def _between(self, start: int, stop: int) -> bytes:
+    def _between(self, start: int, stop: int) -> memoryview:
         if not start <= stop <= len(self.blob):
             raise self._outside()
-        return bytes(self._view[start:stop])
+        return self._view[start:stop]
 
     def _outside(self) -> Exception:
         return ValueError("offsets fall or lead outside the text")
@@ -136,7 +136,7 @@ class TextsWriter:
         """Add strings at the end."""
         self.extend_raw([text.encode("utf-8", Texts.errors) for text in strings])
 
-    def extend_raw(self, strings: Sequence[bytes]) -> None:
+    def extend_raw(self, strings: Sequence[bytes | memoryview]) -> None:
         """Add the bytes of strings at the end."""
         end = self._offsets[-1]
         for raw in strings:

@@ -155,9 +155,11 @@ def _answer(
 
 def picture_paths(snapshot: Snapshot, paths: Sequence[str]) -> list[str]:
     """Return where indexed images' pictures lie, `[n]`; "" for those that name no file."""
-    prefix, root = snapshot.prefix, snapshot.root
+    folder, root = os.path.join(snapshot.prefix, ""), snapshot.root
     return [
-        located(root, path) if PLACE.match(path) else (os.path.join(prefix, path) if path else path)
+        located(root, path)
+        if PLACE.match(path)
+        else (path if path[:1] in ("", "/") else folder + path)
         for path in paths
     ]
 

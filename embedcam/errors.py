@@ -180,6 +180,10 @@ class IndexBusyError(IndexFormatError):
     """Another process is writing to the index."""
 
 
+class StoreError(EmbedcamError):
+    """A database of rows that cannot be reached, answers too late, or with what cannot be used."""
+
+
 def text_of(error: BaseException) -> str:
     """Return what an exception says; nothing where its own code fails at that."""
     try:

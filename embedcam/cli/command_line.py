@@ -15,6 +15,7 @@ from ..errors import (
     ImageError,
     IndexFormatError,
     NetworkError,
+    StoreError,
     say,
     show,
 )
@@ -24,6 +25,7 @@ EXIT_CODES: dict[type[Exception], int] = {
     ImageError: 3,
     NetworkError: 4,
     IndexFormatError: 5,
+    StoreError: 6,
     EmbedcamError: 2,
     OSError: 6,
 }
@@ -55,9 +57,9 @@ _FOR_COMMAND_LINE = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Returns 0 done; 2 wrong arguments or choices; 3 an image; 4 the network; 5 the index; 6 a file
-    or folder that cannot be read or written, or too little memory; 70 a fault of embedcam's own;
-    130 interrupted.
+    Returns 0 done; 2 wrong arguments or choices; 3 an image; 4 the network; 5 the index; 6 a file,
+    folder or store that cannot be read or written, or too little memory; 70 a fault of embedcam's
+    own; 130 interrupted.
     """
     try:
         return _run(arguments)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from ..errors import IndexFormatError, InputError
 from ..images import PLACE, located
 from ..index import Index, Neighbors, Stored
 from ..index.calibration import TEN
+from ..index.in_memory import Rows, listed
 from ..index.search import draw_negatives, find_neighbors, named_neighbors
 from ..ops import coefficients, picture_maps, rival_coefficients, signed_cams
 from .explanation import Explanation, Result
@@ -42,6 +43,18 @@ class Fallback(Protocol):
         """
 
 
+class RowSource(Protocol):
+    """A database that keeps the rows of an index, such as `embedcam.stores.open_store` opens."""
+
+    def search(self, embedding: np.ndarray, n: int) -> Rows:
+        """Return the n rows nearest to a query `[D]`."""
+        ...
+
+    def fetch(self, ids: Sequence[str]) -> Rows:
+        """Return the rows of these ids; those that it does not know are left out."""
+        ...
+
+
 def answers(
     explainer: Explainer,
     snapshot: Snapshot,
@@ -55,12 +68,23 @@ def answers(
     """Search for all queries at once, or take the neighbors named, and explain each.
 
     With `result` that image's weights alone are transferred, less those of its rival `above`; an
-    indexed image whose file is one of the queries' `files` is none of that query's neighbors.
+    indexed image whose file is one of the queries' `files` is none of that query's neighbors. Of a
+    model and a store each query is explained by the rows that the store returns for it.
     """
     if not queries:
         return []
     # Match is calibrated on ten neighbors, however many are shown.
     n_searched = max(n_shown, TEN) if snapshot.matches else n_shown
+    if explainer.store is not None and not snapshot.index.in_memory:
+        wanted = n_searched + (files is not None)
+        each = []
+        for place, query in enumerate(queries):
+            ids = None if neighbors is None else [neighbors[place]]
+            file = None if files is None else [files[place]]
+            near = rows_of(explainer.store, query.embedding, wanted, ids, (result, above))
+            rows = snapshot.with_rows(near, wanted)
+            each += answers(explainer, rows, [query], n_shown, ids, result, above, file)
+        return each
     if neighbors is not None:
         n_shown = n_searched = len(snapshot.index)
     embeddings = np.array([query.embedding for query in queries])
@@ -73,6 +97,22 @@ def answers(
         _answer(explainer, snapshot, query, near, n_shown, named)
         for query, near in zip(queries, found, strict=True)
     ]
+
+
+def rows_of(
+    store: RowSource,
+    embedding: np.ndarray,
+    n_wanted: int,
+    neighbors: Sequence[Sequence[str]] | None,
+    named: Sequence[str | None],
+) -> list[Mapping[str, Any]]:
+    """Return a query's rows: searched, or those of the ids, and those of the `named` ones."""
+    found = listed(store.search(embedding, n_wanted) if neighbors is None else [])
+    known = {row.get("id") for row in found}
+    ids = [*(() if neighbors is None else neighbors[0]), *filter(None, named)]
+    if more := [name for name in dict.fromkeys(ids) if name not in known]:
+        found += listed(store.fetch(more))
+    return found
 
 
 def _answer(
@@ -88,7 +128,7 @@ def _answer(
     index, match, asked = snapshot.index, None, list[Result]()
     rows = index.fetch(near.positions, n_shown)
     matching = snapshot.matches.get("one" if len(rows.labels) == 1 else "several")
-    if matching is not None:
+    if matching is not None and (index.is_whole or len(rows.labels) >= TEN):
         match = matching.match(near.distances[:TEN], rows.labels[:TEN])
     near, labels = Neighbors(*(values[:n_shown] for values in near)), rows.labels[:n_shown]
     used, chosen = rows, near

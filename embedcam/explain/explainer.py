@@ -12,13 +12,14 @@ import numpy as np
 
 from .._checks import number, whole
 from .._files import ProcessLock
-from ..errors import ImageError, InputError
+from ..errors import ImageError, IndexFormatError, InputError, short
 from ..images import MAX_PIXELS, PLACE, FileState, Root, is_there, open_place, place_state
 from ..index import Index
+from ..index.in_memory import Rows, listed
 from ..index.search import check_rival, check_wanted
 from ..ops import coefficients
 from ..preprocess import AnyPreprocess, Network
-from .answer import Fallback, answers, picture_paths
+from .answer import Fallback, RowSource, answers, picture_paths
 from .explanation import Explanation
 from .queries import embed, of_features, prepare
 from .snapshot import Snapshot
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
         detail_activations: Features | None
 
 
-__all__ = ["Explainer", "Explanation", "Fallback"]
+__all__ = ["Explainer", "Explanation", "Fallback", "RowSource"]
 
 TRUSTED_FROM = 0.5
 """Correlation with the directly computed map that nine in ten such transfers must reach."""
@@ -112,8 +113,98 @@ class Explainer:
             from ..onnx import OnnxNetwork
 
             network = onnx if isinstance(onnx, OnnxNetwork) else OnnxNetwork(onnx)
+        self.store: RowSource | None = None
         self._lock = ProcessLock()
         self._snapshot = Snapshot.open(index, network, images)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: str | Path,
+        network: Network | None = None,
+        *,
+        store: RowSource | None = None,
+        **options: Any,
+    ) -> Self:
+        """Return an explainer without an index: images are rows that a database returns.
+
+        Parameters
+        ----------
+        model
+            The file that `embedcam model` wrote, of the rows' generation.
+        network
+            As for an `Explainer`.
+        store
+            Searched for each query, see `embedcam.stores.open_store`; stays the caller's to close.
+            None where every call is given its `rows`.
+        options
+            Those of an `Explainer`; no `fallback`, which needs more images than come back.
+
+        Raises
+        ------
+        NetworkMismatch, IndexFormatError, InputError
+            Another network, no model or a broken one, or an option that cannot be used.
+        """
+        if not Path(model).is_file():
+            raise IndexFormatError(
+                f"{model}: is no file of a model; `embedcam model INDEX -o model.embedcam` writes "
+                "one, and Explainer(index) opens an index"
+            )
+        if options.get("fallback") is not None:
+            raise InputError(
+                "fallback tells a query from other images of the index, and a model has none; "
+                "leave it out"
+            )
+        explainer = cls(model, network, **options)
+        explainer.store = store
+        return explainer
+
+    def with_rows(self, rows: Rows) -> Self:
+        """Return an explainer of exactly these rows, as `explain_rows` takes them.
+
+        Its searches, comparisons and receipts know no other images. Of the same files and network,
+        which stay this explainer's to close; it serves as long as the rows are asked about.
+        """
+        explainer = object.__new__(type(self))
+        vars(explainer).update(vars(self))
+        explainer.store, explainer._snapshot = None, self._now().with_rows(rows)
+        return explainer
+
+    def of_ids(self, ids: Sequence[str]) -> Self:
+        """Return an explainer whose index holds these images: itself, or their rows of the store.
+
+        Raises InputError where the store holds none of them.
+        """
+        if self.store is None:
+            return self
+        if not (rows := listed(self.store.fetch(ids))):
+            raise InputError(f"the store holds no row of {short(ids[0])}; check the id")
+        return self.with_rows(rows)
+
+    def explain_rows(
+        self,
+        embedding: Vector | Sequence[float],
+        activations: Features,
+        rows: Rows,
+        **options: Unpack[_Options],
+    ) -> Explanation:
+        """Explain a query by rows that a database returned: NumPy in, NumPy out, no torch.
+
+        Parameters
+        ----------
+        embedding, activations, options
+            Of one query, as for `explain_features`; the `n_neighbors` nearest rows explain it.
+        rows
+            Mappings with `id`, `codes`, `scale`, `generation`, and where there are any `embedding`,
+            `label`, `path`, see docs/stores; or an Arrow table. Without embeddings their `distance`
+            (squared Euclidean) or `similarity` (inner product) is taken. Match needs ten of them.
+
+        Raises
+        ------
+        InputError
+            Rows of another generation, broken ones, or features as `explain_features` refuses.
+        """
+        return self.with_rows(rows).explain_features(embedding, activations, **options)
 
     def __enter__(self) -> Self:
         return self
@@ -193,6 +284,7 @@ class Explainer:
         neighbors: Sequence[str] | None = None,
         exclude_query: bool = False,
         detail: int | None = None,
+        rows: Rows | None = None,
     ) -> Explanation:
         """Explain one query.
 
@@ -217,6 +309,8 @@ class Explainer:
             Leave the file that `image` names, by whatever path, out of the results, not its copies.
         detail
             1 or 2, see `Explainer`; None takes the explainer's.
+        rows
+            What a database returned for this query, instead of searching; see `explain_rows`.
 
         Raises
         ------
@@ -225,7 +319,8 @@ class Explainer:
         InputError
             An unknown or removed id, or an argument that cannot be used.
         """
-        return self.explain_batch(
+        explainer = self if rows is None else self.with_rows(rows)
+        return explainer.explain_batch(
             [image],
             n_neighbors=n_neighbors,
             result=result,

@@ -14,6 +14,7 @@ from .._files import compute_on_one_thread
 from ..errors import EmbedcamError, InputError
 from ..images import as_root
 from ..index import Index, Manifest
+from ..index.in_memory import Rows, index_of_rows
 from ..preprocess import Network
 from .drawing import may_follow
 
@@ -126,6 +127,14 @@ class Snapshot:
             raise
         return after
 
+    def with_rows(self, rows: Rows, wanted: int | None = None) -> Self:
+        """Return the same of these rows, and of no others; they are all where fewer than wanted."""
+        kept = copy.copy(self)
+        kept.index = index_of_rows(self.index, rows)
+        kept.index.is_whole = wanted is not None and len(kept.index) < wanted
+        kept.owned, kept.marked = False, kept.index.marked
+        return kept
+
     def in_child(self) -> Self:
         """Open the files again in a forked child, with one thread for torch and FAISS.
 
@@ -133,6 +142,8 @@ class Snapshot:
         """
         compute_on_one_thread()
         try:
+            if self.index.in_memory:
+                raise InputError("rows of a store are in memory")
             return self.open(self.place, *self._opened_with, self, n_threads=1)
         except EmbedcamError as error:
             _LOG.warning("in a forked child the version of the parent is served on: %s", error)

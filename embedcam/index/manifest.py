@@ -504,13 +504,18 @@ def sealed(manifest: Json) -> Json:
     return {**rest, "manifest_sha256": digest(rest)}
 
 
+def text_of(root: Path, manifest: Json) -> bytes:
+    """Return the file that holds a manifest; what could not be read is refused."""
+    check(root, manifest)
+    whole_text = json.dumps(sealed(manifest), sort_keys=True, indent=1, allow_nan=False)
+    return f"{whole_text}\n".encode("ascii")
+
+
 def write(root: Path, manifest: Json) -> None:
     """Put a manifest in place by one durable rename; what could not be read is not written."""
-    check(root, manifest)
-    whole_text = json.dumps(sealed(manifest), sort_keys=True, indent=1, allow_nan=False) + "\n"
-    unfinished = root / f"{NAME}.tmp"
+    content, unfinished = text_of(root, manifest), root / f"{NAME}.tmp"
     with fresh(unfinished) as file:
-        file.write(whole_text.encode("ascii"))
+        file.write(content)
     replace(unfinished, root / NAME)
 
 
@@ -520,13 +525,20 @@ def read(root: Path) -> Manifest:
     Raises `IndexFormatError`: no index, an unfinished one, or one that cannot be believed.
     """
     try:
-        manifest = _parse(root, read_regular(root, NAME, MAX_BYTES))
+        return of_bytes(root, read_regular(root, NAME, MAX_BYTES))
     except NotPlain as error:
         raise broken(root, NAME, str(error)) from error
     except (FileNotFoundError, NotADirectoryError):
         raise _absent(root) from None
     except OSError as error:
         raise broken(root, NAME, f"cannot be read ({error.strerror})") from error
+
+
+def of_bytes(root: Path, content: bytes) -> Manifest:
+    """Return the manifest that a file's bytes hold, checked, or raise `IndexFormatError`."""
+    if len(content) > MAX_BYTES:
+        raise broken(root, NAME, f"has {len(content)} bytes, and at most {MAX_BYTES} are read")
+    manifest = _parse(root, content)
     if manifest.get("format") != FORMAT:
         what = f"its format is {short(manifest.get('format'))}, not {FORMAT!r}"
         raise broken(root, NAME, what)

@@ -1,10 +1,11 @@
 """An index opened for reading: everything mapped, nothing read until it is asked for."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
-from typing import Generic, NamedTuple, Never, TypeVar, overload
+from typing import TYPE_CHECKING, Generic, NamedTuple, Never, TypeVar, overload
 
 import numpy as np
 
@@ -18,6 +19,8 @@ from .encoding import Encoding
 from .faiss_files import REBUILD, FaissFile
 from .identity import Identity
 from .manifest import FaissFileEntry, Manifest
+from .model import generation_of, read_model
+from .row_batches import BATCH_ROWS, row_batches
 from .rows import (
     MARKS,
     Layer,
@@ -34,6 +37,9 @@ REMOVED = "is not in the index any more: it was removed"
 """How the message of a removed id goes on."""
 _NEAR, _FEW, _COMPARED, _DEEP = 8, 100_000, 1000, 32
 _RUN, _HANDFUL = 1 << 16, 100
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 Positions = np.ndarray | Sequence[int]
@@ -65,23 +71,32 @@ class Index:
     starts = np.zeros(1, np.int64)
     tombstones = np.empty(0, np.uint64)
 
+    is_whole, has_embeddings, in_memory = True, True, False
+    """Whether all of its images are in it, not those alone that a search returned, whether their
+    embeddings are, and whether it has no files."""
+
     def __init__(
-        self, path: Path, manifest: Manifest, with_faiss: bool, n_threads: int | None = None
+        self,
+        path: Path,
+        manifest: Manifest,
+        fitted: Mapping[str, np.ndarray] | None = None,
+        *,
+        with_faiss: bool = False,
+        n_threads: int | None = None,
     ) -> None:
         self.path, self.manifest = path, manifest
-        self.n_rows, self.metric = manifest.counts.rows, manifest.metric
+        self.metric = manifest.metric
         self.width, self.normalized = manifest.embedding.width, manifest.embedding.normalized
         self.with_faiss, self.n_threads, self.process = with_faiss, n_threads, os.getpid()
-        self.fitted_files = map_fitted(path, manifest)
+        self.fitted_files = map_fitted(path, manifest, fitted)
         self._shared = fitted_of(self.fitted_files)
-        fitted = [fitted_of(self.fitted_files, f"layer{n}.") for n in range(len(manifest.layers))]
-        self.layers = make_layers(path, manifest.layers, fitted, self.width)
+        of_layers = [
+            fitted_of(self.fitted_files, f"layer{n}.") for n in range(len(manifest.layers))
+        ]
+        self.layers = make_layers(path, manifest.layers, of_layers, self.width)
         self.columns = columns_of(self.width, self.normalized, self.layers)
-        self._rows = _Rows(path, manifest, self.layers, self.columns)
-        self.starts, self.tombstones = self._rows.starts, map_tombstones(path, manifest)
-        self.ids: Strings[str] = Strings(self._rows, Part.ids_of)
-        self.paths: Strings[str] = Strings(self._rows, Part.paths_of)
-        self.labels: Strings[str | None] = Strings(self._rows, Part.labels_of)
+        self._hold([Part.map(path, part, self.columns) for part in manifest.parts])
+        self.tombstones = map_tombstones(path, manifest)
         if with_faiss and manifest.faiss is not None:
             self.faiss_file = FaissFile(path, manifest, manifest.faiss)
 
@@ -89,11 +104,11 @@ class Index:
     def open(
         cls, path: str | Path, *, with_faiss: bool = True, n_threads: int | None = None
     ) -> "Index":
-        """Open an index for reading.
+        """Open an index for reading, or a model: an index without rows.
 
         Parameters
         ----------
-        path : its directory.
+        path : its directory, or the file that `embedcam model` wrote.
         with_faiss : False leaves the FAISS file alone; `search` then compares with every row.
         n_threads : OpenMP threads of a search for several queries, which may take as many again in
             each thread that searches; None leaves it to OpenMP. A single query takes one.
@@ -109,10 +124,12 @@ class Index:
         root = Path(path)
         if n_threads is not None:
             n_threads = whole("n_threads", n_threads, 1)
+        if root.is_file():
+            return cls(root, *read_model(root), n_threads=n_threads)
         while True:
             place, manifest = os.path.realpath(root), manifest_file.read(root)
             try:
-                opened = cls(root, manifest, with_faiss, n_threads)
+                opened = cls(root, manifest, with_faiss=with_faiss, n_threads=n_threads)
             except (FileNotFoundError, IndexFormatError) as error:
                 # A writer may have swept this generation between our two steps.
                 now = manifest_file.read(root).manifest_sha256
@@ -125,6 +142,13 @@ class Index:
             if os.path.realpath(root) == place:
                 return opened
             opened.close()
+
+    def _hold(self, parts: list[Part]) -> None:
+        self._rows = _Rows(self.path, self.layers, self.columns, parts)
+        self.starts, self.n_rows = self._rows.starts, int(self._rows.starts[-1])
+        self.ids: Strings[str] = Strings(self._rows, Part.ids_of)
+        self.paths: Strings[str] = Strings(self._rows, Part.paths_of)
+        self.labels: Strings[str | None] = Strings(self._rows, Part.labels_of)
 
     def __len__(self) -> int:
         return self.n_rows - len(self.tombstones)
@@ -210,15 +234,47 @@ class Index:
         """Return the arrays of the network's probe, by name ("probe_...")."""
         return {n: a for n, a in self._shared.items() if n.startswith("probe_")}
 
+    @cached_property
+    def generation(self) -> str:
+        """What its rows, kept elsewhere, can be read by: see `embedcam.index.model`."""
+        return generation_of(self.manifest)
+
     @property
     def identity(self) -> Identity | None:
         """The network that it was built with; None of an index made of features alone."""
         described = self.manifest.raw["network"]
         return None if described is None else Identity.from_dict(described, self.probe())
 
-    def rows(self, positions: Positions, layer: int = 0) -> dict[str, np.ndarray]:
-        """Return what the layer's encoding decodes, with "embedding" where it uses that."""
-        return self.select(positions).fields(layer)
+    @overload
+    def rows(self, positions: Positions, layer: int = 0) -> dict[str, np.ndarray]: ...
+
+    @overload
+    def rows(
+        self, *, embedding: str = "full", batch_rows: int = ...
+    ) -> "Iterator[pa.RecordBatch]": ...
+
+    def rows(
+        self,
+        positions: Positions | None = None,
+        layer: int = 0,
+        *,
+        embedding: str = "full",
+        batch_rows: int = BATCH_ROWS,
+    ) -> "dict[str, np.ndarray] | Iterator[pa.RecordBatch]":
+        """Return all live rows as Arrow record batches, as `embedcam rows` writes them.
+
+        See `row_batches.schema`; needs pyarrow, `embedcam[parquet]`. Of `positions` it returns what
+        the `layer`'s encoding decodes, with "embedding" where it uses that.
+
+        Parameters
+        ----------
+        embedding : "full", "half" or "none": float32, float16 or no embeddings.
+        batch_rows : rows of a batch, at most.
+        """
+        if positions is not None:
+            return self.select(positions).fields(layer)
+        batches = row_batches(self, embedding, whole("batch_rows", batch_rows, 1))
+        return (one.rows for one in batches if one.rows.num_rows)
 
     def weights(self, positions: Positions, layer: int = 0) -> np.ndarray:
         """Return decoded channel weights of rows, float32 `[n K]`, or by position `[n K H W]`."""
@@ -319,6 +375,13 @@ class Index:
         """
         return searching.search(self, queries, whole("n_neighbors", n_neighbors, 1), nprobe)
 
+    def beside(self, positions: np.ndarray, embedding: np.ndarray) -> Neighbors:
+        """Return some rows beside a query `[D]`, in the order of their positions `[n]`."""
+        stored = self.embeddings(positions).astype(np.float64)
+        difference = stored - embedding
+        distances = np.einsum("nd,nd->n", difference, difference)
+        return Neighbors.of(positions, distances, stored @ embedding)
+
     def verify(self, *, progress: Callable[[int, int], None] | None = None) -> list[str]:
         """Check every promise of the format, and return those that were checked.
 
@@ -399,11 +462,11 @@ class _Rows:
     """
 
     def __init__(
-        self, root: Path, manifest: Manifest, layers: list[Layer], columns: dict[str, Column]
+        self, root: Path, layers: list[Layer], columns: dict[str, Column], parts: list[Part]
     ) -> None:
         self.root, self.layers, self.columns = root, layers, columns
-        self._parts: list[Part] | None = [Part(root, part, columns) for part in manifest.parts]
-        self.starts = np.cumsum([0, *(part.count for part in self._parts)])
+        self._parts: list[Part] | None = parts
+        self.starts = np.cumsum([0, *(part.count for part in parts)])
 
     @property
     def parts(self) -> list[Part]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -155,21 +155,34 @@ def check_row(row: int, high: int) -> int:
 
 
 class Part:
-    """One mapped part; `arrays` maps file names to arrays."""
+    """Rows, mapped or in memory; `arrays` maps file names to arrays.
 
-    def __init__(self, root: Path, entry: PartEntry, columns: Mapping[str, Column]) -> None:
-        self.directory, self.count = entry.directory, entry.count
-        self.arrays = _map_part(root, entry, columns)
-        self.ids, self.paths, self.labels = (
-            StringTable(
-                self.arrays[f"{stem}.utf8"],
-                self.arrays[f"{stem}.offsets.u64"],
-                root / self.directory / stem,
-            )
+    `labels` are the names that `codes` `[n]` number, and `order` `[n]` is the rows in that of their
+    ids' bytes.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        arrays: Mapping[str, np.ndarray],
+        strings: Sequence[Texts],
+        codes: np.ndarray,
+        order: np.ndarray,
+    ) -> None:
+        self.directory, self.count, self.arrays = directory, len(codes), arrays
+        self.ids, self.paths, self.labels = strings
+        self.codes, self.order = codes, order
+
+    @classmethod
+    def map(cls, root: Path, entry: PartEntry, columns: Mapping[str, Column]) -> Self:
+        """Map the files of a part."""
+        arrays, folder = _map_part(root, entry, columns), root / entry.directory
+        strings = [
+            StringTable(arrays[f"{stem}.utf8"], arrays[f"{stem}.offsets.u64"], folder / stem)
             for stem in STRINGS
-        )
-        self.order = self.arrays[file_name("ids.order", order_dtype(self.count))]
-        self.codes = self.arrays["labels.codes.i32"]
+        ]
+        order = arrays[file_name("ids.order", order_dtype(entry.count))]
+        return cls(entry.directory, arrays, strings, arrays["labels.codes.i32"], order)
 
     def ids_of(self, rows: np.ndarray) -> list[str]:
         """Return ids of rows `[n]`, n >= 1."""
@@ -264,8 +277,10 @@ def _map_part(root: Path, entry: PartEntry, columns: Mapping[str, Column]) -> di
     return arrays
 
 
-def map_fitted(root: Path, manifest: Manifest) -> dict[str, np.ndarray]:
-    """Map the arrays kept once, by file name."""
+def map_fitted(
+    root: Path, manifest: Manifest, held: Mapping[str, np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
+    """Map the arrays kept once, by file name; a model's are `held` in memory, by place."""
     folder, width = manifest.fitted, manifest.embedding.width
     arrays = {}
     for name, entry in folder.files.items():
@@ -280,7 +295,7 @@ def map_fitted(root: Path, manifest: Manifest) -> dict[str, np.ndarray]:
         if match[1] is None and match[2] in rows and not fits:
             what = f"holds {entry.dtype} {list(entry.shape)}, which is no {match[2]}"
             raise broken(root, place, what)
-        arrays[name] = map_array(root, place, entry)
+        arrays[name] = map_array(root, place, entry) if held is None else held[place]
     return arrays
 
 

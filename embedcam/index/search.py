@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -135,6 +136,11 @@ def search(
     queries = check_queries(queries, index.width, index.normalized)
     k = min(n_neighbors, index.n_rows - len(index.tombstones))
     entry = index.manifest.faiss
+    if not index.manifest.parts:
+        raise InputError(
+            f"{index.path}: is a model, which holds no images; give the rows that a store returned "
+            "(rows=, or --store), or the index itself"
+        )
     if entry is None:
         raise InputError(
             "this index was built without FAISS; give neighbors= ids that your own search "
@@ -303,7 +309,8 @@ def find_neighbors(
 ) -> list[Neighbors]:
     """Return for each query `[B D]` its neighbors: searched, or those that were named."""
     if named is None:
-        found = search(index, embeddings, n_neighbors)
+        ask = index.search if index.in_memory else partial(search, index)
+        found = ask(embeddings, n_neighbors)
         return [Neighbors(*one) for one in zip(*found, strict=True)]
     pairs = zip(embeddings, named, strict=True)
     return [named_neighbors(index, embedding, ids) for embedding, ids in pairs]
@@ -321,11 +328,7 @@ def named_neighbors(index: "Index", embedding: np.ndarray, ids: Sequence[str]) -
     if len(set(ids)) < len(ids):
         twice = next(name for name in ids if list(ids).count(name) > 1)
         raise InputError(f"the neighbour {twice!r} was given twice; name each id once")
-    positions = index.positions(ids)
-    stored = index.embeddings(positions).astype(np.float64)
-    difference = stored - embedding
-    distances = np.einsum("nd,nd->n", difference, difference)
-    return Neighbors.of(positions, distances, stored @ embedding)
+    return index.beside(index.positions(ids), embedding)
 
 
 def draw_negatives(

@@ -13,7 +13,7 @@ from . import faiss_build
 from .arrays import Column, blocks, broken, file_name, sha256_of, wrong_values
 from .faiss_files import REBUILD
 from .reader import Index
-from .rows import Part, StringTable, order_dtype
+from .rows import Part, order_dtype
 
 Progress = Callable[[int, int], None]
 _SAMPLE, _RUN = 32, 1 << 14
@@ -194,7 +194,7 @@ def _wrong_strings(part: Part) -> Iterator[tuple[str, str]]:
         yield file_name("ids.order", order_dtype(part.count)), what
 
 
-def _not_utf8(table: StringTable) -> int | None:
+def _not_utf8(table: Texts) -> int | None:
     """Return the first string that is not UTF-8 by itself."""
     for first in range(0, len(table), _RUN):
         bounds = np.asarray(table.offsets[first : first + _RUN + 1]).astype(np.int64)

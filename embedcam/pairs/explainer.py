@@ -182,7 +182,8 @@ def mean_of(index: Index, centred: bool) -> np.ndarray:
 
 def check_same(index: Index, name: str, side: Side) -> None:
     """Refuse the picture of an image that is another than was indexed, by its embedding."""
-    if index.manifest.is_compressed:  # A prototype's embedding is a mean, no picture's.
+    # A prototype's embedding is a mean, no picture's; rows of a store may come without.
+    if index.manifest.is_compressed or not index.has_embeddings:
         return
     stored = index.embeddings([index.position(name)])[0].astype(np.float64)
     lengths = np.linalg.norm(stored) * np.linalg.norm(side.embedding)

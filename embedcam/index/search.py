@@ -9,7 +9,8 @@ import numpy as np
 
 from .._checks import LARGEST, as_numbers, check_vectors, whole
 from ..errors import InputError
-from .arrays import ArrayLike, blocks
+from ..images.progress import in_passes
+from .arrays import ArrayLike, Told, blocks
 from .faiss_build import metric_code, parameters, threads
 from .rows import IndexRows
 
@@ -80,7 +81,7 @@ def nearest(
     n_neighbors: int,
     metric: str = "l2",
     *,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Neighbors:
     """Find exact nearest rows by brute force, in blocks; the same result for any batching.
 
@@ -90,7 +91,7 @@ def nearest(
     queries : `[B D]`.
     n_neighbors : k; N where there are fewer rows.
     metric : "l2" or "ip".
-    progress : called with the number of queries just finished.
+    progress : called with the number of rows just compared with all queries.
 
     Raises
     ------
@@ -105,15 +106,15 @@ def nearest(
     kind = metric_code(metric)
     fetch = min(total, k + SLACK)
     step = max(1, min(4096, _GATHERED // (fetch * width)))
+    watched = embeddings
+    if progress is not None:
+        watched = Told(embeddings, in_passes(progress, max(1, -(-len(queries) // step))))
 
     def ranked(batch: np.ndarray) -> Neighbors:
-        candidates = _knn(embeddings, batch, fetch, kind)
+        candidates = _knn(watched, batch, fetch, kind)
         rows, where = np.unique(candidates, return_inverse=True)
         vectors = np.asarray(embeddings[rows], np.float32)[where.reshape(candidates.shape)]
-        neighbors = rank(batch, candidates, vectors, k, metric)
-        if progress is not None:
-            progress(len(batch))
-        return neighbors
+        return rank(batch, candidates, vectors, k, metric)
 
     return in_batches(ranked, queries, step)
 

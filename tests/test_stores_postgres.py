@@ -12,7 +12,6 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from postgres_server import PostgresServer
 from store_samples import (
     Sample,
     any_rows,
@@ -28,6 +27,7 @@ from store_samples import (
 from embedcam.errors import InputError, StoreError
 from embedcam.index import Index
 from embedcam.stores import Store, Table, copy_rows, open_store
+from scripts.postgres_server import PostgresServer
 
 OTHER = "f" * 16
 PHOTOS = "&table=photos&id=photo_id&embedding=vec"
@@ -424,7 +424,7 @@ def test_who_answers_too_late_is_not_waited_for(
             store.search(query, 9)
         other.rollback()
         # A server that does not even say that it is late.
-        ((process,),) = run("SELECT pid FROM pg_stat_activity WHERE query LIKE '%near.far'")
+        ((process,),) = run("SELECT pid FROM pg_stat_activity WHERE query LIKE 'SELECT r.%'")
         os.kill(process, signal.SIGSTOP)
         try:
             with pytest.raises(StoreError, match=r"gave no answer within 0\.2 s"):

@@ -46,6 +46,7 @@ class PostgresServer:
             raise
 
     def start(self) -> None:
+        """Start it again, and wait until it answers."""
         options = [word for pair in self._settings.items() for word in ("-c", "=".join(pair))]
         with open(self.folder / "log", "ab") as log:
             self._process = subprocess.Popen(
@@ -67,25 +68,28 @@ class PostgresServer:
         self._process.wait(60)
 
     def remove(self) -> None:
+        """Stop it, and leave nothing."""
         if self._process is not None and self._process.poll() is None:
             self.stop()
         shutil.rmtree(self.folder)
 
     def make(self) -> str:
-        """The URL of a new database."""
+        """Make a database and return its URL."""
         self._made += 1
         self.run(self.url("postgres"), f"CREATE DATABASE test{self._made}")
         return self.url(f"test{self._made}")
 
     def drop(self, url: str) -> None:
+        """Remove a database."""
         name = url.rpartition("?")[0].rpartition("/")[2]
         self.run(self.url("postgres"), f"DROP DATABASE {name} WITH (FORCE)")
 
     def url(self, database: str) -> str:
+        """Return the URL of a database."""
         return f"postgresql://postgres@/{database}?host={quote(str(self.folder), safe='')}"
 
     def run(self, url: str, statement: str, *values: Any) -> list[tuple[Any, ...]]:
-        """What a statement returns, if it returns rows."""
+        """Return what a statement returns, if it returns rows."""
         import psycopg
 
         with psycopg.connect(url.partition("&")[0], autocommit=True) as connection:

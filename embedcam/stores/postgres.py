@@ -196,24 +196,14 @@ class PostgresStore:
             for name in columns
             if name in self._layout.filled
         ]
+        # A row of the team's has one place for codes, whatever generation they are of.
+        same = "AND r.generation = {is} " if self._layout.is_own else ""
         updated = self._sql(
             "WITH placed AS (UPDATE {table} r SET generation = {is}, {changed} FROM {batch} b "
-            "WHERE {key} = b.id AND coalesce(r.generation, {is}) = {is} RETURNING b.id) "
-            "SELECT count(DISTINCT id) FROM placed",
+            "WHERE {key} = b.id " + same + "RETURNING b.id) SELECT count(DISTINCT id) FROM placed",
             changed=COMMA.join(changed),
         )
-        other = self._sql(
-            "SELECT r.generation FROM {table} r JOIN {batch} b ON {key} = b.id "
-            "WHERE r.generation <> {is} LIMIT 1"
-        )
-        (placed,) = connection.execute(updated, NOTHING).fetchone()
-        if not self._layout.is_own and (found := connection.execute(other, NOTHING).fetchone()):
-            raise StoreError(
-                f"{self.name}: its rows have codes of the generation {short(found[0])}, and place "
-                "for one; remove these first (--drop-generation), or write rows with embeddings "
-                "into a table of their own (?table=)"
-            )
-        return int(placed)
+        return int(connection.execute(updated, NOTHING).fetchone()[0])
 
     def _clear(self, connection: Any, where: LiteralString, values: Mapping[str, object]) -> int:
         emptied = [sql.SQL("{} = NULL").format(self._layout.parts[o]) for o in self._layout.filled]

@@ -65,6 +65,7 @@ def copy_rows(
             done.unknown += len(unknown)
             if prune:
                 done.pruned += store.remove(unknown)
+        store.finish()
         done.others = store.generations()
         done.others.pop(index.generation, None)
     except StoreError as error:

@@ -85,6 +85,10 @@ class Store(Protocol):
         """Remove all rows of a generation, and what is remembered of it; return how many."""
         ...
 
+    def finish(self) -> None:
+        """End a copy: make searches quick, and leave nothing of what was removed where it can."""
+        ...
+
     def close(self) -> None:
         """Let go of it."""
         ...

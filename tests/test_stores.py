@@ -1,0 +1,184 @@
+"""Stores: a row written and read is the row, and what is explained of it is the index's own."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from store_samples import (
+    TEXTS,
+    Sample,
+    any_rows,
+    batch_of,
+    check_answers,
+    expected_of,
+    made_rows,
+    read_back,
+    sample,
+    table_of,
+)  # fmt: skip
+
+from embedcam import Explainer
+from embedcam.errors import StoreError
+from embedcam.index import Index, remove
+from embedcam.stores import Store, Table, copy_rows, open_store
+
+pytestmark = pytest.mark.usefixtures("quick_disk")
+URLS = {"lance": "lance:{}/rows"}
+OTHER = "f" * 16
+
+
+@pytest.fixture(params=URLS)
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return URLS[request.param].format(tmp_path)
+
+
+@contextmanager
+def opened(url: str, table: Table, **options: float) -> Iterator[Store]:
+    with closing(open_store(url, table, **options)) as store:
+        yield store
+
+
+@pytest.fixture(scope="module")
+def of(tmp_path_factory: pytest.TempPathFactory) -> Sample:
+    return sample(tmp_path_factory.mktemp("sample"))
+
+
+@pytest.mark.parametrize("kind", URLS)
+@pytest.mark.parametrize("embedding", ["full", "half", "none"])
+def test_a_row_written_and_read_is_the_row(
+    kind: str, embedding: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder, table = tmp_path_factory.mktemp("any"), table_of(embedding)
+    with opened(URLS[kind].format(folder), table) as store:
+
+        @settings(max_examples=40)
+        @given(any_rows())
+        def check(rows: list[dict]) -> None:
+            names = [row["id"] for row in rows]
+            assert store.write(batch_of(table, rows), "part", 3) == 0
+            assert read_back(store.fetch([*names, "nowhere"])) == expected_of(rows, embedding)
+            assert sorted(name for ids in store.ids() for name in ids) == sorted(names)
+            assert store.generations() == {table.generation: len(rows)}
+            assert store.remove([*names[1:], "nowhere"]) == len(rows) - 1
+            assert read_back(store.fetch(names)) == expected_of(rows[:1], embedding)
+            assert store.drop(table.generation) == 1
+            assert (store.generations(), store.written()) == ({}, {})
+
+        check()
+    shutil.rmtree(folder)
+
+
+def test_the_same_id_is_written_over_and_generations_lie_side_by_side(url: str) -> None:
+    table, other = table_of(), table_of(generation=OTHER)
+    before, after = made_rows(9), made_rows(9, 20)
+    after = [{**new, "id": old["id"]} for old, new in zip(before, after, strict=True)]
+    with opened(url, table) as store:
+        store.write(batch_of(table, before), "a", 9)
+        store.write(batch_of(table, after[:4]), "a", 4)
+        store.write(batch_of(table, []), "b", 2)
+        assert read_back(store.fetch([row["id"] for row in before])) == {
+            **expected_of(before), **expected_of(after[:4])
+        }  # fmt: skip
+        assert store.written() == {"a": 4, "b": 2}
+    mine = made_rows(3, generation=OTHER)
+    with opened(url, other) as store:
+        assert (store.written(), list(store.ids())) == ({}, [])
+        store.write(batch_of(other, mine), "a", 3)
+        assert read_back(store.search(np.zeros(8), 20)) == expected_of(mine)
+        assert store.remove([before[8]["id"]]) == 0
+        assert store.generations() == {"0" * 16: 9, OTHER: 3}
+        assert store.drop("0" * 16) == 9
+        store.finish()
+        assert read_back(store.fetch([row["id"] for row in before])) == expected_of(mine)
+        assert store.written() == {"a": 3}
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize("embedding", ["full", "half"])
+def test_the_nearest_come_back(url: str, embedding: str, metric: str) -> None:
+    table, rows = table_of(embedding, metric=metric), made_rows(60)
+    others = [{**row, "embedding": [0.0] * 8, "generation": OTHER} for row in rows]
+    with opened(url, table) as store:
+        store.write(batch_of(table, [*rows, *others]), "a", 60)
+        store.finish()
+        vectors = np.array([row["embedding"] for row in rows])
+        for query in np.random.default_rng(1).standard_normal((20, 8)):
+            apart = ((vectors - query) ** 2).sum(1) if metric == "l2" else -vectors @ query
+            nearest = {rows[place]["id"]: rows[place] for place in np.argsort(apart)[:7]}
+            assert read_back(store.search(query.astype(np.float32), 7)) == nearest
+        assert len(read_back(store.search(vectors[0], 100))) == 60
+
+
+def test_without_embeddings_a_store_cannot_search(url: str) -> None:
+    table = table_of("none")
+    with opened(url, table) as store:
+        store.write(batch_of(table, made_rows(3)), "a", 3)
+        with pytest.raises(StoreError, match="holds no embeddings, so it cannot search"):
+            store.search(np.zeros(8), 3)
+
+
+def test_another_table_is_refused(url: str) -> None:
+    full = table_of("full")
+    with opened(url, full) as store:
+        store.write(batch_of(full, made_rows(3)), "a", 3)
+    for other, what in (("half", "halffloat"), ("none", "left out")):
+        with pytest.raises(StoreError, match=what), opened(url, table_of(other)):
+            pass
+    wider = Table(full.generation, 9, "l2")
+    with pytest.raises(StoreError, match="the model's have 9 numbers"), opened(url, wider):
+        pass
+    with opened(url, Table(full.generation, 8, "l2")) as store:
+        assert read_back(store.fetch([*TEXTS, "image 00002"])) == expected_of(made_rows(1, 2))
+
+
+def test_one_process_writes(url: str) -> None:
+    with (
+        opened(url, table_of()),
+        pytest.raises(StoreError, match="another process has it open; wait until it is done"),
+        opened(url, table_of()),
+    ):
+        pass
+
+
+def test_a_store_that_is_not_there(url: str) -> None:
+    with (
+        pytest.raises(StoreError, match="write rows to it first"),
+        opened(url, Table("0", 8, "l2")),
+    ):
+        pass
+
+
+@pytest.mark.skipif(not hasattr(Explainer, "from_model"), reason="rows are not explained yet")
+@pytest.mark.parametrize("embedding", ["full", "half"])
+def test_answers_are_the_indexs_own(of: Sample, url: str, embedding: str) -> None:
+    with Index.open(of.index) as index:
+        with opened(url, Table.of(index, embedding)) as store:
+            assert copy_rows(index, store, embedding=embedding).written == 48
+        with opened(url, Table.of(index)) as store:
+            check_answers(of, store, exact=embedding == "full")
+
+
+def test_a_removed_picture_is_gone(of: Sample, url: str, tmp_path: Path) -> None:
+    """Of an image that an index does not hold any more no byte is left in the store's files."""
+    path = tmp_path / "index"
+    shutil.copytree(of.index, path)
+    with Index.open(path) as index, opened(url, Table.of(index, "full")) as store:
+        copy_rows(index, store)
+        gone = index.ids[[7, 30]]
+        vectors = index.embeddings([7, 30])
+        kept = index.embeddings([8])[0].tobytes()
+    remove(path, gone)
+    with Index.open(path) as index:
+        with opened(url, Table.of(index, "full")) as store:
+            assert copy_rows(index, store).removed == 2
+        with opened(url, Table.of(index, "full")) as store:
+            assert copy_rows(index, store).removed == 0
+            assert len(store.fetch(gone)) == 0
+    files = [file.read_bytes() for file in (tmp_path / "rows").rglob("*") if file.is_file()]
+    assert any(kept in content for content in files)
+    for secret in [one.encode() for one in gone] + [one.tobytes() for one in vectors]:
+        assert not any(secret in content for content in files)

@@ -22,12 +22,14 @@ from ..recipe import Recipe
 from ..recipe.registry import LayersMethod, Method, find_method
 from .networks import query_network
 from .output import columns, counted, images_of, note, say_run, some_of
+from .stores import store_of, take_model
 
 if TYPE_CHECKING:
     from ..explain import Explainer, Explanation
     from ..index import Index
     from ..network import EmbeddingNetwork
     from ..onnx import OnnxNetwork
+    from ..stores import Store
 
 
 def explain(options: Namespace) -> None:
@@ -35,6 +37,7 @@ def explain(options: Namespace) -> None:
     from ..index import Index
 
     # Whatever can be refused is refused before the network is loaded.
+    take_model(options)
     queries = _report_queries(options)
     if queries is None:
         for query in options.queries:
@@ -44,12 +47,14 @@ def explain(options: Namespace) -> None:
         check_file(options.html, *options.queries)
     check_folder("--images", options.images)
     method = _method(options)
-    with Index.open(options.index) as index:
-        asked = _asked(options, index)
-        _note_shared(options, index)
+    with Index.open(options.index) as index, store_of(options, index) as store:
+        named = _named(options, index, store)
+        asked = _asked(options, named)
+        _note_shared(options, named)
         network = query_network(options, index.manifest)
         pixels = options.max_pixels or MAX_PIXELS
         explainer = explainer_of(options, index, network, index, pixels)
+        explainer.store = store
         if queries is not None:
             return _write_report(options, explainer, queries, asked)
         explanations = (explainer.explain(query, **asked) for query in options.queries)
@@ -161,6 +166,19 @@ def _note_shared(options: Namespace, index: "Index") -> None:
     )
 
 
+def _named(options: Namespace, index: "Index", store: "Store | None") -> "Index":
+    """Return an index that holds the images named: of a model, their rows of its store."""
+    from ..explain import Explainer
+
+    words = [name for name in (options.result, options.above) if name is not None]
+    for text in options.neighbors or ():
+        words += [text, *text.split(",")]
+    if store is None or not words:
+        return index
+    explainer = Explainer.from_model(options.index, store=store)
+    return explainer.of_ids(list(dict.fromkeys(filter(None, words)))).index
+
+
 def _asked(options: Namespace, index: "Index") -> Values:
     """Return what is asked of every query, ids checked."""
     check_rival(options.result, options.above)
@@ -253,13 +271,15 @@ def _by_method(
     from ..network import EmbeddingNetwork
     from ..targets import ClassProxy, Similarity, Target, TripletMargin
 
-    index, network = explainer.index, explainer.network
+    rival = [] if explanation.rival is None else [explanation.rival.id]
+    index = explainer.of_ids([*explanation.explained, *rival]).index
+    network = explainer.network
     assert isinstance(network, EmbeddingNetwork)  # beside an ONNX file a method is refused
     vectors = np.asarray(index.embeddings(index.positions(explanation.explained)))
     target: Target = Similarity(vectors[0] if len(vectors) == 1 else ClassProxy(vectors).proxy)
-    if explanation.rival is not None:
-        rival = index.embeddings(index.positions([explanation.rival.id]))
-        target = TripletMargin(vectors, np.asarray(rival))
+    if rival:
+        others = index.embeddings(index.positions(rival))
+        target = TripletMargin(vectors, np.asarray(others))
     more = dict(options.option or ()) | ({"fill": options.fill} if options.fill else {})
     if isinstance(method, LayersMethod):
         more["layers"] = index.manifest.layer_names
@@ -411,6 +431,10 @@ def _report_queries(options: Namespace) -> ImageSource | None:
                 "--report writes index.html and explanations.jsonl into its folder, with the "
                 f"index's own maps; leave out {name}"
             )
+    if options.store is not None:
+        raise InputError(
+            "--report tells of a whole index; give its folder in place of the model and --store"
+        )
     check_report_folder(options.report)
     first = options.queries[0]
     if len(options.queries) == 1 and (is_collection(first) or first.lower().endswith(".csv")):
@@ -471,11 +495,16 @@ def compare(options: Namespace) -> None:
     _check_query(options.query)
     check_rival(options.result, options.above)
     ids = [name for name in (options.result, options.above) if name is not None]
-    with Index.open(options.index) as index:
-        index.positions(ids)
+    options.model = None
+    take_model(options)
+    with Index.open(options.index) as index, store_of(options, index) as store:
+        if store is None:
+            index.positions(ids)
         network = query_network(options, index.manifest)
         pixels = options.max_pixels or MAX_PIXELS
         explainer = Explainer(index, network, images=options.images, max_pixels=pixels)
+        explainer.store = store
+        explainer = explainer.of_ids(ids)
         pairs, centred = PairExplainer(explainer), not options.not_centred
         head = f"{options.query} and {options.result}"
         pair: Receipt | Comparison

@@ -86,6 +86,11 @@ def _online(add: Callable[..., None]) -> None:
     add("--onnx FILE", "the network as `embedcam export` wrote it, run without torch")
 
 
+def _stored(add: Callable[..., None]) -> None:
+    add("--model FILE", "in place of INDEX: what `embedcam model` wrote, with --store")
+    add("--store URL", "where the rows are that `embedcam rows` wrote")
+
+
 def _runtime(group: _ActionsContainer, onnx: bool = True) -> None:
     text = "what runs the forward passes (default torch, of an index as it was built)"
     group.add_argument("--runtime", choices=("torch", "onnx"), help=text)
@@ -217,9 +222,28 @@ def compare(command: ArgumentParser) -> None:
     add("-o --output PNG", "picture")
     add("--lines N", "channels listed (default 10)", POSITIVE, default=10)
     add("--not-centred", "do not put apart what the average image of the index shares")
+    add("--store URL", "where the rows are, INDEX being the file of their model")
     _online(add)
     add_options(command, ImageSettings, "max_pixels")
     _network(command)
+
+
+def rows(command: ArgumentParser) -> None:
+    """Declare the options of `embedcam rows`."""
+    from ..index.row_batches import EMBEDDINGS
+
+    add = _common(command, INDEX)
+    text = "postgresql://..., FOLDER.lance, qdrant:FOLDER or FILE.parquet"
+    add("--to URL", text, required=True)
+    text = "how embeddings are written (default full); none where the store has them"
+    add("--embedding", text, choices=tuple(EMBEDDINGS))
+    add("--prune", "remove rows of images that INDEX does not know")
+    add("--drop-generation G", "remove all rows of an old generation")
+
+
+def model(command: ArgumentParser) -> None:
+    """Declare the options of `embedcam model`."""
+    _common(command, INDEX)("-o --output FILE", "file to write, model.embedcam", required=True)
 
 
 def explain(command: ArgumentParser) -> None:
@@ -227,7 +251,8 @@ def explain(command: ArgumentParser) -> None:
     from ..recipe.choices import Choices
 
     add = _common(command, INDEX)
-    add("queries IMAGE", "query pictures", nargs="+")
+    add("queries IMAGE", "query pictures", nargs="*")
+    _stored(add)
     add("-o --output PNG", "picture; a folder for many queries")
     add("--html FILE", "one self-contained page with all queries")
     text = "all queries (IMAGE may be a folder or a CSV) as FOLDER/index.html and JSON lines"
@@ -262,7 +287,9 @@ def serve(command: ArgumentParser) -> None:
     from ..service.limits import Limits
 
     command.set_defaults(detail=1)
-    add = _common(command, INDEX)
+    add = _common(command)
+    add(*INDEX, nargs="?")
+    _stored(add)
     add("--host NAME", "default 127.0.0.1", default="127.0.0.1")
     add("--port N", "0 takes a free one (default 8000)", WHOLE, default=8000)
     text = "a name that requests may call this service by, such as a proxy's; may be repeated"

@@ -113,6 +113,8 @@ COMMANDS = {
     "remove": ("offline", "INDEX ID ...", "remove images by id"),
     "compact": ("offline", "INDEX", "drop removed images' bytes"),
     "compress": ("offline", "INDEX OUTPUT", "merge an index into prototypes"),
+    "rows": ("stores", "INDEX --to URL", "write an index's rows into a database"),
+    "model": ("stores", "INDEX -o FILE", "write what explains such rows as one file"),
     "explain": ("online", "INDEX IMAGE ...", "explain query images"),
     "serve": ("serving", "INDEX", "explain over HTTP"),
     "compare": ("online", "INDEX IMAGE RESULT", "why two images match"),

@@ -12,10 +12,10 @@ import numpy as np
 
 from .._checks import number, whole
 from .._files import ProcessLock
-from ..errors import ImageError, IndexFormatError, InputError
+from ..errors import ImageError, IndexFormatError, InputError, short
 from ..images import MAX_PIXELS, PLACE, FileState, Root, is_there, open_place, place_state
 from ..index import Index
-from ..index.in_memory import Rows
+from ..index.in_memory import Rows, listed
 from ..index.search import check_rival, check_wanted
 from ..ops import coefficients
 from ..preprocess import AnyPreprocess, Network
@@ -170,6 +170,17 @@ class Explainer:
         vars(explainer).update(vars(self))
         explainer.store, explainer._snapshot = None, self._now().with_rows(rows, wanted)
         return explainer
+
+    def of_ids(self, ids: Sequence[str]) -> Self:
+        """Return an explainer whose index holds these images: itself, or their rows of the store.
+
+        Raises InputError where the store holds none of them.
+        """
+        if self.store is None:
+            return self
+        if not (rows := listed(self.store.fetch(ids))):
+            raise InputError(f"the store holds no row of {short(ids[0])}; check the id")
+        return self.with_rows(rows)
 
     def explain_rows(
         self,

@@ -130,15 +130,20 @@ class StorePipeline(Pipeline):
 
     async def some(self, count: int) -> tuple[Explainer, list[str]]:
         """Return an explainer, and so many of its rows' ids, that lie in different directions."""
-        explainer, rng = self.explainer, np.random.default_rng(0)
-        chosen = dict[str, Row]()
+        explainer, rng, found = self.explainer, np.random.default_rng(0), list[list[Row]]()
         for _ in range(count):
             direction = _of_length_1(rng.standard_normal(explainer.index.width))
-            for row in await self._near(explainer, direction, count):
-                if row["id"] not in chosen:
-                    chosen[row["id"]] = row
-                    break
-        return await self.in_thread(self._holding, explainer, [[*chosen.values()]]), [*chosen]
+            found.append(await self._near(explainer, direction, count))
+
+        def chosen() -> list[Row]:
+            kept = dict[str, Row]()
+            for rows in found:
+                fresh = [row for row in rows if row["id"] not in kept]
+                kept |= {row["id"]: row for row in fresh[:1]}
+            return [*kept.values()]
+
+        held = await self.in_thread(self._holding, explainer, [self._usable(chosen)])
+        return held, [*held.index.ids]
 
     async def images(self) -> int | None:
         """Return how many images the store holds, None where it does not say.
@@ -176,7 +181,7 @@ class StorePipeline(Pipeline):
         return None
 
     def reload(self) -> bool:
-        """Serve the model as it is now and return whether it is of another generation.
+        """Serve the model as it is now and return whether it changed.
 
         Raises EmbedcamError of a model that cannot be served, or whose rows the store does not
         hold; the old one is served on.
@@ -184,7 +189,7 @@ class StorePipeline(Pipeline):
         if self._renew is None:
             raise InputError("this service was made of an explainer, and does not know its file")
         after = self._renew()
-        if after.index.generation == self.index.generation:
+        if after.index.manifest.manifest_sha256 == self.index.manifest.manifest_sha256:
             _let_go(after)
             return False
         assert after.store is not None

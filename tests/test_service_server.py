@@ -24,6 +24,7 @@ from embedcam.cli import main
 from embedcam.cli.parser import parser
 from embedcam.cli.serving import _hosts
 from embedcam.errors import InputError
+from embedcam.ops import area_average
 from embedcam.service import Limits, server
 from embedcam.service.frame import HEADERS
 
@@ -64,9 +65,9 @@ def here(tmp_path_factory):
 class Served:
     """A running `embedcam serve`."""
 
-    def __init__(self, folder, *options):
+    def __init__(self, folder, *options, of=("my.index",)):
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", "embedcam", "serve", "my.index", "--port", "0",
+            [sys.executable, "-W", "error", "-m", "embedcam", "serve", *of, "--port", "0",
              "--json", *NAMED[:2], *options],
             cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
@@ -90,8 +91,8 @@ class Served:
 
 
 @contextmanager
-def served(folder, *options):
-    running = Served(folder, *options)
+def served(folder, *options, **of):
+    running = Served(folder, *options, **of)
     try:
         until(running.is_ready, 60)
         yield running
@@ -136,6 +137,41 @@ def test_a_server_answers_and_finishes_what_was_begun(here):
     assert "Traceback" not in said
     with pytest.raises(OSError):
         running.explain()
+
+
+def test_a_model_and_a_store_are_served(here):
+    pytest.importorskip("lancedb")
+
+    def write(index):
+        assert main(["rows", index, "--to", "rows.lance", "--quiet"]) == 0
+        assert main(["model", index, "-o", "my.embedcam"]) == 0
+        with embedcam.Index.open(index) as opened:
+            return opened.generation
+
+    def state():
+        return json.loads(running.ask("GET", "/readyz")[2])
+
+    first = write("my.index")
+    of = ["--model", "my.embedcam", "--store", "rows.lance"]
+    with served(here, "-n", "3", "--store-seconds", "20", of=of) as running:
+        about = {"index": "my.embedcam", "store": "rows.lance", "images": 12}
+        assert running.told == {"address": f"http://127.0.0.1:{running.port}", **about}
+        assert (state()["digest"], state()["images"]) == (first, 12)
+        network = embedcam.load_network(NAMED[1], layer="relu")
+        expected = embedcam.Explainer("my.index", network, n_neighbors=3).explain(QUERY)
+        shown = json.loads(running.explain()[2])
+        assert [one["id"] for one in shown["neighbors"]] == expected.ids
+        assert running.ask("GET", shown["neighbors"][0]["image_url"])[0] == 200
+        assert main(["build", "photos", "other.index", "--norm", "around", "--quiet", *NAMED]) == 0
+        second = write("other.index")
+        running.process.send_signal(signal.SIGHUP)
+        until(lambda: running.is_ready() and state()["digest"] == second)
+        again = embedcam.Explainer("other.index", network, n_neighbors=3).explain(QUERY)
+        shown = json.loads(running.explain()[2])
+        np.testing.assert_allclose(shown["cam"], area_average(again.cam, (14, 14)), atol=1e-6)
+        running.process.send_signal(signal.SIGTERM)
+        _, said = running.process.communicate(timeout=60)
+    assert (running.process.returncode, "Traceback" in said) == (0, False), said
 
 
 HOST = b"Host: localhost\r\n"

@@ -73,8 +73,7 @@ def answers(
     """
     if not queries:
         return []
-    # Match is calibrated on ten neighbors, however many are shown.
-    n_searched = max(n_shown, TEN) if snapshot.matches else n_shown
+    n_searched = count_searched(snapshot, n_shown)
     if explainer.store is not None and not snapshot.index.in_memory:
         wanted = n_searched + (files is not None)
         each = []
@@ -97,6 +96,12 @@ def answers(
         _answer(explainer, snapshot, query, near, n_shown, named)
         for query, near in zip(queries, found, strict=True)
     ]
+
+
+def count_searched(snapshot: Snapshot, n_shown: int) -> int:
+    """Return how many neighbors a query is explained by, of which some are shown."""
+    # Match is calibrated on ten neighbors, however many are shown.
+    return max(n_shown, TEN) if snapshot.matches else n_shown
 
 
 def rows_of(

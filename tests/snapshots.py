@@ -115,7 +115,9 @@ def public_names() -> dict[str, Any]:
             return [kind.__name__ for kind in thing.__mro__]
         if inspect.isclass(thing):
             return {"": parameters(thing)} | {
-                method: parameters(value) if inspect.isroutine(value) else "attribute"
+                method: parameters(value)
+                if inspect.isfunction(value) or inspect.ismethod(value)
+                else "attribute"
                 for method, value in inspect.getmembers(thing)
                 if not method.startswith("_")
             }

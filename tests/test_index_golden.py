@@ -1,10 +1,13 @@
 """An index of format version 1 that was committed once and must open for ever."""
 
+import base64
+import json
 from pathlib import Path
 
 import numpy as np
 
 from embedcam.index import Index
+from embedcam.index.in_memory import index_of_rows
 
 GOLDEN = Path(__file__).parent / "data" / "golden-format-1"
 
@@ -45,3 +48,32 @@ def test_the_golden_index_of_weights_by_position_opens_for_ever() -> None:
         assert index.manifest.to_dict()["layers"][0]["encoding"] == spec
         np.testing.assert_array_equal(index.weights([2], layer=1), [[0, 0, 0, 0, 2.5, 2.625]])
         assert len(index.verify()) == 8
+
+
+def test_golden_rows_and_their_model_open_for_ever() -> None:
+    rows = json.loads((GOLDEN.with_name("golden-rows-1") / "rows.json").read_text("utf-8"))
+    with (
+        Index.open(GOLDEN.with_name("golden-marks-1")) as index,
+        Index.open(GOLDEN.with_name("golden-rows-1") / "model.embedcam") as model,
+    ):
+        assert model.generation == index.generation == "9f7d02ef5941deaa"
+        kept, live = index_of_rows(model, rows), index.live_positions()
+        every = np.arange(len(live))
+        assert list(kept.ids) == [
+            "owl.jpg",
+            "åland.jpg",
+            "猫.jpg",
+            "owl 2.jpg",
+            "none.jpg",
+            "late.jpg",
+        ]
+        for layer in (0, 1):
+            expected = index.weights(live, layer)
+            np.testing.assert_array_equal(kept.weights(every, layer), expected)
+        np.testing.assert_array_equal(kept.coarse(every), index.coarse(live))
+        np.testing.assert_array_equal(kept.select(every).marks, index.select(live).marks)
+        np.testing.assert_array_equal(kept.embeddings(every), index.embeddings(live))
+        written = [row for batch in index.rows() for row in batch.to_pylist()]
+        codes = [base64.b64encode(row.pop("codes")).decode() for row in written]
+        assert codes == [row.pop("codes") for row in rows]
+        assert written == rows

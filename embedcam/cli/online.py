@@ -158,6 +158,8 @@ def _note_shared(options: Namespace, index: "Index") -> None:
     if len(set(labels)) < len(ids):
         return  # Where both are of one label, the note on the empty map says so.
     query = options.queries[0] if len(options.queries) == 1 else "QUERY"
+    if options.store is not None:
+        compared += f" --store {options.store}"
     note(
         options,
         f"note: by this index's target the images of a label share {shared}: what speaks for "

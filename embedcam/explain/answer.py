@@ -15,7 +15,7 @@ from ..errors import IndexFormatError, InputError
 from ..images import PLACE, located
 from ..index import Index, Neighbors, Stored
 from ..index.calibration import TEN
-from ..index.in_memory import Rows, RowsIndex, listed
+from ..index.in_memory import Rows, listed
 from ..index.search import draw_negatives, find_neighbors, named_neighbors
 from ..ops import coefficients, picture_maps, rival_coefficients, signed_cams
 from .explanation import Explanation, Result
@@ -75,7 +75,7 @@ def answers(
         return []
     # Match is calibrated on ten neighbors, however many are shown.
     n_searched = max(n_shown, TEN) if snapshot.matches else n_shown
-    if explainer.store is not None and not isinstance(snapshot.index, RowsIndex):
+    if explainer.store is not None and not snapshot.index.in_memory:
         wanted = n_searched + (files is not None)
         each = []
         for place, query in enumerate(queries):

@@ -14,7 +14,7 @@ from .._files import compute_on_one_thread
 from ..errors import EmbedcamError, InputError
 from ..images import as_root
 from ..index import Index, Manifest
-from ..index.in_memory import Rows, RowsIndex, index_of_rows
+from ..index.in_memory import Rows, index_of_rows
 from ..preprocess import Network
 from .drawing import may_follow
 
@@ -142,7 +142,7 @@ class Snapshot:
         """
         compute_on_one_thread()
         try:
-            if isinstance(self.index, RowsIndex):
+            if self.index.in_memory:
                 raise InputError("rows of a store are in memory")
             return self.open(self.place, *self._opened_with, self, n_threads=1)
         except EmbedcamError as error:

@@ -19,7 +19,7 @@ from .._checks import LARGEST
 from ..errors import InputError, cut, short
 from ..images.texts import LabelColumn, Texts
 from .reader import Index, Positions
-from .row_batches import SCALE, codes_type, packed_columns
+from .row_batches import CONTROL, SCALE, codes_type, packed_columns
 from .rows import MARKS, Part
 from .search import Neighbors, check_queries, rank
 
@@ -50,7 +50,7 @@ class RowsIndex(Index):
     `distances` and `similarities` `[n]` are the store's own where rows came without embeddings.
     """
 
-    is_whole = False
+    is_whole, in_memory = False, True
 
     def __init__(
         self, model: Index, part: Part, compared: tuple[np.ndarray, np.ndarray] | None
@@ -208,6 +208,9 @@ def _texts(
     for name, value in zip(ids, values, strict=True):
         if value is not None and not _is_text(value):
             raise _wrong(name, f"has the {column} {short(value)}", _TEXT)
+        if column == "label" and value is not None and CONTROL.search(value):
+            said = f"has the label {short(value)}, with control characters"
+            raise _wrong(name, said, "name the class otherwise")
     return values
 
 
@@ -311,6 +314,7 @@ def _compared(
             'embedding", and neither is needed'
         )
         raise _wrong(ids[row], said, advice)
+    # A store's rounding leaves the nearest below nothing.
     return np.maximum(distances, 0), similarities
 
 

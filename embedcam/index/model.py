@@ -55,11 +55,11 @@ def read_model(path: Path) -> tuple[Manifest, dict[str, np.ndarray]]:
         whole = read_regular(path.parent, path.name, MOST_BYTES)
         with zipfile.ZipFile(BytesIO(whole)) as archive:
             members = archive.infolist()
+            if any(one.compress_type != zipfile.ZIP_STORED for one in members):
+                raise NotPlain("holds a compressed file")
             # Members may lie over one another, so that they hold more than the file.
             if sum(one.file_size for one in members) > len(whole):
                 raise NotPlain("says that it holds more than it has")
-            if any(one.compress_type != zipfile.ZIP_STORED for one in members):
-                raise NotPlain("holds a compressed file")
             files = {one.filename: archive.read(one) for one in members}
     except NotPlain as error:
         raise _broken(path, str(error)) from error

@@ -71,9 +71,9 @@ class Index:
     starts = np.zeros(1, np.int64)
     tombstones = np.empty(0, np.uint64)
 
-    is_whole = has_embeddings = True
-    """Whether all of its images are in it, not those alone that a search returned, and whether
-    their embeddings are."""
+    is_whole, has_embeddings, in_memory = True, True, False
+    """Whether all of its images are in it, not those alone that a search returned, whether their
+    embeddings are, and whether it has no files."""
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ generation  string, 16 hexadecimal digits, see `model.generation_of`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from types import ModuleType
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from .._checks import one_of
-from ..errors import InputError, reason
+from ..errors import InputError, reason, short
 from .arrays import Column
 from .model import digest_of_part
 from .rows import MARKS, Layer
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 BATCH_ROWS = 4096
 SCALE = "layer0.scales"
+CONTROL = re.compile(r"[\0-\x1f\x7f-\x9f]")
+"""What a label must not hold: it is shown wherever a result is."""
 EMBEDDINGS = {"full": "float32", "half": "float16", "none": None}
 
 
@@ -116,11 +119,17 @@ def _batch(
     scale = pa.nulls(count, pa.float32())
     if SCALE in index.columns:
         scale = pa.array(rows.array(index.columns[SCALE]))
+    labels = rows.labels
+    if (bad := next(filter(CONTROL.search, filter(None, set(labels))), None)) is not None:
+        raise InputError(
+            f"{index.path}: holds the label {short(bad)}, with control characters, which no row "
+            "may have; name the class otherwise, and build the index again"
+        )
     values = {
         "id": pa.array(rows.ids, pa.string()),
         "codes": pa.Array.from_buffers(pa.binary(), count, buffers),
         "scale": scale,
-        "label": pa.array(rows.labels, pa.string()),
+        "label": pa.array(labels, pa.string()),
         "path": pa.array(rows.paths, pa.string()),
         "generation": pa.repeat(pa.scalar(index.generation), count),
     }

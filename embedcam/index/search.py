@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -301,7 +302,8 @@ def find_neighbors(
 ) -> list[Neighbors]:
     """Return for each query `[B D]` its neighbors: searched, or those that were named."""
     if named is None:
-        found = index.search(embeddings, n_neighbors)
+        ask = index.search if index.in_memory else partial(search, index)
+        found = ask(embeddings, n_neighbors)
         return [Neighbors(*one) for one in zip(*found, strict=True)]
     pairs = zip(embeddings, named, strict=True)
     return [named_neighbors(index, embedding, ids) for embedding, ids in pairs]

@@ -334,6 +334,10 @@ def _writing(root: Path) -> Iterator[None]:
 @contextmanager
 def _changing(root: Path) -> Iterator[tuple[Index, "_Draft"]]:
     """Open an index for a change, with a draft of its next generation."""
+    if root.is_file():
+        raise InputError(
+            f"{root}: is a file, as a model is, and holds no images; give the folder of the index"
+        )
     # Refused before a lock file appears in it, or in some other directory.
     Index.open(root, with_faiss=False).close()
     _in_place(root)

@@ -11,6 +11,7 @@ import numpy as np
 from ..errors import StoreError
 from ..index.model import digest_of_part
 from ..index.row_batches import BATCH_ROWS, removed_ids, row_batches
+from .store import WholeStore
 
 if TYPE_CHECKING:
     from ..index import Index
@@ -53,6 +54,9 @@ def copy_rows(
     """
     done = Copied()
     try:
+        if isinstance(store, WholeStore):
+            store.copy_whole(index, embedding, done, progress)
+            return done
         start = _start(index, store, done)
         progress(done.kept)
         for part, upto, rows in row_batches(index, embedding, BATCH_ROWS, start):

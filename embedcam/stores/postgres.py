@@ -57,7 +57,7 @@ class PostgresStore:
                 "ORDER BY near.far",
                 n=sql.Literal(int(n)),
             ).as_bytes()
-        (query,) = _packed(np.asarray(embedding)[None], self._layout.kind)
+        (query,) = packed(np.asarray(embedding)[None], self._layout.kind)
         return self._read(self._link.rows(self._searches[n], {"query": query}))
 
     def fetch(self, ids: Sequence[str]) -> Rows:
@@ -121,6 +121,11 @@ class PostgresStore:
             connection.execute(self._sql("DELETE FROM {marks} WHERE generation = %(of)s"), values)
             return self._clear(connection, "r.generation = %(of)s", values)
 
+    def finish(self) -> None:
+        """Let the planner see how many rows each generation has."""
+        with self._link.transaction() as connection:
+            connection.execute(self._sql("ANALYZE {table}"), NOTHING)
+
     def close(self) -> None:
         """Close the connections."""
         self._link.close()
@@ -144,7 +149,7 @@ class PostgresStore:
         column = batch.column(name)
         if name == "embedding":
             numbers = column.flatten().to_numpy().reshape(-1, self._width)
-            return _packed(numbers, self._layout.kind)
+            return packed(numbers, self._layout.kind)
         values = column.to_pylist()
         if name == "scale":
             return [None if one is None else struct.pack(">f", one) for one in values]
@@ -216,7 +221,7 @@ class PostgresStore:
 _HEADER = 4
 
 
-def _packed(vectors: np.ndarray, kind: str) -> list[Vector]:
+def packed(vectors: np.ndarray, kind: str) -> list[Vector]:
     """Return vectors `[n D]` as pgvector reads them: their width and, big-endian, their numbers."""
     count, width = vectors.shape
     fields = [("width", ">u2"), ("unused", ">u2"), ("numbers", _NUMBERS[kind], (width,))]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from ..index import Index
+    from .copying import Copied
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,17 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Let go of it."""
+        ...
+
+
+@runtime_checkable
+class WholeStore(Store, Protocol):
+    """A store that is written anew or not at all, such as a file."""
+
+    def copy_whole(
+        self, index: Index, embedding: str, done: Copied, progress: Callable[[int], object]
+    ) -> None:
+        """Make it hold all rows of an index and no others, and say in `done` what that took."""
         ...
 
 

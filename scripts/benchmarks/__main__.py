@@ -37,6 +37,7 @@ from . import (
     searching,
     service,
     soak,
+    stores,
     trusting,
     zoo,
 )
@@ -90,6 +91,7 @@ SECTIONS: dict[str, Section] = {
     "receipts": _each(receipts.report, 20),
     "features": _one(lambda o, folder: features.report(o.rows, 100 * o.rounds, folder)),
     "onnx": _each(onnx.onnx_report, 4),
+    "pgvector": _one(lambda o, folder: stores.pgvector_report(o.rows, o.rounds, folder)),
     "scale": lambda o, folder: (
         scale.report(n * o.rows // 1000, folder, labels, width)
         for n, labels, width in ((10_000, 1000, 128), (2_000, 0, 64))

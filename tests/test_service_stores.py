@@ -332,6 +332,7 @@ HOSTILE: dict[str, Callable[[Any], Any]] = {
     "no mapping": lambda rows: [rows[0], "row"],
     "a word": lambda rows: "rows",
     "nothing": lambda rows: None,
+    "a label with control characters": lambda rows: [{**rows[0], "label": "\x1b[2J"}],
     "twenty thousand": lambda rows: [rows[0]] * 20_000,
 }
 
@@ -353,20 +354,20 @@ def test_rows_that_cannot_be_read_are_said(app, store, name, caplog):
 
 
 def test_odd_rows_are_served(app, store):
-    """Codes as text, a label that a terminal would obey, and columns that nobody asked for."""
+    """Codes as text, a label that a page would obey, and columns that nobody asked for."""
     before = post(app, "/explain", QUERY).json()
     store.change = lambda rows: [
         {
             **row,
             "codes": base64.b64encode(row["codes"]).decode(),
-            "label": "\x1b[2J",
+            "label": "<b>\u202e",
             "more": object(),
         }
         for row in rows
     ]
     after = post(app, "/explain", QUERY).json()
     assert after["cam"] == before["cam"]
-    assert {one["label"] for one in after["neighbors"]} == {"\x1b[2J"}
+    assert {one["label"] for one in after["neighbors"]} == {"<b>\u202e"}
 
 
 def test_no_picture_is_read_beside_those_of_the_root(of, store, tmp_path, service):

@@ -8,7 +8,7 @@ from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING
 
 from .._options import chosen
-from ..errors import Plain, StoreError, printable, sentence, show, show_json
+from ..errors import Plain, StoreError, cut, printable, sentence, show, show_json
 from ..images import MAX_PIXELS, is_url
 from ..service import check_installed
 from .networks import query_network, run_by, runtime_of, torch_network

@@ -112,11 +112,13 @@ class Texts(Sequence[str]):
         return [blob[a:b].decode("utf-8", self.errors) for a, b in pairwise(bounds)]
 
     def _pieces(self, rows: np.ndarray) -> list[memoryview]:
-        """Return the bytes of some rows `[n]`, n >= 1, where they lie."""
-        starts, stops = self.offsets[rows], self.offsets[rows + 1]
-        if stops.max() > len(self.blob) or (stops < starts).any():
+        """Return the bytes of some rows `[n]` where they lie."""
+        bounds = zip(self.offsets[rows].tolist(), self.offsets[rows + 1].tolist(), strict=True)
+        view, size = self._view, len(self.blob)
+        pieces = [view[start:stop] for start, stop in bounds if start <= stop <= size]
+        if len(pieces) < len(rows):
             raise self._outside()
-        return [self._view[a:b] for a, b in zip(starts.tolist(), stops.tolist(), strict=True)]
+        return pieces
 
     def _outside(self) -> Exception:
         return ValueError("offsets fall or lead outside the text")

@@ -15,10 +15,10 @@ class Limits:
     pixels : of an uploaded picture, told from its header before any is decoded
     n_neighbors : results that a request may ask for
     seconds : from the first byte of the body to the answer, at least 0.01
-    store_seconds : that a store, where there is one, may take for one question
     concurrency : requests that are worked on at the same time; one more is told to come back
     batch : pictures that go through the network together; None for what suits it
     batch_seconds : how long a picture waits for others that are being read meanwhile
+    store_seconds : that a store, where there is one, may take for one question
 
     Raises
     ------
@@ -38,14 +38,14 @@ class Limits:
     seconds: float = setting(
         30.0, "SECONDS", "for the body, and for the answer (30)", least=0.01, flag="timeout"
     )
-    store_seconds: float = setting(
-        2.0, "SECONDS", "for an answer of the store (default 2)", least=0.01
-    )
     concurrency: int = setting(16, "N", "requests at a time (default 16)", least=1)
     batch: int | None = setting(
         None, "N", "pictures a pass of the network (default by the device)", kind=int, least=1
     )
     batch_seconds: float = setting(0.005, least=0.0)
+    store_seconds: float = setting(
+        2.0, "SECONDS", "for an answer of the store (default 2)", least=0.01
+    )
 
     def __post_init__(self) -> None:
         check(self)

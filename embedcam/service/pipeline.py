@@ -264,7 +264,9 @@ class Pipeline:
         self, wanted: tuple[int, str | None, str | None, int], read: Callable[[], Prepared]
     ) -> tuple[Prepared, Explanation]:
         """Explain a picture; `wanted` are n_neighbors, a result, its rival, and detail."""
-        await self.holding([one for one in wanted[1:3] if one is not None])
+        _, result, rival, _ = wanted
+        await self.holding(given(result, rival))
+        check_names(given(result), rival)
         return await self.ask(self._explained, wanted, read)
 
     def _explained(
@@ -384,6 +386,11 @@ def find_live(index: Index, name: str) -> int:
 def unknown_image() -> HTTPProblem:
     """Return what is answered where there is no image of an id."""
     return HTTPProblem(404, "unknown_image", "the index holds no image of this id")
+
+
+def given(*ids: str | None) -> list[str]:
+    """Return those ids that were named."""
+    return [one for one in ids if one is not None]
 
 
 def check_names(results: Sequence[str], rival: str | None) -> None:

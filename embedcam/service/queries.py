@@ -30,7 +30,7 @@ from ..pairs import (
 from . import schemas
 from .errors import HTTPProblem, choose
 from .pictures import FORM_TYPE, JSON, PART, PNG, RAW_TYPES, WEBP, Prepared, overlaid, prepare
-from .pipeline import Pipeline, check_names, find_live
+from .pipeline import Pipeline, check_names, find_live, given
 
 logger = logging.getLogger("embedcam.service")
 
@@ -126,7 +126,6 @@ def router(pipeline: Pipeline) -> APIRouter:
             told = _explained(request, picture, why, asked.map_size, asked.signed)
             return schemas.response(told, kind, {"Vary": "Accept"})
 
-        check_names([] if asked.result is None else [asked.result], asked.rival)
         wanted = (asked.n_neighbors, asked.result, asked.rival, asked.detail)
         async with pipeline.admitted(request) as upload:
             read = pipeline.reading(upload, side, asked.detail)
@@ -200,8 +199,7 @@ def router(pipeline: Pipeline) -> APIRouter:
     )
     async def compare(request: Request, asked: Annotated[CompareParameters, Query()]) -> Response:
         kind, index, rival = choose(request, (JSON, PNG, WEBP)), pipeline.index, asked.rival
-        check_names(asked.result, rival)
-        ids = [*asked.result, *([] if rival is None else [rival])]
+        ids = [*asked.result, *given(rival)]
         if kind != JSON and (len(asked.result) > 1 or asked.cell is not None):
             said = (
                 "a picture shows the receipt of one result, or of it and a rival; ask for "
@@ -233,6 +231,7 @@ def router(pipeline: Pipeline) -> APIRouter:
 
         async with pipeline.admitted(request) as upload:
             held = await pipeline.holding(ids)
+            check_names(asked.result, rival)
             side = None if kind == JSON else DRAWN_SIDE
             read = pipeline.reading(upload, side)
             query, query_side = await pipeline.ask(maker.sides, index, read)

@@ -23,7 +23,16 @@ from ..index.in_memory import Rows, listed
 from .errors import HTTPProblem
 from .limits import Limits
 from .pictures import Prepared
-from .pipeline import SECONDS, Pipeline, find_live, nearest, passes, unknown_image
+from .pipeline import (
+    SECONDS,
+    Pipeline,
+    check_names,
+    find_live,
+    given,
+    nearest,
+    passes,
+    unknown_image,
+)
 
 logger = logging.getLogger("embedcam.service")
 
@@ -92,7 +101,7 @@ class StorePipeline(Pipeline):
     ) -> tuple[Prepared, Explanation]:
         """Explain a picture by the rows that the store returns for it."""
         n_shown, result, rival, detail = wanted
-        explainer, named = self.explainer, [one for one in (result, rival) if one is not None]
+        explainer, named = self.explainer, given(result, rival)
         picture, query = await self.ask(self.embedded, (explainer, detail), read)
         n_searched = explainer.count_searched(n_shown)
         questions = [self._near(explainer, query.embedding, n_searched)]
@@ -102,6 +111,7 @@ class StorePipeline(Pipeline):
 
         def explained() -> Explanation:
             held = self._holding(explainer, found, named, n_searched)
+            check_names(given(result), rival)
             return self._usable(
                 partial(held.explain_embedded, query, n_shown, result, rival), InputError
             )

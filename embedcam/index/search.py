@@ -228,7 +228,8 @@ def rank(
     """
     wide = queries.astype(np.float64)[:, None]
     vectors = vectors.astype(np.float64)
-    similarities = np.matmul(vectors, wide.transpose(0, 2, 1))[..., 0]
+    # No product of matrices, whose last bits depend on where a row stands.
+    similarities = np.einsum("bcd,bd->bc", vectors, wide[:, 0])
     vectors -= wide  # in place: differences, so that an exact match has a distance of exactly 0
     distances = np.einsum("bcd,bcd->bc", vectors, vectors)
     scores = np.where(candidates < 0, np.inf, distances if metric == "l2" else -similarities)

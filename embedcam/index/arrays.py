@@ -169,6 +169,15 @@ def map_array(root: Path, name: str, entry: "FileEntry") -> np.ndarray:
     return np.frombuffer(mapped, dtype).reshape(entry.shape)
 
 
+def forget(array: np.ndarray) -> None:
+    """Give back the memory of a mapped array that was read; it is read again where it is used."""
+    held: object = array
+    while isinstance(held, np.ndarray | memoryview):
+        held = held.base if isinstance(held, np.ndarray) else held.obj
+    if isinstance(held, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        held.madvise(mmap.MADV_DONTNEED)
+
+
 def sha256_of(content: np.ndarray | int, progress: Callable[[int], None] | None = None) -> str:
     """Return the SHA-256 of a mapped array's bytes, or of an open file from its beginning."""
     digest, start = hashlib.sha256(), 0

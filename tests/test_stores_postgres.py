@@ -72,8 +72,8 @@ def photos(run: Run, database: str) -> str:
     )
     vectors = [str(row["embedding"]) for row in made_rows(20)]
     run(
-        "INSERT INTO photos SELECT n - 1, v::vector, 'kind ' || (n - 1) % 2, 'ann' "
-        "FROM unnest(%s) WITH ORDINALITY AS made (v, n)",
+        "INSERT INTO photos SELECT n - 1, v::vector, 'kind ' || mod(n - 1, 2), 'ann' "
+        "FROM unnest(%s::text[]) WITH ORDINALITY AS made (v, n)",
         vectors,
     )
     return database + PHOTOS

@@ -21,7 +21,7 @@ except ImportError as error:
     raise InputError(
         f'postgresql:// is read by psycopg ({reason(error)}); pip install "embedcam[postgres]"'
     ) from error
-from psycopg import adapt, conninfo, pq
+from psycopg import adapt, conninfo, pq, waiting
 from psycopg import sql as sql
 
 OURS = {"table": "embedcam_rows", "id": "id", "embedding": "embedding", "label": "label",
@@ -33,6 +33,7 @@ NOTHING: Mapping[str, object] = {}
 """Values of a statement without any: given all the same, for only then `%%` is a percent sign."""
 GRACE = 0.3
 """Seconds that the server has beyond the limit to say itself that it is reached."""
+_TICK = 0.1
 _AS_PERCENT = (
     "write postgresql://USER:PASSWORD@HOST/DATABASE, special characters of its parts as %XX "
     "(a / as %2F, an @ as %40)"
@@ -106,10 +107,13 @@ class _Connection(psycopg.Connection[tuple[Any, ...]]):
     until = math.inf
 
     def wait(self, gen: Generator[Any, Any, Any], *args: Any, **kwargs: Any) -> Any:
-        return super().wait(self._limited(gen), *args, **kwargs)
+        if self.until == math.inf:
+            return super().wait(gen, *args, **kwargs)
+        # In Python: what waits in C told nobody of the time before psycopg 3.3.
+        return waiting.wait_selector(self._limited(gen), self.pgconn.socket, _TICK)
 
     def _limited(self, gen: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
-        """Pass on what a generator waits for; nothing is ready every tenth of a second."""
+        """Pass on what a generator waits for; nothing is ready every `_TICK` seconds."""
         try:
             wanted = next(gen)
             while True:

@@ -66,16 +66,16 @@ def read_address(url: str) -> Address:
         raise InputError(f"the address of the PostgreSQL store is ambiguous; {_AS_PERCENT}")
     pairs = parse_qsl(query, keep_blank_values=True)
     given = {name: value for name, value in pairs if name in OURS}
-    rest = urlencode([pair for pair in pairs if pair[0] not in OURS], quote_via=quote)
     try:
+        rest = urlencode([pair for pair in pairs if pair[0] not in OURS], quote_via=quote)
         connect = conninfo.conninfo_to_dict(f"{before}?{rest}" if rest else before)
-    except psycopg.Error as error:
+    except (psycopg.Error, UnicodeError) as error:
         raise InputError(
             f"the address of the PostgreSQL store cannot be read ({reason(error)}); {_AS_PERCENT}"
         ) from None
     for name, value in given.items():
         longest = LONGEST_NAME - len("_written") if name == "table" else LONGEST_NAME
-        if not 0 < len(value.encode(errors="replace")) <= longest or "\0" in value:
+        if not 0 < len(value.encode(errors="replace")) <= longest or not storable(value):
             raise InputError(
                 f"the address of the PostgreSQL store has {name}={short(value)}; expected a name "
                 f"of 1 to {longest} bytes"
@@ -86,6 +86,11 @@ def read_address(url: str) -> Address:
 def identifier(name: str) -> sql.Identifier:
     """Return a name quoted for a statement with values."""
     return sql.Identifier(name.replace("%", "%%"))
+
+
+def storable(text: str) -> bool:
+    """Return whether PostgreSQL can keep a text: it knows neither NUL nor halves of characters."""
+    return "\0" not in text and text == text.encode(errors="ignore").decode()
 
 
 class Vector(bytes):

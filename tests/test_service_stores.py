@@ -297,11 +297,12 @@ def test_a_store_that_is_late_is_not_waited_for(of, store, hanging, service):
     assert ask(app, "GET", "/readyz").error == (503, "store_slow")
     assert store.asked == ["search", "search"]
     assert lines(app, "embedcam_store_failures_total") == {'reason="store_slow"': 4}
-    threads = [one for one in threading.enumerate() if one.name == "embedcam-store"]
     store.change = _as_it_is
     hanging.go.set()
-    for thread in threads:
-        thread.join(60)
+    free = app.state.pipeline._free
+    for _ in range(2):
+        assert free.acquire(timeout=60)
+    free.release(2)
     assert post(app, "/search", QUERY).status == 200
 
 

@@ -41,7 +41,7 @@ def photo(width=60, height=40, seed=0):
     return Image.fromarray(pixels)
 
 
-@pytest.mark.parametrize("name", ["inferno", "viridis"])
+@pytest.mark.parametrize("name", ["inferno", "coolwarm", "viridis"])
 def test_colours_are_matplotlibs(name):
     from matplotlib import colormaps
 
@@ -352,12 +352,16 @@ def test_without_matplotlib_the_default_colours_are_the_same_and_others_are_refu
         "cam = np.arange(12.0).reshape(3, 4); image = Image.fromarray(p);"
         "out = r.panel(r.Tile(image, cam, caption='owls/1.jpg'), []);"
         "assert out.size[0] > 500 and len(out.getcolors(1 << 20)) > 1000;"
-        "sys.stdout.buffer.write(r.overlay(image, cam).tobytes());\n"
+        "sys.stdout.buffer.write(r.overlay(image, cam).tobytes());"
+        "sys.stdout.buffer.write(r.overlay(image, cam - 6, signed=True).tobytes());\n"
         "try: r.overlay(image, cam, cmap='viridis')\n"
         "except ValueError as error: sys.stderr.write(str(error))"
     )
-    drawn = np.asarray(overlay(image, cam))
-    assert_same_picture(np.frombuffer(found, np.uint8).reshape(40, 60, 3), drawn)
+    drawn = [np.asarray(overlay(image, cam)), np.asarray(overlay(image, cam - 6, signed=True))]
+    for mine, other in zip(
+        np.frombuffer(found, np.uint8).reshape(2, 40, 60, 3), drawn, strict=True
+    ):
+        assert_same_picture(mine, other)
     assert b"'viridis' is matplotlib's, which is not installed; take inferno" in said
 
 

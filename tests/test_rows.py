@@ -291,6 +291,9 @@ def test_without_embeddings_the_stores_own_distances_count(metric: str, tmp_path
         Explainer.from_model(path).explain_rows(vector, maps, [row])
     with pytest.raises(InputError, match="the rows came without embeddings, which this needs"):
         index_of_rows(index, [{**row, "distance": 1.0}]).embeddings([0])
+    for other in ({"distance": -0.1}, {"similarity": -1.1}, {"distance": 0.2, "similarity": 0.8}):
+        with pytest.raises(InputError, match="expected the squared Euclidean distance and the inn"):
+            index_of_rows(index, [{**row, **other}])
 
 
 def test_vectors_of_any_length_need_both_distances(tmp_path: Path) -> None:

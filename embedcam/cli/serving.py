@@ -8,7 +8,7 @@ from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING
 
 from .._options import chosen
-from ..errors import Plain, StoreError, printable, sentence, show, show_json
+from ..errors import Plain, StoreError, cut, printable, sentence, show, show_json
 from ..images import MAX_PIXELS, is_url
 from ..service import check_installed
 from .networks import query_network, run_by, runtime_of, torch_network
@@ -68,8 +68,23 @@ def serve(options: Namespace) -> None:
             say_run(options, explainer.network, limits.batch)
         app = create_app(explainer, limits=limits, hosts=_hosts(options, bound), renew=opened)
         _announce(options, bound, explainer)
+        if options.images is None and (address := _address_of(explainer)) is not None:
+            note(
+                options,
+                f"note: pictures of this index lie at addresses, which are read below one that you "
+                f"name, so they are not shown: serve it with --images {cut(address, 200)}",
+            )
         with attached(log, {"embedcam": level}):
             server.serve(app, bound, seconds=limits.seconds, reload=app.state.pipeline.reload)
+
+
+def _address_of(explainer: "Explainer") -> str | None:
+    """Return the address that the first or the last indexed picture lies below, if it does."""
+    rows = explainer.index.live_positions()[[0, -1]] if len(explainer.index) else ()
+    if isinstance(explainer.root, str):
+        return explainer.root
+    places = filter(is_url, explainer.index.select(rows).paths)
+    return next((place.rpartition("/")[0] for place in places), None)
 
 
 def _hosts(options: Namespace, bound: socket.socket) -> list[str] | None:

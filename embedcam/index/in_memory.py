@@ -37,6 +37,8 @@ Rows = Sequence[Mapping[str, Any]] | ArrowRows
 MOST_ROWS = 10_000
 """For one query."""
 MOST_TEXT = 4096
+_ROUNDED = 1e-2
+"""How far a store's distances, of half precision maybe, may be from what they are."""
 _TEXT = f"expected a text of at most {MOST_TEXT:,} characters"
 _AGAIN = "write the rows again with `embedcam rows INDEX --to ...`"
 _TAKE = "take the model of the rows' generation, or leave these rows out of the search"
@@ -300,8 +302,20 @@ def _compared(
             "the rows came without embeddings, which are not of unit length here; select both "
             '"distance" (squared Euclidean) and "similarity" (inner product), or the embeddings'
         )
+    distances, similarities = values["distance"], values["similarity"]
+    wrong = distances < -_ROUNDED
+    if model.normalized:
+        wrong |= (distances > 4 + _ROUNDED) | (abs(distances + 2 * similarities - 2) > _ROUNDED)
+    if wrong.any():
+        row = int(wrong.argmax())
+        said = f"has the distance {distances[row]:.6g} and the similarity {similarities[row]:.6g}"
+        advice = (
+            'expected the squared Euclidean distance and the inner product; select the vector as "'
+            'embedding", and neither is needed'
+        )
+        raise _wrong(ids[row], said, advice)
     # A store's rounding leaves the nearest below nothing.
-    return np.maximum(values["distance"], 0), values["similarity"]
+    return np.maximum(distances, 0), similarities
 
 
 def _number(name: str, column: str, value: object) -> float:

@@ -38,8 +38,8 @@ def colormap(values: np.ndarray, name: str = COLORMAP) -> np.ndarray:
 @lru_cache(maxsize=16)
 def _table(name: str) -> np.ndarray:
     """Return the 256 colors of a map, float32 `[256 3]`."""
-    if name == COLORMAP:
-        # Our own copy (matplotlib's, CC0): what answers queries needs no matplotlib.
+    if name in (COLORMAP, SIGNED_COLORMAP):
+        # Our own copies (matplotlib's, CC0): what answers queries needs no matplotlib.
         return np.fromfile(Path(__file__).with_name(f"{name}.f32"), "<f4").reshape(256, 3)
     try:
         from matplotlib import colormaps

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import asyncio
 import logging
 import threading
@@ -12,6 +11,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from itertools import islice
+from queue import SimpleQueue
 from typing import Any, Final, ParamSpec, TypeVar
 
 import numpy as np
@@ -65,8 +65,8 @@ _PROBLEMS: Final[Mapping[str, tuple[int, str]]] = {
 class StorePipeline(Pipeline):
     """All the work of a service whose explainer has a store.
 
-    The store is asked in threads of its own, one a question: one that never comes back costs its
-    thread and no other request. `renew` returns an explainer of the model as it is now, with a
+    The store is asked in threads of its own: a question that is never answered costs its thread,
+    and no other request. `renew` returns an explainer of the model as it is now, with a
     store of the model's generation.
     """
 
@@ -87,6 +87,20 @@ class StorePipeline(Pipeline):
         self._failures = Counter("embedcam_store_failures", said, ("reason",), registry=registry)
         self._free = threading.BoundedSemaphore(2 * limits.concurrency)
         self._forget()
+
+    def open(self) -> None:
+        """Make ready for requests; no thread begins yet."""
+        if self._closed:
+            # No pool, whose threads the end of the process waits for: one may never come back.
+            self._questions: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+            self._idle, self._threads = threading.Semaphore(0), 0
+        super().open()
+
+    def close(self) -> None:
+        """Finish what was begun, but for questions to the store, and end all threads."""
+        super().close()
+        for _ in range(self._threads):
+            self._questions.put(None)
 
     def _forget(self) -> None:
         """Forget what was found of a store; when, and what, each."""
@@ -301,9 +315,11 @@ class StorePipeline(Pipeline):
             finally:
                 self._free.release()
 
-        # No pool's thread, for one that never comes back would keep the process from ending; and no
-        # `Thread`, whose start waits for it to run, and with it all that this thread answers.
-        _thread.start_new_thread(answer, ())
+        self._questions.put(answer)
+        if not self._idle.acquire(blocking=False):
+            self._threads += 1
+            waiting = self._questions, self._idle
+            threading.Thread(target=_answer_all, args=waiting, daemon=True).start()
         try:
             async with asyncio.timeout(limit):
                 return await asyncio.wrap_future(future)
@@ -330,6 +346,14 @@ class StorePipeline(Pipeline):
         cause = why if isinstance(why, Exception) and not isinstance(why, EmbedcamError) else None
         logger.warning("%s: %s", code, why, exc_info=cause)
         return _problem(code)
+
+
+def _answer_all(
+    questions: SimpleQueue[Callable[[], None] | None], idle: threading.Semaphore
+) -> None:
+    while (answer := questions.get()) is not None:
+        answer()
+        idle.release()
 
 
 def _problem(code: str) -> HTTPProblem:

@@ -166,9 +166,9 @@ def test_match_of_few_rows_is_the_index_s_only_where_they_are_all(of, index, ser
 
 
 def test_examples_are_different_images_with_pictures(app, store):
-    items = ask(app, "GET", "/examples?count=6").json()["items"]
+    items = ask(app, "GET", "/examples?count=24").json()["items"]
     ids = [one["id"] for one in items]
-    assert len(set(ids)) == 6
+    assert len(set(ids)) == 24
     assert set(ids) <= set(store.rows)
     for one in items:
         assert one["label"] == store.rows[one["id"]]["label"]

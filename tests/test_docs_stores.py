@@ -233,14 +233,16 @@ def test_a_new_network_beside_the_old_one(
     known: dict[str, Any], here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["rows", "my.index", "--to", "photos.lance"]) == 0
-    with Index.open("model.embedcam") as model:
-        old = Table.of(model)
+    with Index.open("my.index") as index:
+        old, (vector,) = Table.of(index), index.embeddings([0])
     before, after = page("day.md", "A new network").split("Meanwhile")
     run(before, known)
     assert "has the generation" in capsys.readouterr().out
     assert Path("old.png").read_bytes() != Path("new.png").read_bytes()
     assert known["store"].generations() == {old.generation: 42, known["new"].generation: 42}
+    assert in_files(here / "photos.lance", vector.tobytes())
     run(after, known, old.generation)
+    assert not in_files(here / "photos.lance", vector.tobytes())
     with closing(open_store("photos.lance", old)) as store:
         assert store.generations() == {known["new"].generation: 42}
         assert len(store.fetch(["owl/2.jpg"])) == 0

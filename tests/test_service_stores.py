@@ -452,16 +452,37 @@ def test_a_model_of_another_generation_is_served_once_its_rows_are_there(
     assert store not in closed
 
 
-def test_it_is_served_from_a_real_store(of, index, tmp_path, service):
-    pytest.importorskip("lancedb")
-    url = f"lance:{tmp_path}/rows"
+def check_real(of, index, url, service) -> Any:
+    """Write the rows, hold every answer beside the index's, and return the service."""
     with closing(open_store(url, Table.of(index, "full"))) as written:
         copy_rows(index, written)
-    whole = service(Explainer(of.index, of.network), limits=Limits(batch=1))
-    with closing(open_store(url, Table.of(index), seconds=20)) as opened:
-        app = service(stored(of, opened), limits=Limits(batch=1, store_seconds=20))
-        app.state.pipeline.ready = True
-        for name, (target, accept) in asked_of(index).items():
-            found, expected = (post(one, target, QUERY, accept=accept) for one in (app, whole))
-            assert found.body == expected.body, name
-        assert ask(app, "GET", "/readyz").json()["images"] == 48
+    opened = open_store(url, Table.of(index), seconds=20)
+    limits = Limits(batch=1, store_seconds=20)
+    whole = service(Explainer(of.index, of.network), limits=limits)
+    app = service(stored(of, opened), limits=limits)
+    app.state.pipeline.ready = True
+    for name, (target, accept) in asked_of(index).items():
+        found, expected = (post(one, target, QUERY, accept=accept) for one in (app, whole))
+        assert found.body == expected.body, name
+    assert ask(app, "GET", "/readyz").json()["images"] == 48
+    assert len(ask(app, "GET", "/examples").json()["items"]) == 6
+    return app
+
+
+def test_it_is_served_from_lance(of, index, tmp_path, service):
+    pytest.importorskip("lancedb")
+    app = check_real(of, index, f"lance:{tmp_path}/rows", service)
+    app.state.pipeline.explainer.store.close()
+
+
+def test_it_is_served_from_postgresql_which_goes_and_comes_back(
+    of, index, postgres, database, service
+):
+    app = check_real(of, index, database, service)
+    postgres.stop()
+    refused = post(app, "/explain", QUERY)
+    assert refused.error == (503, "store_unavailable")
+    assert str(postgres.folder) not in refused.message
+    postgres.start()
+    assert post(app, "/explain", QUERY).status == 200
+    app.state.pipeline.explainer.store.close()

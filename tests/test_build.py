@@ -255,4 +255,4 @@ def test_a_bar_counts_every_image_also_of_a_resumed_build(
     report = build_index(*given, progress=True)
     bars = capsys.readouterr().err
     assert bars.count("12/12") >= 2
-    assert list(report.seconds) == ["embed", "weights", "encode", "trust", "write"]
+    assert list(report.seconds) == ["embed", "weights", "encode", "trust", "write", "faiss"]

@@ -10,6 +10,8 @@ import pytest
 from cli_samples import NAMED, answer
 from input_samples import shard
 
+from embedcam.service import server
+
 SHARDS = "made/{000..002}.tar"
 
 
@@ -72,3 +74,26 @@ def test_a_table_and_a_store(inputs: Path, say, refused, tmp_path: Path) -> None
         assert code == 0, err
         assert words in err
         assert ("not shown" in err) is bool(words)
+
+
+def test_a_service_says_where_pictures_at_addresses_are_to_be_named(
+    inputs: Path, say, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(server, "serve", lambda *_, **__: None)
+    names = sorted(str(f.relative_to(inputs)) for f in (inputs / "photos").rglob("*.*"))
+    paths = {"here": names, "list": [f"memory://{name}" for name in names]}
+    for kind, of in paths.items():
+        lines = [f"{path},{path.split('/')[-2]}" for path in of]
+        (inputs / f"{kind}.csv").write_text("\n".join(["path,label", *lines]))
+    told = "lie at addresses, which are read below one that you name, so they are not shown"
+    for kind, given, named in (
+        ("here.csv", [], None),
+        ("memory://photos", [], "memory://photos"),
+        ("memory://photos", ["--images", "memory://photos"], None),
+        ("list.csv", [], f"{paths['list'][0].rpartition('/')[0]}"),
+    ):
+        index = tmp_path / kind.replace("/", "")
+        assert say("build", kind, index, *NAMED)[0] == 0
+        code, _, err = say("serve", index, "--port", 0, *NAMED, *given)
+        assert (code, err.count(told)) == (0, int(named is not None)), err
+        assert named is None or err.endswith(f"{told}: serve it with --images {named}\n")

@@ -344,6 +344,20 @@ def test_the_length_before_normalization_by_a_literal_mean(file: Path) -> None:
         network._lengths(IMAGES[:1], maps, embedding)
 
 
+def test_a_length_that_the_file_tells_hides_nothing_unusable(file: Path) -> None:
+    network, told = OnnxNetwork(file), np.full(1, 3, np.float32)
+    maps, embedding = np.ones((1, 2, 3, 4), np.float32), np.array([[0.6, 0.8]], np.float32)
+    _, norm = network._lengths(IMAGES[:1], maps, embedding, told)
+    assert norm is told
+    for given, of, message in (
+        (maps * np.nan, embedding, "the layer's activations hold NaN or infinity"),
+        (maps, embedding * 0, "the embedding is zero or not finite"),
+        (maps, embedding * np.inf, "the embedding is zero or not finite"),
+    ):
+        with pytest.raises(EmbeddingError, match=message):
+            network._lengths(IMAGES[:1], given, of, told)
+
+
 def test_images_that_are_none(file: Path) -> None:
     network = OnnxNetwork(file)
     for images, message in (

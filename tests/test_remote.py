@@ -5,6 +5,8 @@ import logging
 import re
 import socket
 import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -285,7 +287,7 @@ def test_additions_and_updates_from_a_store(store, tmp_path: Path, quick) -> Non
 class Answers(BaseHTTPRequestHandler):
     """A server of one file, at /a.png with its length, at /b.png without; ranges as it likes."""
 
-    data, ranges = b"", True
+    data, ranges, at_once, pause = b"", True, 1 << 30, 0.0
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -305,7 +307,9 @@ class Answers(BaseHTTPRequestHandler):
                 self.send_header("Content-Range", said)
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(data)
+            for start in range(0, len(data), self.at_once):
+                self.wfile.write(data[start : start + self.at_once])
+                time.sleep(self.pause)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -327,6 +331,10 @@ def test_a_web_server_is_read_within_bounds(web: str, tmp_path: Path, monkeypatc
     source = find_images(path)
     monkeypatch.setattr(Answers, "data", png(9))
     assert grays(source) == [9, 9]
+    with monkeypatch.context() as slow:  # a picture that arrives in parts
+        slow.setattr(Answers, "at_once", len(png(9)) // 2)
+        slow.setattr(Answers, "pause", 0.05)
+        assert grays(source) == [9, 9]
     monkeypatch.setattr(remote, "MAX_BYTES", 40)
     for place, name in enumerate("ab"):
         with pytest.raises(ImageError, match=rf"^{web}/{name}\.png: has \d+ bytes, and of one"):
@@ -339,6 +347,30 @@ def test_a_web_server_is_read_within_bounds(web: str, tmp_path: Path, monkeypatc
     monkeypatch.setattr(Answers, "ranges", False)
     with pytest.raises(ImageError, match=rf"^{web}/0\.tar\?b\.png: .*support range requests"):
         shards.open(1)
+
+
+def test_a_build_asks_a_web_server_twice_for_a_picture(
+    web: str, tmp_path: Path, monkeypatch, quick
+) -> None:
+    asked = Counter[tuple[str, str]]()
+
+    def answer(handler: Answers) -> None:
+        asked[handler.command, handler.path] += 1
+        handler.data = (tmp_path / "p" / handler.path[1:]).read_bytes()
+        get(handler)
+
+    get = Answers.do_GET
+    monkeypatch.setattr(Answers, "do_GET", answer)
+    local = pictures(tmp_path / "p")
+    lines = [f"{web}/{one.path},{one.label}" for one in local.items]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label", *lines]))
+    source = find_images(tmp_path / "list.csv")
+    build_index(source, toy().network, tmp_path / "i", DENSE, progress=False)
+    assert asked == {(how, f"/{one.path}"): 1 for how in ("HEAD", "GET") for one in local.items}
+    build_index(local, toy().network, tmp_path / "here", DENSE, progress=False)
+    with Index.open(tmp_path / "i") as index, Index.open(tmp_path / "here") as here:
+        weights = (one.weights(one.live_positions()) for one in (index, here))
+        np.testing.assert_array_equal(*weights)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from embedcam.cli import main
 from embedcam.cli.parser import parser
 from embedcam.cli.serving import _hosts
 from embedcam.errors import InputError
+from embedcam.ops import area_average
 from embedcam.service import Limits, server
 from embedcam.service.frame import HEADERS
 
@@ -64,9 +66,9 @@ def here(tmp_path_factory):
 class Served:
     """A running `embedcam serve`."""
 
-    def __init__(self, folder, *options):
+    def __init__(self, folder, *options, of=("my.index",)):
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", "embedcam", "serve", "my.index", "--port", "0",
+            [sys.executable, "-W", "error", "-m", "embedcam", "serve", *of, "--port", "0",
              "--json", *NAMED[:2], *options],
             cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
@@ -90,8 +92,8 @@ class Served:
 
 
 @contextmanager
-def served(folder, *options):
-    running = Served(folder, *options)
+def served(folder, *options, **of):
+    running = Served(folder, *options, **of)
     try:
         until(running.is_ready, 60)
         yield running
@@ -136,6 +138,74 @@ def test_a_server_answers_and_finishes_what_was_begun(here):
     assert "Traceback" not in said
     with pytest.raises(OSError):
         running.explain()
+
+
+@pytest.fixture(scope="module")
+def models(here):
+    """Generations of two indexes, whose models lie there; rows.lance has the first one's rows."""
+    pytest.importorskip("lancedb")
+    assert main(["build", "photos", "other.index", "--norm", "around", "--quiet", *NAMED]) == 0
+    generations = {}
+    for name in ("my", "other"):
+        assert main(["model", f"{name}.index", "-o", f"{name}.embedcam"]) == 0
+        with embedcam.Index.open(f"{name}.index") as opened:
+            generations[name] = opened.generation
+    assert main(["rows", "my.index", "--to", "rows.lance", "--quiet"]) == 0
+    return generations
+
+
+def test_what_is_said_of_a_model_and_a_store(here, models, monkeypatch, say):
+    seen: list[Any] = []
+    monkeypatch.setattr(server, "serve", lambda app, *_, **__: seen.append(app.state.pipeline))
+    usual = ["--port", "0", *NAMED]
+    of = ["--model", "my.embedcam", "--store", "rows.lance"]
+    assert say(*of, "--store-seconds", "7", *usual)[0] == 0
+    (pipeline,) = seen
+    assert pipeline.limits == Limits(store_seconds=7)
+    assert (pipeline.explainer.only_below, pipeline.explainer.root) == (True, here / "photos")
+    code, told = say("--model", "other.embedcam", "--store", "rows.lance", *usual)
+    missing = "rows.lance holds no row of the generation {other}, which other.embedcam reads "
+    missing += "(generations there: {my}); `embedcam rows` writes them"
+    assert (code, missing.format(**models) in told) == (0, True)
+    for words, said in (
+        ([], "no index was given; name its folder, or give --model and --store"),
+        (["--model", "my.embedcam"], "say with --store URL where its rows are"),
+        (["my.index", "--model", "my.embedcam", "--store", "rows.lance"], "leave one of them out"),
+        (["my.index", "--store", "rows.lance"], "--store goes with the file of a model"),
+        (["--model", "my.embedcam", "--store", "rows.lance", "--fallback"], "leave out --fallback"),
+        (["--model", "my.embedcam", "--store", "there.lance"], "write rows to it first"),
+    ):
+        code, told = say(*words, *usual)
+        assert (code in (1, 2), said in told, told.count("\n")) == (True, True, 1), told
+
+
+def test_a_model_and_a_store_are_served(here, models):
+    shutil.copy("my.embedcam", "live.embedcam")
+    of = ["--model", "live.embedcam", "--store", "rows.lance"]
+    network = embedcam.load_network(NAMED[1], layer="relu")
+
+    def check(running, name):
+        ready = json.loads(running.ask("GET", "/readyz")[2])
+        assert (ready["digest"], ready["images"]) == (models[name], 12)
+        why = embedcam.Explainer(f"{name}.index", network, n_neighbors=3).explain(QUERY)
+        shown = json.loads(running.explain()[2])
+        assert [one["id"] for one in shown["neighbors"]] == why.ids
+        np.testing.assert_allclose(shown["cam"], area_average(why.cam, (14, 14)), atol=1e-6)
+        assert running.ask("GET", shown["neighbors"][0]["image_url"])[0] == 200
+
+    with served(here, "-n", "3", "--store-seconds", "20", of=of) as running:
+        about = {"index": "live.embedcam", "store": "rows.lance", "images": 12}
+        assert running.told == {"address": f"http://127.0.0.1:{running.port}", **about}
+        check(running, "my")
+        assert main(["rows", "other.index", "--to", "rows.lance", "--quiet"]) == 0
+        shutil.copy("other.embedcam", "live.embedcam")
+        running.process.send_signal(signal.SIGHUP)
+        digest = models["other"].encode()
+        until(lambda: digest in running.ask("GET", "/readyz")[2])
+        check(running, "other")
+        running.process.send_signal(signal.SIGTERM)
+        _, said = running.process.communicate(timeout=60)
+    assert (running.process.returncode, "Traceback" in said) == (0, False), said
 
 
 HOST = b"Host: localhost\r\n"

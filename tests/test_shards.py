@@ -30,7 +30,7 @@ import embedcam.offline.merge as merge
 import embedcam.offline.plan as plan
 from embedcam.errors import EmbedcamError, ImageError, InputError, NetworkMismatch, PiecesMissing
 from embedcam.images import ImageSource, find_images, from_dataset
-from embedcam.index import faiss_build
+from embedcam.index import faiss_build, remove
 from embedcam.network import EmbeddingNetwork
 from embedcam.offline import add_images, merge_job, missing_pieces, plan_job, run_shard
 from embedcam.recipe.recipe import Recipe
@@ -142,8 +142,14 @@ def test_an_addition_in_pieces_and_a_refit_make_the_bytes_of_one_process(tmp_pat
             run_shard(job, piece, network=it.network, **QUIET)
     merge_job(job, several, it.network, **QUIET)
     assert everything(several) == everything(one)
-    with pytest.raises(InputError, match=r"is not as it was when .*job was planned"):
-        merge_job(job, several, it.network, **QUIET)
+    assert merge_job(job, several, it.network, **QUIET).n_images == 0
+    assert everything(several) == everything(one)
+    paint(tmp_path / "r", [28], seed=6)  # another picture of a name that was added
+    other, index = find_images(tmp_path / "r"), shutil.copytree(several, tmp_path / "changed")
+    for change in (remove, lambda *_: add_images(other, it.network, index, **FEW, **QUIET)):
+        change(index, other.ids)
+        with pytest.raises(InputError, match=r"is not as it was when .*job was planned"):
+            merge_job(job, index, it.network, **QUIET)
     with pytest.raises(InputError, match="9 of 9 images are in the index already"):
         plan_job(more, it.network, tmp_path / "again", **options)
 
@@ -189,7 +195,7 @@ def test_no_grouping_order_or_repetition_changes_a_byte(tmp_path_factory, planne
 
 
 @given(st.integers(1, 400), st.integers(1, 90), st.integers(1, 130), st.integers(1, 9))
-def test_groups_of_pieces_divide_the_chunks(n_images, pieces, groups, per_chunk) -> None:
+def test_pieces_of_any_number_divide_the_chunks_alike(n_images, pieces, groups, per_chunk) -> None:
     choices = jobs.Choices(
         **dict.fromkeys(("key", "recipe", "network", "loading", "libraries", "rounds"), None),
         **dict.fromkeys(("on_unreadable", "own_maps", "trust", "caches", "run"), None),
@@ -199,6 +205,7 @@ def test_groups_of_pieces_divide_the_chunks(n_images, pieces, groups, per_chunk)
     for n in (groups, None):
         parts = [job.chunks_of(piece, n) for piece in range(pieces if n is None else n)]
         assert [c for part in parts for c in part] == list(range(-(-n_images // per_chunk)))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
     for piece in range(pieces):
         assert all(job.piece_of(chunk) == piece for chunk in job.chunks_of(piece))
 

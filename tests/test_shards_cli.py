@@ -81,6 +81,8 @@ def test_additions_and_refits(say: Say, refused, tmp_path: Path) -> None:
     assert say(*plan)[1].endswith(f"then: embedcam merge {job} {index}\n")
     assert say("shard", job, 0, *TRUSTED)[0] == 0
     assert say("merge", job, index, *TRUSTED)[1].startswith(f"{index}: 3 images added in ")
+    said = f"{index}: holds these images already; nothing to do\n"
+    assert say("merge", job, index, *TRUSTED)[:2] == (0, said)
     assert say("add", one, more, "--batch-size", 2)[0] == 0
     assert files(index) == files(one)
     refused(2, "3 of 3 images are in the index already", *plan[:2], tmp_path / "j", *plan[3:])

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -12,25 +13,33 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from postgres_server import PostgresServer
+from photo_samples import CROP, Pooled, picture
+from PIL import Image
 from store_samples import (
+    FIELDS,
     Sample,
     any_rows,
     batch_of,
     check_answers,
+    differing,
     expected_of,
     made_rows,
     read_back,
     sample,
     table_of,
 )  # fmt: skip
+from toys import seeded
 
+from embedcam import EmbeddingNetwork, Explainer
+from embedcam.cli import main
 from embedcam.errors import InputError, StoreError
 from embedcam.index import Index
 from embedcam.stores import Store, Table, copy_rows, open_store
+from scripts.postgres_server import PostgresServer
 
+ROOT = Path(__file__).parents[1]
 OTHER = "f" * 16
-PHOTOS = "&table=photos&id=photo_id&embedding=vec"
+PHOTOS = "?table=photos&id=photo_id&embedding=vec"
 Run = Callable[..., list[tuple]]
 
 
@@ -61,9 +70,12 @@ def photos(run: Run, database: str) -> str:
         "CREATE TABLE photos (photo_id bigint PRIMARY KEY, vec vector(8), category varchar(20), "
         "owner text NOT NULL)"
     )
-    for number, row in enumerate(made_rows(20)):
-        values = number, str(row["embedding"]), f"kind {number % 2}", "ann"
-        run("INSERT INTO photos VALUES (%s, %s, %s, %s)", *values)
+    vectors = [str(row["embedding"]) for row in made_rows(20)]
+    run(
+        "INSERT INTO photos SELECT n - 1, v::vector, 'kind ' || (n - 1) % 2, 'ann' "
+        "FROM unnest(%s) WITH ORDINALITY AS made (v, n)",
+        vectors,
+    )
     return database + PHOTOS
 
 
@@ -222,18 +234,18 @@ def test_codes_lie_beside_vectors_that_are_there(run: Run, photos: str) -> None:
     assert run("SELECT photo_id, vec::text, category, owner FROM photos ORDER BY 1") == before
 
 
-def test_codes_of_another_generation_are_not_written_over(photos: str) -> None:
+def test_codes_of_another_generation_are_written_over(photos: str) -> None:
+    """A row of the team's has one place for them."""
     table, newer = table_of("none"), table_of("none", OTHER)
     with opened(photos, table) as store:
-        store.write(batch_of(table, numbered(3)), "a", 3)
-    rows = [{**row, "generation": OTHER} for row in numbered(5)]
+        store.write(batch_of(table, numbered(5)), "a", 5)
+    rows = [{**row, "generation": OTHER} for row in numbered(3)]
     with opened(photos, newer) as store:
-        with pytest.raises(StoreError, match="codes of the generation '0000000000000000'"):
-            store.write(batch_of(newer, rows), "a", 5)
-        assert (store.generations(), store.written()) == ({"0" * 16: 3}, {})
-        store.drop("0" * 16)
-        assert store.write(batch_of(newer, rows), "a", 5) == 0
-        assert store.generations() == {OTHER: 5}
+        assert store.write(batch_of(newer, rows), "a", 3) == 0
+        assert store.generations() == {"0" * 16: 2, OTHER: 3}
+        assert read_back(store.search(np.zeros(8), 9)) == expected_of(rows)
+        assert store.drop("0" * 16) == 2
+        assert store.generations() == {OTHER: 3}
 
 
 def test_our_own_rows_get_codes_anew(database: str) -> None:
@@ -267,15 +279,15 @@ def test_a_table_in_partitions_is_searched(run: Run, database: str) -> None:
     [
         ("", PHOTOS, table_of(), "was there before, and its vectors are not written over; write"),
         ("", PHOTOS, reading(), "has no column 'codes'; write codes beside its vectors"),
-        ("", "&table=nix", reading(), "there is no such table; name one by ?table=, or write"),
-        ("", "&table=nix", table_of("none"), "there is no such table"),
-        ("", "&table=photos", reading(), "has no column 'id'; name one of ['photo_id', 'vec',"),
+        ("", "?table=nix", reading(), "there is no such table; name one by ?table=, or write"),
+        ("", "?table=nix", table_of("none"), "there is no such table"),
+        ("", "?table=photos", reading(), "has no column 'id'; name one of ['photo_id', 'vec',"),
         ("", PHOTOS, Table("0" * 16, 9, "l2"), "the column 'vec' of type vector(8), and the model"),
         ("", PHOTOS + "&embedding=owner", reading(), "'owner' of type text, and the model's emb"),
         ("", PHOTOS + "&label=no", table_of("none"), "has no column 'no'"),
         ("ALTER TABLE photos ADD label text", PHOTOS, table_of("none"), "'label' of its own; let"),
         ("ALTER TABLE photos ADD codes text", PHOTOS, table_of("none"), "'codes' of type text; ex"),
-        ("CREATE VIEW seen AS SELECT * FROM photos", "&table=seen&id=photo_id&embedding=vec",
+        ("CREATE VIEW seen AS SELECT * FROM photos", "?table=seen&id=photo_id&embedding=vec",
          table_of("none"), "cannot be performed on"),
     ],
 )  # fmt: skip
@@ -290,11 +302,11 @@ def test_a_table_that_does_not_fit(
 
 
 def test_precisions_are_not_mixed(database: str) -> None:
-    with opened(database, table_of("half")), opened(f"{database}&table=full"):
+    with opened(database, table_of("half")), opened(f"{database}?table=full"):
         pass
     for url, embedding, kind, other in (
         (database, "full", "halfvec", "half"),
-        (f"{database}&table=full", "half", "vector", "full"),
+        (f"{database}?table=full", "half", "vector", "full"),
     ):
         with (
             pytest.raises(StoreError, match=f"as {kind}; write them so, too: --embedding {other}"),
@@ -311,7 +323,7 @@ def test_precisions_are_not_mixed(database: str) -> None:
     ['"', 'a"; DROP TABLE photos; --', "50%", "%s", "%(query)s", "{}", "select", "É b", "n" * 55],
 )
 def test_any_name_is_a_name(run: Run, database: str, name: str) -> None:
-    asked = f"&table={quote(name)}&id={quote(name + '1')}&label={quote(name + '2')}"
+    asked = f"?table={quote(name)}&id={quote(name + '1')}&label={quote(name + '2')}"
     rows = made_rows(3)
     with opened(database + asked) as store:
         store.write(batch_of(table_of(), rows), "a", 3)
@@ -424,7 +436,7 @@ def test_who_answers_too_late_is_not_waited_for(
             store.search(query, 9)
         other.rollback()
         # A server that does not even say that it is late.
-        ((process,),) = run("SELECT pid FROM pg_stat_activity WHERE query LIKE '%near.far'")
+        ((process,),) = run("SELECT pid FROM pg_stat_activity WHERE query LIKE 'SELECT r.%'")
         os.kill(process, signal.SIGSTOP)
         try:
             with pytest.raises(StoreError, match=r"gave no answer within 0\.2 s"):
@@ -448,8 +460,6 @@ def test_who_answers_too_late_is_not_waited_for(
 def test_rows_that_somebody_broke(
     of: Sample, run: Run, database: str, change: str, message: str
 ) -> None:
-    from embedcam import Explainer
-
     with Index.open(of.index) as index:
         with opened(database, Table.of(index, "full")) as store:
             copy_rows(index, store)
@@ -462,3 +472,75 @@ def test_rows_that_somebody_broke(
             with pytest.raises(InputError, match=message) as refused:
                 explainer.with_rows(rows)
     assert str(refused.value).isprintable()
+
+
+# The page.
+
+
+def test_the_page_is_true(
+    postgres: PostgresServer,
+    run: Run,
+    database: str,
+    cli_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = (ROOT / "docs" / "stores" / "pgvector.md").read_text(encoding="utf-8")
+    (beside, own), (code,), (columns, *indexes) = (
+        re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
+        for language in ("sh", "python", "sql")
+    )
+    assert beside.count("\n") <= 15  # from a table and its pictures to maps
+    known = features_of_the_team(run)
+
+    def sh(lines: str) -> None:
+        for line in lines.splitlines():
+            words = shlex.split(os.path.expandvars(as_here(line)))
+            if words[0] == "export":
+                monkeypatch.setenv(*words[1].split("=", 1))
+            elif words[0] == "psql":
+                postgres.psql(*words[1:])
+            else:
+                assert main(words[1:]) == 0, line
+
+    def as_here(line: str) -> str:
+        return (
+            line.replace("postgresql://me@localhost/shop", database)
+            .replace("net:make", "cli_toy_network:make")
+            .replace("--layer trunk", "--layer relu")
+        )
+
+    sh(beside)
+    exec(compile(code, "pgvector.md", "exec"), known)
+    why = known["why"]
+    with Explainer("photos.index") as whole:
+        features = known["embedding"], known["activations"]
+        expected = whole.explain_features(*features, neighbors=why.ids)
+        apart = whole.index.embeddings(range(12)) - known["embedding"]
+        assert why.ids == whole.index.ids[np.argsort((apart**2).sum(1))[:5]]
+    assert differing(why, expected, FIELDS) == []
+    assert Path("why.png").stat().st_size > 5_000
+    sh(own)
+    described = (
+        "SELECT attname, atttypid, attcollation, attnotnull, pg_get_indexdef(indexrelid, 1, true) "
+        "FROM pg_attribute JOIN pg_index ON attrelid = indrelid "
+        "WHERE attrelid = %s::regclass AND attnum > 0 ORDER BY attnum"
+    )
+    made = run(described, "photo_rows")
+    run(columns.replace("photo_rows", "documented"))
+    assert run(described, "documented") == made
+    for statement in indexes:
+        run(statement)
+
+
+def features_of_the_team(run: Run) -> dict[str, object]:
+    """Fill the page's table, and return what its Python takes for known."""
+    network = EmbeddingNetwork(seeded(Pooled, 4), "relu", preprocess=CROP)
+    picture(1, 99).save("query.jpg")
+    run("CREATE TABLE photos (photo_id int PRIMARY KEY, file text, category text, vec vector(5))")
+    files = sorted(Path("photos").rglob("*.png"))
+    inputs = np.stack([CROP(Image.open(file)) for file in [*files, Path("query.jpg")]])
+    embeddings, _, (activations,) = network.embed(inputs)
+    for number, file in enumerate(files):
+        values = number, str(file), file.parent.name, str(embeddings[number].tolist())
+        run("INSERT INTO photos VALUES (%s, %s, %s, %s)", *values)
+    return {"embedding": embeddings[-1], "activations": activations[-1]}

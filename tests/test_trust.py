@@ -96,12 +96,12 @@ def trusts(of: Calibration, seen: np.ndarray, nearest: np.ndarray) -> np.ndarray
 @given(st.floats(0, 10), st.floats(0, 10), st.floats(0.01, 3))
 def test_beyond_what_was_calibrated_trust_falls_to_nothing(one, other, largest) -> None:
     near, far = sorted((one, other))
-    assert 0 <= fall(np.array(far), largest) <= fall(np.array(near), largest) <= 1
-    assert fall(np.array(largest), largest) == 1
-    assert fall(np.array(1.5 * largest), largest) == pytest.approx(0.5)
-    assert fall(np.array(2 * largest), largest) == 0
+    assert 0 <= fall(far, largest) <= fall(near, largest) <= 1
+    assert fall(largest, largest) == 1
+    assert fall(1.5 * largest, largest) == pytest.approx(0.5)
+    assert fall(2 * largest, largest) == 0
     # An index of one picture over and over trusts that picture alone.
-    assert fall(np.array([0.0, 1e-9]), 0.0).tolist() == [1.0, 0.0]
+    assert [fall(one, 0.0) for one in (0.0, 1e-9)] == [1.0, 0.0]
 
 
 APART = [

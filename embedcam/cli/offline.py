@@ -3,8 +3,9 @@
 import sys
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from .._files import refuse_device
 from .._options import Values, checked_values, chosen, settings_of
 from ..errors import InputError, RecipeError, printable, reason, show_json
 from ..images.places import shard_of
-from ..images.progress import progress_of
+from ..images.progress import Advance, progress_of
 from ..recipe import WHITENED, Recipe
 from ..recipe.recipe import read_toml, shipped_recipe
 from .networks import (
@@ -29,8 +30,6 @@ from .networks import (
 from .output import counted, emit, fidelity_lines, images_of, note, size_text, some_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import numpy as np
 
     from ..images import ImageSource
@@ -39,6 +38,9 @@ if TYPE_CHECKING:
     from ..network import EmbeddingNetwork
     from ..offline import BuildReport, RayEngine
     from ..offline.report import Changes
+
+_TOLD = 1 << 10
+"""Lines read between two looks at how far it is."""
 
 
 def build(options: Namespace) -> None:
@@ -281,8 +283,8 @@ def compact(options: Namespace) -> None:
     from ..index.manifest import read
 
     images, asked = _n_images(options.index), options.rebuild_faiss
-    with progress_of("compacting", shown=options.progress):
-        dropped = compact_parts(options.index, rebuild_faiss=asked)
+    shown = partial(progress_of, shown=options.progress)
+    dropped = compact_parts(options.index, rebuild_faiss=asked, stage=shown)
     text = f"compact; {counted(dropped, 'removed image')} dropped, {images:,} left"
     entry = read(Path(options.index)).faiss
     if isinstance(asked, str) and entry is not None:
@@ -476,7 +478,10 @@ def _build_features(options: Namespace, recipe: Recipe, network: Values) -> "Bui
     if options.images:
         raise InputError("give either IMAGES or --embeddings and --pooled, not both")
     pooled, embeddings = read_array(options.pooled), read_array(options.embeddings)
-    ids, labels = _ids_of(options.ids) if options.ids else (None, None)
+    ids, labels = None, None
+    if options.ids:
+        with progress_of("read", len(embeddings), "lines", shown=options.progress) as progressed:
+            ids, labels = _ids_of(options.ids, progressed)
     positive = options.positive_pooled
     return build_from_features(
         embeddings,
@@ -504,7 +509,7 @@ def _given_triplets(options: Namespace) -> "np.ndarray | None":
     return read_array(options.triplets)
 
 
-def _ids_of(path: str) -> "tuple[Texts, LabelColumn]":
+def _ids_of(path: str, progressed: Advance) -> "tuple[Texts, LabelColumn]":
     """Return ids and labels from a CSV with the columns id[,label], or from tables."""
     from ..images import find_images, is_collection
     from ..images.lists import csv_rows
@@ -512,9 +517,18 @@ def _ids_of(path: str) -> "tuple[Texts, LabelColumn]":
 
     if not path.lower().endswith(".csv") and is_collection(path):
         source = find_images(path)
+        progressed(len(source))
         return source.ids, source.labels
-    rows = csv_rows(Path(path), ["id"], "id[,label]")
-    listed = Listing.of(Item(row["id"], row["id"], row.get("label") or None) for _, row in rows)
+
+    def items() -> Iterator[Item]:
+        count = 0
+        for count, (_, row) in enumerate(csv_rows(Path(path), ["id"], "id[,label]"), 1):
+            if count % _TOLD == 0:
+                progressed(_TOLD)
+            yield Item(row["id"], row["id"], row.get("label") or None)
+        progressed(count % _TOLD)
+
+    listed = Listing.of(items())
     if not len(listed):
         raise InputError(f"{path}: has no lines below its header")
     return listed.ids, listed.labels

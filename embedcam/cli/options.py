@@ -159,7 +159,7 @@ def shard(command: ArgumentParser) -> None:
     """Declare the options of `embedcam shard`."""
     add = _common(command, JOB)
     add("piece I", "number of the piece, from 0", WHOLE)
-    add("--of N", "of N groups of the plan's pieces instead", POSITIVE)
+    add("--of N", "of N pieces, whatever the plan has", POSITIVE)
     add("--workers N", "threads that decode images", WHOLE)
     _network(command)
 

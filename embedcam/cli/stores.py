@@ -103,6 +103,11 @@ def take_model(options: Namespace) -> None:
         options.index = options.model
     elif options.index is None:
         raise InputError("no index was given; name its folder, or give --model and --store")
+    if options.store is not None and getattr(options, "fallback", False):
+        raise InputError(
+            "--fallback tells a query from other images of an index, and a store returns its "
+            "neighbors alone; leave out --fallback, or explain by the index"
+        )
     if getattr(options, "queries", True) == []:
         raise InputError("no picture was given; name one, a folder or a CSV behind INDEX")
     if options.store is not None and not os.path.isfile(options.index):

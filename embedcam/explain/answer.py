@@ -73,8 +73,7 @@ def answers(
     """
     if not queries:
         return []
-    # Match is calibrated on ten neighbors, however many are shown.
-    n_searched = max(n_shown, TEN) if snapshot.matches else n_shown
+    n_searched = count_searched(snapshot, n_shown)
     if explainer.store is not None and not snapshot.index.in_memory:
         wanted = n_searched + (files is not None)
         each = []
@@ -87,7 +86,7 @@ def answers(
         return each
     if neighbors is not None:
         n_shown = n_searched = len(snapshot.index)
-    embeddings = np.stack([query.embedding for query in queries])
+    embeddings = np.array([query.embedding for query in queries])
     found = find_neighbors(snapshot.index, embeddings, n_searched + (files is not None), neighbors)
     if files is not None:
         pairs = zip(found, files, strict=True)
@@ -97,6 +96,12 @@ def answers(
         _answer(explainer, snapshot, query, near, n_shown, named)
         for query, near in zip(queries, found, strict=True)
     ]
+
+
+def count_searched(snapshot: Snapshot, n_shown: int) -> int:
+    """Return how many neighbors a query is explained by, of which some are shown."""
+    # Match is calibrated on ten neighbors, however many are shown.
+    return max(n_shown, TEN) if snapshot.matches else n_shown
 
 
 def rows_of(
@@ -195,9 +200,11 @@ def _answer(
 
 def picture_paths(snapshot: Snapshot, paths: Sequence[str]) -> list[str]:
     """Return where indexed images' pictures lie, `[n]`; "" for those that name no file."""
-    prefix, root = snapshot.prefix, snapshot.root
+    folder, root = os.path.join(snapshot.prefix, ""), snapshot.root
     return [
-        located(root, path) if PLACE.match(path) else (os.path.join(prefix, path) if path else path)
+        located(root, path)
+        if PLACE.match(path)
+        else (path if path[:1] in ("", "/") else folder + path)
         for path in paths
     ]
 
@@ -245,7 +252,7 @@ def _without_file(
 def _maps(weights: Sequence[np.ndarray], query: Query) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     with np.errstate(over="ignore", invalid="ignore"):
         maps = picture_maps(weights, query.activations, query.finer, query.size)
-    if not np.isfinite(maps[0]).all():
+    if not np.isfinite(maps[0].max()):
         weight, activation = (
             max(float(np.abs(one).max()) for one in arrays)
             for arrays in (weights, query.activations)

@@ -19,9 +19,9 @@ from ..index.in_memory import Rows, listed
 from ..index.search import check_rival, check_wanted
 from ..ops import coefficients
 from ..preprocess import AnyPreprocess, Network
-from .answer import Fallback, RowSource, answers, picture_paths
+from .answer import Fallback, RowSource, answers, count_searched, picture_paths
 from .explanation import Explanation
-from .queries import embed, of_features, prepare
+from .queries import Query, embed, of_features, prepare
 from .snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -159,15 +159,16 @@ class Explainer:
         explainer.store = store
         return explainer
 
-    def with_rows(self, rows: Rows) -> Self:
+    def with_rows(self, rows: Rows, wanted: int | None = None) -> Self:
         """Return an explainer of exactly these rows, as `explain_rows` takes them.
 
         Its searches, comparisons and receipts know no other images. Of the same files and network,
-        which stay this explainer's to close; it serves as long as the rows are asked about.
+        which stay this explainer's to close; it serves as long as the rows are asked about. Where
+        fewer came than were `wanted`, they are all that the store has, which match may rely on.
         """
         explainer = object.__new__(type(self))
         vars(explainer).update(vars(self))
-        explainer.store, explainer._snapshot = None, self._now().with_rows(rows)
+        explainer.store, explainer._snapshot = None, self._now().with_rows(rows, wanted)
         return explainer
 
     def of_ids(self, ids: Sequence[str]) -> Self:
@@ -375,6 +376,30 @@ class Explainer:
         elif files is None:
             files = [one if isinstance(one, str | Path) else None for one in images]
         return answers(self, snapshot, queries, wanted, neighbors, result, above, files)
+
+    def embedded(
+        self,
+        images: Sequence[QueryLike],
+        *,
+        detail: int | None = None,
+        larger: Sequence[Inputs] | None = None,
+    ) -> list[Query]:
+        """Return what one forward pass makes of queries, as `explain_batch` takes them.
+
+        The first half of explaining, for a service that asks a store in another thread.
+        """
+        detail = self.detail if detail is None else whole("detail", detail, 1, 2)
+        return embed(self._now(), images, self.max_pixels, detail, larger)
+
+    def count_searched(self, n_neighbors: int) -> int:
+        """Return how many neighbors a query is explained by, of which so many are shown."""
+        return count_searched(self._now(), n_neighbors)
+
+    def explain_embedded(
+        self, query: Query, n_neighbors: int, result: str | None = None, above: str | None = None
+    ) -> Explanation:
+        """Explain what `embedded` returned; arguments as for `explain`."""
+        return answers(self, self._now(), [query], n_neighbors, None, result, above)[0]
 
     @overload
     def explain_features(

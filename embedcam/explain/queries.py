@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     """Activations of one layer, or of each."""
 
 
-@dataclass(frozen=True, eq=False)
-class Query:
+class Query(NamedTuple):
     """One query with its features; `activations` are of each layer, deepest first."""
 
     embedding: np.ndarray  # [D]
@@ -124,8 +123,10 @@ def prepare(
     image: Any, preprocess: AnyPreprocess | None, max_pixels: int
 ) -> tuple[Image.Image | None, Inputs]:
     """Return the picture (None of the network's own input) and the network's input `[3 H W]`."""
-    shape, kind = tuple(getattr(image, "shape", ())), str(getattr(image, "dtype", ""))
-    if "float" in kind and len(shape) == 3 and shape[2] != 3:
+    shape, kind = tuple(getattr(image, "shape", ())), getattr(image, "dtype", "")
+    # NumPy takes long to put a type into words.
+    floats = kind.kind == "f" if isinstance(kind, np.dtype) else "float" in str(kind)
+    if floats and len(shape) == 3 and shape[2] != 3:
         return None, image
     if len(shape) > 3 or (shape and not isinstance(image, np.ndarray)):
         raise InputError(

@@ -5,13 +5,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 log = logging.getLogger("embedcam.progress")
 EVERY = 30.0
 """Seconds between two lines in the log."""
 Advance = Callable[[int], object]
 """Told how many more are done."""
+Stage = Callable[[str, int], AbstractContextManager[Advance]]
+"""Shows how far a named stage of a job is, of so many images; 0 where they are not counted."""
 
 
 @contextmanager
@@ -41,6 +44,21 @@ def progress_of(
         yield advance
 
 
+SILENT: Stage = partial(progress_of, shown=False)
+
+
+def in_passes(progressed: Advance, passes: int) -> Advance:
+    """Return what is told of each image so many times, or of each of its bytes, and tells once."""
+    told = 0
+
+    def advance(more: int) -> None:
+        nonlocal told
+        before, told = told // passes, told + more
+        progressed(told // passes - before)
+
+    return advance
+
+
 def _notebook() -> bool:
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return shell is not None and "IPKernelApp" in shell.config
@@ -55,7 +73,11 @@ def _logged(stage: str, total: int | None, unit: str, done: int) -> Iterator[Adv
         while not ended.wait(EVERY):
             of = f" of {total:,}" if total else ""
             how_far = f"{counted[0]:,}{of} {unit}, " if total != 0 else ""
-            log.info("%s: %s%.0f s", stage, how_far, time.monotonic() - begun)
+            seconds, left = time.monotonic() - begun, ""
+            if total and seconds > 0 and (rate := (counted[0] - done) / seconds):
+                each = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+                left = f", {each} a second, {_about((total - counted[0]) / rate)} left"
+            log.info("%s: %s%s%s", stage, how_far, _about(seconds), left)
 
     def advance(more: int) -> None:
         counted[0] += more
@@ -67,3 +89,10 @@ def _logged(stage: str, total: int | None, unit: str, done: int) -> Iterator[Adv
     finally:
         ended.set()
         thread.join()
+
+
+def _about(seconds: float) -> str:
+    """Return "87 s", "45 min", "3.5 h"."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -52,24 +52,43 @@ def read_address(address: str, start: int = 0, size: int | None = None) -> bytes
     Timeouts and repetitions are those of fsspec's settings.
     """
     system, path = filesystem(address)
+    is_web = address.lower().startswith("http")
     with _in_words(address):
+        if is_web and not start:
+            # A size spares fsspec the question for it, which the answer tells as well.
+            with system.open(path, "rb", block_size=0, size=1) as stream:
+                return _streamed(address, stream, size)
         n_bytes = system.info(path).get("size") if size is None else size
         if n_bytes is not None and n_bytes > MAX_BYTES:
             raise _too_long(address, n_bytes)
-        if not address.lower().startswith("http"):
-            end = start + (n_bytes or 0)
-            data: bytes = system.cat_file(path, start=start, end=end) if n_bytes else b""
-        elif start:
+        if is_web:
             with system.open(path, "rb", cache_type="none") as stream:
                 stream.seek(start)
-                data = stream.read(n_bytes)
+                data: bytes = stream.read(n_bytes)
         else:
-            # As it comes: a server may not say how long a file is, or send more than it said.
-            with system.open(path, "rb", block_size=0, size=n_bytes) as stream:
-                data = stream.read((MAX_BYTES if n_bytes is None else n_bytes) + 1)
+            end = start + (n_bytes or 0)
+            data = system.cat_file(path, start=start, end=end) if n_bytes else b""
+    return data if n_bytes is None else data[:n_bytes]
+
+
+def _streamed(address: str, stream: Any, size: int | None) -> bytes:
+    """Return the bytes of an answer, or the first `size`, as they come.
+
+    A server may not say how many there are, or send more than it said.
+    """
+    headers = stream.r.headers
+    told = "" if headers.get("Content-Encoding") else headers.get("Content-Length", "")
+    if size is None and told.isdecimal():
+        size = int(told)
+    if size is not None and size > MAX_BYTES:
+        raise _too_long(address, size)
+    most, data = MAX_BYTES + 1 if size is None else size, bytearray()
+    # What has arrived is given at once: seldom all that was asked for.
+    while len(data) < most and (more := stream.read(most - len(data))):
+        data += more
     if len(data) > MAX_BYTES:
         raise _too_long(address, len(data))
-    return data if n_bytes is None else data[:n_bytes]
+    return bytes(data)
 
 
 def _too_long(address: str, n_bytes: int) -> ImageError:

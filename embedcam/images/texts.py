@@ -82,14 +82,15 @@ class Texts(Sequence[str]):
         rows = np.asarray(rows, np.int64)
         writer = TextsWriter()
         for start in range(0, len(rows), _RUN):
-            some = rows[start : start + _RUN]
-            bounds = zip(self.offsets[some].tolist(), self.offsets[some + 1].tolist(), strict=True)
-            writer.extend_raw([self._between(*ends) for ends in bounds])
+            writer.extend_raw(self._pieces(rows[start : start + _RUN]))
         return Texts(*writer.columns())
 
     def raw(self, row: int) -> bytes:
         """Return the string's bytes."""
-        return self._between(int(self.offsets[row]), int(self.offsets[row + 1]))
+        start, stop = int(self.offsets[row]), int(self.offsets[row + 1])
+        if not start <= stop <= len(self.blob):
+            raise self._outside()
+        return bytes(self._view[start:stop])
 
     def take(self, rows: np.ndarray) -> list[str]:
         """Return some rows `[n]`."""
@@ -98,8 +99,7 @@ class Texts(Sequence[str]):
         first, last = int(rows[0]), int(rows[-1])
         if len(rows) > 1 and last - first == len(rows) - 1 and bool((np.diff(rows) == 1).all()):
             return self.tolist(first, last + 1)  # a run is decoded from one piece of the blob
-        bounds = zip(self.offsets[rows].tolist(), self.offsets[rows + 1].tolist(), strict=True)
-        return [self._between(*ends).decode("utf-8", self.errors) for ends in bounds]
+        return [str(piece, "utf-8", self.errors) for piece in self._pieces(rows)]
 
     def tolist(self, start: int = 0, stop: int | None = None) -> list[str]:
         """Return rows start .. stop at once, faster than one by one."""
@@ -111,10 +111,14 @@ class Texts(Sequence[str]):
         bounds = (offsets.astype(np.int64) - first).tolist()
         return [blob[a:b].decode("utf-8", self.errors) for a, b in pairwise(bounds)]
 
-    def _between(self, start: int, stop: int) -> bytes:
-        if not start <= stop <= len(self.blob):
+    def _pieces(self, rows: np.ndarray) -> list[memoryview]:
+        """Return the bytes of some rows `[n]` where they lie."""
+        bounds = zip(self.offsets[rows].tolist(), self.offsets[rows + 1].tolist(), strict=True)
+        view, size = self._view, len(self.blob)
+        pieces = [view[start:stop] for start, stop in bounds if start <= stop <= size]
+        if len(pieces) < len(rows):
             raise self._outside()
-        return bytes(self._view[start:stop])
+        return pieces
 
     def _outside(self) -> Exception:
         return ValueError("offsets fall or lead outside the text")
@@ -136,7 +140,7 @@ class TextsWriter:
         """Add strings at the end."""
         self.extend_raw([text.encode("utf-8", Texts.errors) for text in strings])
 
-    def extend_raw(self, strings: Sequence[bytes]) -> None:
+    def extend_raw(self, strings: Sequence[bytes | memoryview]) -> None:
         """Add the bytes of strings at the end."""
         end = self._offsets[-1]
         for raw in strings:

@@ -1,6 +1,7 @@
 """Raw arrays as files: written durably with a checksum, mapped once sizes fit."""
 
 import hashlib
+import math
 import mmap
 import os
 import tempfile
@@ -39,6 +40,20 @@ class ArrayLike(Protocol):
     def dtype(self) -> np.dtype[np.generic]: ...  # noqa: D102
 
     def __getitem__(self, rows: slice | np.ndarray, /) -> np.ndarray: ...
+
+
+class Told:
+    """An array that tells how many rows were read of it, in slices."""
+
+    def __init__(self, array: ArrayLike, progressed: Callable[[int], object]) -> None:
+        self._array, self._progressed = array, progressed
+        self.shape, self.dtype = array.shape, array.dtype
+
+    def __getitem__(self, rows: slice | np.ndarray, /) -> np.ndarray:
+        some = self._array[rows]
+        if isinstance(rows, slice):
+            self._progressed(len(some))
+        return some
 
 
 def broken(root: Path, name: str, what: str, remedy: str = _RESTORE) -> IndexFormatError:
@@ -85,11 +100,17 @@ def scratch_array(
 
 
 def write_array(
-    folder: Path, name: str, array: ArrayLike, dtype: str, wrong: Check | None = None
+    folder: Path,
+    name: str,
+    array: ArrayLike,
+    dtype: str,
+    wrong: Check | None = None,
+    progressed: Callable[[int], object] = lambda _: None,
 ) -> dict[str, str | int | list[int]]:
     """Stream an array to a new file, sync it, and return its entry for the manifest.
 
-    Values are cast to `dtype`; `wrong` says of each stored block what is wrong with it, or None.
+    Values are cast to `dtype`; `wrong` says of each stored block what is wrong with it, or None;
+    `progressed` is told how many bytes were written.
     """
     digest, written = hashlib.sha256(), 0
     stored = np.dtype(dtype).newbyteorder("<")
@@ -108,6 +129,7 @@ def write_array(
                 file.write(block.data)
                 digest.update(block.data)
                 written += block.nbytes
+                progressed(block.nbytes)
     shape = [int(n) for n in array.shape]
     return {"dtype": dtype, "shape": shape, "bytes": written, "sha256": digest.hexdigest()}
 
@@ -147,6 +169,15 @@ def map_array(root: Path, name: str, entry: "FileEntry") -> np.ndarray:
     return np.frombuffer(mapped, dtype).reshape(entry.shape)
 
 
+def forget(array: np.ndarray) -> None:
+    """Give back the memory of a mapped array that was read; it is read again where it is used."""
+    held: object = array
+    while isinstance(held, np.ndarray | memoryview):
+        held = held.base if isinstance(held, np.ndarray) else held.obj
+    if isinstance(held, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        held.madvise(mmap.MADV_DONTNEED)
+
+
 def sha256_of(content: np.ndarray | int, progress: Callable[[int], None] | None = None) -> str:
     """Return the SHA-256 of a mapped array's bytes, or of an open file from its beginning."""
     digest, start = hashlib.sha256(), 0
@@ -180,6 +211,11 @@ class Column:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "file", file_name(self.stem, self.dtype))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 def wrong_embeddings(block: np.ndarray, normalized: bool) -> str | None:

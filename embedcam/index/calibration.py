@@ -64,10 +64,9 @@ def evidence(raw: np.ndarray, shares: np.ndarray, norm: float, distances: np.nda
 
 def correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return Pearson's correlation of rows `[... n]` of float64 with `[n]`, 0 of a constant."""
-    a, b = a - a.mean(-1, keepdims=True), b - b.mean()
+    a, b = a - a.sum(-1, keepdims=True) / len(b), b - b.sum() / len(b)
     size = np.sqrt((a * a).sum(-1) * (b @ b))
-    correlations: np.ndarray = np.divide(a @ b, size, out=np.zeros_like(size), where=size > 0)
-    return correlations
+    return np.asarray(a @ b / (size + (size == 0)))
 
 
 def match_evidence(distances: np.ndarray, same: np.ndarray) -> np.ndarray:
@@ -205,7 +204,7 @@ class Calibration(_Linear):
         # Of a forged calibration: what overflows is not to be trusted, and is no number to show.
         with np.errstate(over="ignore", invalid="ignore"):
             score = self.score(evidence)
-            near = float(fall(np.asarray(nearest, np.float64), self.largest_distance))
+            near = fall(nearest, self.largest_distance)
             scores, *knots = self._arrays[3:]
             values = [float(np.interp(score, scores, one)) * near for one in knots]
         expected, low = (0.0 if math.isnan(one) else one for one in values)
@@ -277,7 +276,7 @@ class MatchCalibration(_Linear):
             # Of a forged calibration: what is no number is no match.
             bounded = max(-700.0, min(score, 700.0))
             expected = 0.0 if math.isnan(score) else 1 / (1 + math.exp(-bounded))
-        return expected * float(fall(np.asarray(first), self.far, FALLEN))
+        return expected * fall(first, self.far, FALLEN)
 
     def _fits(self) -> bool:
         return (
@@ -290,14 +289,11 @@ class MatchCalibration(_Linear):
         )
 
 
-def fall(distances: np.ndarray, largest: float, until: float = 2.0) -> np.ndarray:
-    """Return 1 up to the largest distance, then linearly less, 0 at `until` times it, `[...]`."""
+def fall(distance: float, largest: float, until: float = 2.0) -> float:
+    """Return 1 up to the largest distance, then linearly less, 0 at `until` times it."""
     if largest <= 0:
-        return np.where(distances > 0, 0.0, 1.0)
-    with np.errstate(over="ignore"):
-        shares = (until - distances / largest) / (until - 1)
-    # Not by `clip`, which of one number takes longer than all the rest.
-    return np.maximum(np.minimum(shares, 1), 0)
+        return 0.0 if distance > 0 else 1.0
+    return max(0.0, min((until - distance / largest) / (until - 1), 1.0))
 
 
 def _are_rising(*curves: Numbers) -> bool:

@@ -239,6 +239,8 @@ def parameters(
     """Return FAISS search parameters for an index and what it wraps; None where it takes none."""
     import faiss
 
+    if isinstance(index, faiss.IndexFlat):
+        return None
     options: Any = faiss  # its keyword arguments are added at run time, unseen by type checkers
     index = first_of(index)
     made: faiss.SearchParameters | None = None

@@ -1,5 +1,6 @@
 """The FAISS index of `faiss = "auto"`: its type by the number of images, its reach by measure."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,18 +17,25 @@ RECALL = 0.999
 _QUERIES, _NEAREST, _FIRST = 256, 5, 8
 
 
-def enough_lists(index: "faiss.Index", embeddings: ArrayLike, metric: str) -> int | None:
+def enough_lists(
+    index: "faiss.Index",
+    embeddings: ArrayLike,
+    metric: str,
+    progress: Callable[[int], object] | None = None,
+) -> int | None:
     """Return how many lists must be visited, so that the true 5 nearest are found; None if none do.
 
     A seeded sample of the rows of `[N D]` asks, each without itself. The number doubles from 8 on
     until .999 of the true five, or others as near, are among the candidates that are re-ranked.
+    `progress` is as for `nearest`, which takes longest.
     """
     total = embeddings.shape[0]
     own = np.random.default_rng(0).choice(total, min(total, _QUERIES), replace=False)
     own = np.sort(own)
     queries = np.ascontiguousarray(embeddings[own], np.float32)
     k = min(total, _NEAREST + 1)
-    true = _scores(without_itself(nearest(embeddings, queries, k, metric), own), metric)[:, -1:]
+    exact = nearest(embeddings, queries, k, metric, progress=progress)
+    true = _scores(without_itself(exact, own), metric)[:, -1:]
     n_lists, probes = int(getattr(first_of(index), "nlist", 1)), _FIRST
     while True:
         probes = min(probes, n_lists)

@@ -10,6 +10,7 @@ import numpy as np
 
 from .._files import UNFINISHED, replace, sync_folder
 from ..errors import InputError
+from ..images.progress import SILENT, Advance, Stage, in_passes
 from ..images.texts import LabelColumn, Texts, first_twice, in_runs, sorted_order
 from .arrays import SUFFIXES, ArrayLike, Check, Column, file_name, write_array
 from .reader import Index
@@ -115,8 +116,15 @@ class _Folder:
         self.folder = (root / directory).with_suffix(UNFINISHED)
         self.folder.mkdir(parents=True)
 
-    def put(self, name: str, array: ArrayLike, dtype: str, wrong: Check | None = None) -> None:
-        self.files[name] = write_array(self.folder, name, array, dtype, wrong)
+    def put(
+        self,
+        name: str,
+        array: ArrayLike,
+        dtype: str,
+        wrong: Check | None = None,
+        progressed: Advance = lambda _: None,
+    ) -> None:
+        self.files[name] = write_array(self.folder, name, array, dtype, wrong, progressed)
 
     def put_strings(self, stem: str, strings: Iterable[str]) -> Texts:
         """Write texts, and return them."""
@@ -153,8 +161,10 @@ def write_rows(
     new: PartData | None,
     columns: Mapping[str, Column],
     old: tuple[Index, np.ndarray] | None = None,
+    stage: Stage = SILENT,
 ) -> Json:
     """Write rows of an `old` index, and behind them new ones, as one part; return its entry."""
+    n_rows = (0 if new is None else len(new)) + (0 if old is None else len(old[1]))
     arrays = {} if new is None else new.arrays(columns)
     ids: Iterable[str] = () if new is None else new.ids
     paths: Iterable[str] = () if new is None else new.paths
@@ -172,21 +182,23 @@ def write_rows(
         paths = chain(in_runs(index.paths, positions), paths)
         labels = chain(in_runs(index.labels, positions), labels)
     folder = _Folder(root, f"parts/{generation:06d}")
-    for name, array in arrays.items():
-        column = columns[name]
-        folder.put(column.file, array, column.dtype, column.wrong)
-    written = folder.put_strings("ids", ids)
-    # Equal ids (one of them removed) stay in the order of their rows.
-    order, dtype = sorted_order(written), order_dtype(len(written))
-    folder.put(file_name("ids.order", dtype), order.astype(dtype), dtype)
-    folder.put_strings("paths", paths)
-    try:  # code points sort as their UTF-8 bytes do
-        known = LabelColumn.of(labels).sorted()
-    except TypeError as error:
-        raise InputError("labels must be strings or None") from error
-    folder.put_strings("labels", known.names)
-    folder.put("labels.codes.i32", known.codes, "int32")
-    return {**folder.entry(), "count": len(written)}
+    with stage("write", n_rows) as progressed:
+        written = folder.put_strings("ids", ids)
+        # Equal ids (one of them removed) stay in the order of their rows.
+        order, dtype = sorted_order(written), order_dtype(len(written))
+        folder.put(file_name("ids.order", dtype), order.astype(dtype), dtype)
+        folder.put_strings("paths", paths)
+        try:  # code points sort as their UTF-8 bytes do
+            known = LabelColumn.of(labels).sorted()
+        except TypeError as error:
+            raise InputError("labels must be strings or None") from error
+        folder.put_strings("labels", known.names)
+        folder.put("labels.codes.i32", known.codes, "int32")
+        each = in_passes(progressed, sum(columns[name].row_bytes for name in arrays))
+        for name, array in arrays.items():
+            column = columns[name]
+            folder.put(column.file, array, column.dtype, column.wrong, each)
+        return {**folder.entry(), "count": len(written)}
 
 
 def write_fitted(root: Path, generation: int, fitted: Sequence[Arrays], shared: Arrays) -> Json:

@@ -21,7 +21,7 @@ import numpy as np
 
 from .._checks import one_of
 from ..errors import InputError, reason, short
-from .arrays import Column
+from .arrays import Column, forget
 from .model import digest_of_part
 from .rows import MARKS, Layer
 
@@ -97,14 +97,16 @@ def row_batches(
 def _batches(
     index: Index, kind: pa.Schema, columns: Sequence[Column], size: int, start: dict[str, int]
 ) -> Iterator[RowBatch]:
-    entries = zip(index.manifest.parts, index.starts.tolist(), strict=False)
-    for entry, first in entries:
+    entries = zip(index.manifest.parts, index.starts.tolist(), index.parts, strict=False)
+    for entry, first, mapped in entries:
         part = digest_of_part(entry.files)
         for row in range(start.get(part, 0), entry.count, size):
             upto = min(row + size, entry.count)
             positions = np.arange(first + row, first + upto)
             positions = positions[index.live(positions)]
             yield RowBatch(part, upto, _batch(index, kind, columns, positions))
+            for array in mapped.arrays.values():  # all is read once
+                forget(array)
 
 
 def _batch(

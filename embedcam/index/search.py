@@ -9,7 +9,8 @@ import numpy as np
 
 from .._checks import LARGEST, as_numbers, check_vectors, whole
 from ..errors import InputError
-from .arrays import ArrayLike, blocks
+from ..images.progress import in_passes
+from .arrays import ArrayLike, Told, blocks
 from .faiss_build import metric_code, parameters, threads
 from .rows import IndexRows
 
@@ -80,7 +81,7 @@ def nearest(
     n_neighbors: int,
     metric: str = "l2",
     *,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Neighbors:
     """Find exact nearest rows by brute force, in blocks; the same result for any batching.
 
@@ -90,7 +91,7 @@ def nearest(
     queries : `[B D]`.
     n_neighbors : k; N where there are fewer rows.
     metric : "l2" or "ip".
-    progress : called with the number of queries just finished.
+    progress : called with the number of rows just compared with all queries.
 
     Raises
     ------
@@ -105,15 +106,15 @@ def nearest(
     kind = metric_code(metric)
     fetch = min(total, k + SLACK)
     step = max(1, min(4096, _GATHERED // (fetch * width)))
+    watched = embeddings
+    if progress is not None:
+        watched = Told(embeddings, in_passes(progress, max(1, -(-len(queries) // step))))
 
     def ranked(batch: np.ndarray) -> Neighbors:
-        candidates = _knn(embeddings, batch, fetch, kind)
+        candidates = _knn(watched, batch, fetch, kind)
         rows, where = np.unique(candidates, return_inverse=True)
         vectors = np.asarray(embeddings[rows], np.float32)[where.reshape(candidates.shape)]
-        neighbors = rank(batch, candidates, vectors, k, metric)
-        if progress is not None:
-            progress(len(batch))
-        return neighbors
+        return rank(batch, candidates, vectors, k, metric)
 
     return in_batches(ranked, queries, step)
 
@@ -154,20 +155,15 @@ def search(
     fetch = min(index.n_rows, (k + SLACK) * times)
 
     def ranked(batch: np.ndarray) -> Neighbors:
-        found = np.full((len(batch), k), -1, np.int64)
-        if loaded is not None:
-            found = _proposed(
-                index, loaded, batch, found, fetch, probes, entry.search.ef_search or 1
-            )
-        # What an approximate index cannot reach, brute force finds.
-        if len(todo := np.flatnonzero((found >= 0).sum(axis=1) < k)):
-            alive = index.live_positions()
-            exact = nearest(IndexRows(index, alive), batch[todo], k, index.metric)
-            found[todo] = -1
-            found[todo, :k] = alive[exact.positions]
-        # Removed rows leave gaps: the columns that are used come first, the others go.
-        found = -np.sort(-found, axis=1)
-        found = found[:, : int((found >= 0).sum(axis=1).max(initial=k))]
+        if loaded is None:
+            found = np.full((len(batch), k), -1, np.int64)
+        else:
+            effort = entry.search.ef_search or 1
+            found = _proposed(index, loaded, batch, k, fetch, probes, effort)
+        found.sort(axis=1)
+        found = found[:, ::-1]
+        if found[:, -1].min(initial=0) < 0:
+            found = _completed(index, batch, found, k)
         vectors = index.embeddings(np.maximum(found, 0).reshape(-1))
         return rank(batch, found, vectors.reshape(*found.shape, index.width), k, index.metric)
 
@@ -181,7 +177,7 @@ def _proposed(
     index: "Index",
     loaded: "faiss.Index",
     queries: np.ndarray,
-    found: np.ndarray,
+    k: int,
     fetch: int,
     probes: int,
     effort: int,
@@ -189,26 +185,38 @@ def _proposed(
     """Return FAISS's live candidates, of each query k or as many as it can reach, padded by -1."""
     # Removed rows are not known to FAISS, whatever its type, so candidates are asked for until
     # enough live ones are among them.
-    k, todo = found.shape[1], np.arange(len(queries))
+    found, todo = np.empty((len(queries), k), np.int64), np.arange(len(queries))
     while len(todo):
         options = parameters(loaded, probes, max(effort, fetch))
         _, rows = loaded.search(queries[todo], fetch, params=options)
-        if fetch > found.shape[1]:
-            wider = np.full((len(found), fetch), -1, np.int64)
-            wider[:, : found.shape[1]] = found
-            found = wider
-        if rows.size and rows.max() >= index.n_rows and index.faiss_file is not None:
+        if rows.max(initial=-1) >= index.n_rows and index.faiss_file is not None:
             raise index.faiss_file.broken("returns rows out of range")
         if len(index.tombstones):
             alive = index.live(np.maximum(rows, 0).reshape(-1)).reshape(rows.shape)
             rows = np.where(alive & (rows >= 0), rows, -1)
-        found[todo] = rows
-        todo = np.flatnonzero((found >= 0).sum(axis=1) < k)
-        if fetch == index.n_rows:
+        if len(todo) == len(queries):
+            found = rows
+        else:
+            found = np.pad(found, ((0, 0), (0, fetch - found.shape[1])), constant_values=-1)
+            found[todo] = rows
+        if fetch == index.n_rows or found.min(initial=0) >= 0:
             break
+        todo = np.flatnonzero((found >= 0).sum(axis=1) < k)
         # Removed rows took the places, or IVF's lists were short: look further.
         fetch, probes = min(index.n_rows, 2 * fetch), 2 * probes
     return found
+
+
+def _completed(index: "Index", queries: np.ndarray, found: np.ndarray, k: int) -> np.ndarray:
+    """Return candidates `[B C]`, falling, where brute force found what FAISS could not reach."""
+    if len(todo := np.flatnonzero((found >= 0).sum(axis=1) < k)):
+        alive = index.live_positions()
+        exact = nearest(IndexRows(index, alive), queries[todo], k, index.metric)
+        found[todo] = -1
+        found[todo, :k] = alive[exact.positions]
+    # Removed rows leave gaps: the columns that are used come first, the others go.
+    found = -np.sort(-found, axis=1)
+    return found[:, : int((found >= 0).sum(axis=1).max(initial=k))]
 
 
 def rank(
@@ -220,7 +228,8 @@ def rank(
     """
     wide = queries.astype(np.float64)[:, None]
     vectors = vectors.astype(np.float64)
-    similarities = np.matmul(vectors, wide.transpose(0, 2, 1))[..., 0]
+    # No product of matrices, whose last bits depend on where a row stands.
+    similarities = np.einsum("bcd,bd->bc", vectors, wide[:, 0])
     vectors -= wide  # in place: differences, so that an exact match has a distance of exactly 0
     distances = np.einsum("bcd,bcd->bc", vectors, vectors)
     scores = np.where(candidates < 0, np.inf, distances if metric == "l2" else -similarities)

@@ -26,9 +26,10 @@ from .._files import (
 )
 from .._files import replace as replace_durably
 from ..errors import EmbedcamError, IndexBusyError, IndexFormatError, InputError
+from ..images.progress import SILENT, Stage
 from . import faiss_build, faiss_files
 from . import manifest as manifest_file
-from .arrays import SUFFIXES, broken, open_checked, sha256_of, write_array
+from .arrays import SUFFIXES, ArrayLike, Told, broken, open_checked, sha256_of, write_array
 from .faiss_choice import enough_lists
 from .manifest import FAISS_BLOCK, MOST_FAISS_BLOCKS, FaissFileEntry, FileEntry, Manifest
 from .parts import Arrays, PartData, check_ids, parts_to_keep, write_fitted, write_rows
@@ -69,6 +70,7 @@ def create(
     *,
     factory: str | None = None,
     replace: bool = False,
+    stage: Stage = SILENT,
 ) -> Path:
     """Write a new index.
 
@@ -87,6 +89,7 @@ def create(
     factory : FAISS factory string, "auto", "none" to leave searching to others; None takes the
         recipe's "faiss", and "Flat" where it has none.
     replace : swap a finished index that is there for this one; readers keep the old one.
+    stage : shows how far each stage is, as `progress_of` does.
 
     Raises
     ------
@@ -109,16 +112,18 @@ def create(
             faiss_build.check_factory(chosen, width, len(part), manifest["metric"])
         manifest["fitted"] = write_fitted(root, generation, fitted, shared)
         columns = columns_of(width, manifest["embedding"]["normalized"], layers)
-        manifest["parts"] = [write_rows(root, generation, part, columns)]
+        manifest["parts"] = [write_rows(root, generation, part, columns, stage=stage)]
         manifest["fit"]["rows"] = len(part)
-        draft = _Draft(root, manifest)
+        draft = _Draft(root, manifest, stage)
         draft.count()
         draft.make_faiss(chosen)
         draft.commit()
     return root
 
 
-def append(path: str | Path, part: PartData, *, removing: Sequence[str] = ()) -> int:
+def append(
+    path: str | Path, part: PartData, *, removing: Sequence[str] = (), stage: Stage = SILENT
+) -> int:
     """Add rows and return the position of the first; what the first build fitted stays as it is.
 
     Parameters
@@ -126,6 +131,7 @@ def append(path: str | Path, part: PartData, *, removing: Sequence[str] = ()) ->
     path : the index.
     part : the rows.
     removing : ids of images that are removed in the same step; the part may hold them anew.
+    stage : as for `create`.
 
     Raises
     ------
@@ -136,7 +142,7 @@ def append(path: str | Path, part: PartData, *, removing: Sequence[str] = ()) ->
         A file that would be rewritten does not match its checksum; nothing changed.
     """
     root = Path(path)
-    with _changing(root) as (index, draft):
+    with _changing(root, stage) as (index, draft):
         index.refuse_prototypes(ADD_INSTEAD)
         check_ids(part.ids)
         gone = np.unique(index.positions(removing))
@@ -168,14 +174,14 @@ def remove(path: str | Path, ids: Sequence[str]) -> int:
         return len(gone)
 
 
-def compact(path: str | Path, *, rebuild_faiss: bool | str = False) -> int:
+def compact(path: str | Path, *, rebuild_faiss: bool | str = False, stage: Stage = SILENT) -> int:
     """Rewrite the live rows as one part and return how many were dropped; ids stay as they are.
 
     `rebuild_faiss` also makes the FAISS file again in the same change; a factory string makes
-    another one.
+    another one. `stage` is as for `create`.
     """
     root = Path(path)
-    with _changing(root) as (index, draft):
+    with _changing(root, stage) as (index, draft):
         dropped = index.n_rows - len(index)
         is_whole = not dropped and len(index.parts) == 1
         if is_whole and not rebuild_faiss:
@@ -332,7 +338,7 @@ def _writing(root: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _changing(root: Path) -> Iterator[tuple[Index, "_Draft"]]:
+def _changing(root: Path, stage: Stage = SILENT) -> Iterator[tuple[Index, "_Draft"]]:
     """Open an index for a change, with a draft of its next generation."""
     if root.is_file():
         raise InputError(
@@ -343,7 +349,7 @@ def _changing(root: Path) -> Iterator[tuple[Index, "_Draft"]]:
     _in_place(root)
     with lock(root), Index.open(root, with_faiss=False) as index, _writing(root):
         manifest = index.manifest.to_dict()
-        yield index, _Draft(root, {**manifest, "generation": manifest["generation"] + 1})
+        yield index, _Draft(root, {**manifest, "generation": manifest["generation"] + 1}, stage)
 
 
 def _sweep(root: Path, manifest: Manifest | None) -> None:
@@ -409,8 +415,8 @@ def _first_manifest(
 class _Draft:
     """The manifest of a generation to be, as JSON has it, and the steps that write its files."""
 
-    def __init__(self, root: Path, manifest: Json) -> None:
-        self.root, self.manifest = root, manifest
+    def __init__(self, root: Path, manifest: Json, stage: Stage) -> None:
+        self.root, self.manifest, self.stage = root, manifest, stage
         self.number: int = manifest["generation"]
 
     def count(self, removed: Sequence[int] = ()) -> None:
@@ -438,7 +444,8 @@ class _Draft:
     ) -> None:
         """Write rows of an index and new ones as one part, behind the first `kept` ones."""
         check_files(index, *(f"{part.directory}/" for part in index.parts[kept:]))
-        entry = write_rows(self.root, self.number, new, index.columns, (index, positions))
+        of = (self.root, self.number, new, index.columns, (index, positions))
+        entry = write_rows(*of, self.stage)
         self.manifest["parts"][kept:] = [entry]
 
     def make_faiss(self, factory: str | None) -> None:
@@ -454,7 +461,8 @@ class _Draft:
         auto = factory is not None and factory.lower() == faiss_build.AUTO
         chosen = faiss_build.choose(factory or str(entry["factory"]), len(live))
         if not faiss_build.is_flat(chosen, rows.shape[1], len(live), metric):
-            made, trained_on = faiss_build.train(chosen, rows, metric, live, auto)
+            with self.stage("train", 0):
+                made, trained_on = faiss_build.train(chosen, rows, metric, live, auto)
             # What was chosen for these images, or set by hand, is kept where the kind is.
             search = entry["search"] if factory is None else faiss_build.search_settings(made)
             told = {"factory": chosen, "trained_on": trained_on, "search": search}
@@ -469,8 +477,11 @@ class _Draft:
     def _enough_lists(self, rows: IndexRows) -> int | None:
         manifest = manifest_file.check(self.root, self.manifest)
         assert manifest.faiss is not None
-        with closing(faiss_files.FaissFile(self.root, manifest, manifest.faiss)) as file:
-            return enough_lists(file.joined(), rows, manifest.metric)
+        with (
+            closing(faiss_files.FaissFile(self.root, manifest, manifest.faiss)) as file,
+            self.stage("lists", rows.shape[0]) as progressed,
+        ):
+            return enough_lists(file.joined(), rows, manifest.metric, progressed)
 
     def grow_faiss(self, index: Index, start: int) -> None:
         """Add the rows to be from `start` on to the FAISS files, where there are any.
@@ -500,13 +511,14 @@ class _Draft:
     ) -> None:
         """Write what `made`, the last of the `files` where there are any, grows to."""
 
-        def write(name: str, start: int, stop: int, grown: int) -> Json:
-            if made.ntotal and not (grown and faiss_build.can_grow(made)):
+        def write(rows: ArrayLike, name: str, start: int, stop: int, grown: int) -> Json:
+            if made.ntotal and not grown:
                 made.reset()
             faiss_build.add(made, rows, start + made.ntotal, stop, factory=str(entry["factory"]))
             return faiss_files.write_faiss(self.root, made, name)
 
-        self._write_faiss(entry, files, rows.shape[0], faiss_build.rows_a_file(made), write)
+        files = files if faiss_build.can_grow(made) else ()  # else it is the one there is
+        self._write_faiss(entry, files, rows, faiss_build.rows_a_file(made), write)
 
     def _save_flat(
         self,
@@ -516,38 +528,41 @@ class _Draft:
         last: faiss_files.FaissFile | None = None,
     ) -> None:
         """Write Flat files, of which the `last` of those there are grows."""
+        metric = rows.index.metric
 
-        def write(name: str, start: int, stop: int, grown: int) -> Json:
-            of = (self.root, name, rows, rows.index.metric)
-            return faiss_files.write_flat(*of, last if grown else None, start + grown, stop)
+        def write(rows: ArrayLike, name: str, start: int, stop: int, grown: int) -> Json:
+            of = (self.root, name, rows, metric, last if grown else None)
+            return faiss_files.write_flat(*of, start + grown, stop)
 
         each = max(1, faiss_build.MOST_BYTES // (4 * rows.shape[1]))
-        self._write_faiss(entry, files, rows.shape[0], each, write)
+        self._write_faiss(entry, files, rows, each, write)
 
     def _write_faiss(
         self,
         entry: Json,
         files: Sequence[Json],
-        total: int,
+        rows: ArrayLike,
         each: int,
-        write: Callable[[str, int, int, int], Json],
+        write: Callable[[ArrayLike, str, int, int, int], Json],
     ) -> None:
         """Write search files of `each` rows, behind those that are full, and enter them all.
 
-        `write` gets a name, the rows' start and stop, and how many of them the last file holds.
+        `write` gets the rows, a name, their start and stop, and how many the last file holds.
         """
-        kept, grown = list(files), 0
+        total, kept, grown = rows.shape[0], list(files), 0
         if kept and (kept[-1]["rows"] < each or len(kept) == manifest_file.MOST_FAISS_FILES):
             grown = kept.pop()["rows"]
         start = sum(one["rows"] for one in kept)
-        while start < total or not kept:
-            most = max(each, grown)
-            if len(kept) == manifest_file.MOST_FAISS_FILES - 1:
-                most = total
-            stop, further = min(total, start + most), f".{len(kept):04d}" if kept else ""
-            name = f"faiss-{self.number:06d}{further}.index"
-            kept.append({**write(name, start, stop, grown), "rows": stop - start})
-            start, grown = stop, 0
+        with self.stage("faiss", total - start - grown) as progressed:
+            told = Told(rows, progressed)
+            while start < total or not kept:
+                most = max(each, grown)
+                if len(kept) == manifest_file.MOST_FAISS_FILES - 1:
+                    most = total
+                stop, further = min(total, start + most), f".{len(kept):04d}" if kept else ""
+                name = f"faiss-{self.number:06d}{further}.index"
+                kept.append({**write(told, name, start, stop, grown), "rows": stop - start})
+                start, grown = stop, 0
         if sum(one["bytes"] for one in kept) > FAISS_BLOCK * MOST_FAISS_BLOCKS:
             kept = [{**one, "blocks": None} for one in kept]
         first, *more = kept

@@ -221,42 +221,41 @@ def write_build(job: Job, work: Plan, path: Path) -> BuildReport:
         encodings = encodings_of(work, embedded)
         part = merge.encode(work, encodings, embedded, choices.own_maps, root, progressed)
     made = merge.calibrate_build(work, encodings, embedded, part) if choices.trust else None
-    with work.stages("write"):
-        of = (embedded.ids, embedded.new, part.labels, recipe)
-        match = calibrate_match(*of) if choices.trust else None
-        grid = merge.grid_of(work)
-        named = [(network.layer, grid), *strategy.layers[1:]]
-        coarse = strategy.map_grid(grid) if choices.own_maps else None
-        entries = [
-            merge.layer_entry(*named[number], encoding, None if number else coarse)
-            for number, encoding in enumerate(encodings)
-        ]
-        if note is not None:
-            entries[0]["uses_positions"] = True
-        about = merge.header(
-            recipe,
-            {**job.identity.to_dict(), "loading": choices.loading},
-            root,
-            part.embeddings.shape[1],
-            network.normalize,
-            entries,
-            files=plan.files_digest(job.files[position] for position in embedded.positions),
-            given=job.triplets,
-        )
-        about["run"] = dataclasses.asdict(choices.run)
-        if "onnxruntime" in choices.libraries:
-            about["libraries"]["onnxruntime"] = choices.libraries["onnxruntime"]
-        about["trust_calibration"] = merge.plain(made)
-        about["match_calibration"] = merge.plain(match)
-        shared = {**job.identity.arrays(), "embedding_mean": embedded.mean}
-        fitted = [encoding.fitted for encoding in encodings]
-        generation = 1
-        if (path / "manifest.json").exists():
-            with Index.open(path, with_faiss=False) as index:
-                generation = index.manifest.generation + 1
-        key = job.choices.key
-        Checkpoint.owned(path / CHECKPOINT, key).mark_commit(key, generation)
-        writer.create(path, about, fitted, shared, part, replace=generation > 1)
+    of = (embedded.ids, embedded.new, part.labels, recipe, work.stages)
+    match = calibrate_match(*of) if choices.trust else None
+    grid = merge.grid_of(work)
+    named = [(network.layer, grid), *strategy.layers[1:]]
+    coarse = strategy.map_grid(grid) if choices.own_maps else None
+    entries = [
+        merge.layer_entry(*named[number], encoding, None if number else coarse)
+        for number, encoding in enumerate(encodings)
+    ]
+    if note is not None:
+        entries[0]["uses_positions"] = True
+    about = merge.header(
+        recipe,
+        {**job.identity.to_dict(), "loading": choices.loading},
+        root,
+        part.embeddings.shape[1],
+        network.normalize,
+        entries,
+        files=plan.files_digest(job.files[position] for position in embedded.positions),
+        given=job.triplets,
+    )
+    about["run"] = dataclasses.asdict(choices.run)
+    if "onnxruntime" in choices.libraries:
+        about["libraries"]["onnxruntime"] = choices.libraries["onnxruntime"]
+    about["trust_calibration"] = merge.plain(made)
+    about["match_calibration"] = merge.plain(match)
+    shared = {**job.identity.arrays(), "embedding_mean": embedded.mean}
+    fitted = [encoding.fitted for encoding in encodings]
+    generation = 1
+    if (path / "manifest.json").exists():
+        with Index.open(path, with_faiss=False) as index:
+            generation = index.manifest.generation + 1
+    key = job.choices.key
+    Checkpoint.owned(path / CHECKPOINT, key).mark_commit(key, generation)
+    writer.create(path, about, fitted, shared, part, replace=generation > 1, stage=work.stages)
     remove_checkpoint(path / CHECKPOINT)
     notes = [] if note is None else [note]
     return _report(work, path, embedded, part, notes, '; resize="squash" shows all of each')
@@ -434,7 +433,7 @@ def anchors_of(job: Job, work: Plan, embedded: merge.EmbeddedImages) -> AnchorCo
         statistics = work.checkpoint.read("reduced", 0)
     anchors = merge.anchors_of(work, embedded, job.triplets, statistics)
     if statistics is None:
-        work.checkpoint.write("reduced", 0, anchors.statistics())
+        work.checkpoint.write("reduced", 0, anchors.statistics(work.stages))
     return anchors
 
 
@@ -483,10 +482,9 @@ def write_additions(job: Job, work: Plan, index: Index) -> BuildReport:
     with work.stages("encode", len(embedded.positions)) as progressed:
         of = (work, encodings, embedded, job.choices.own_maps)
         part = merge.encode(*of, as_root(root) if root else None, progressed)
-    with work.stages("write"):
-        checkpoint = Checkpoint.owned(path / CHECKPOINT, _key_of_additions(job))
-        checkpoint.mark_commit(job.choices.key, manifest.generation + 1)
-        writer.append(path, part, removing=job.gone)
+    checkpoint = Checkpoint.owned(path / CHECKPOINT, _key_of_additions(job))
+    checkpoint.mark_commit(job.choices.key, manifest.generation + 1)
+    writer.append(path, part, removing=job.gone, stage=work.stages)
     remove_checkpoint(checkpoint.path)
     return _report(work, path, embedded, part)
 
@@ -518,7 +516,8 @@ def calibrate_index(
         # Read where they are asked for: a large collection's need not fit into memory.
         embeddings, labels = IndexRows(index, live), LabelColumn.of(in_runs(index.labels, live))
         ids = Texts.of(in_runs(index.ids, live))
-        match = calibrate_match(ids, embeddings, labels, recipe)
+        stages = Stages(progress)
+        match = calibrate_match(ids, embeddings, labels, recipe, stages)
         made = {"match": (merge.plain(match), LEAST_MATCH)}
         if network is not None:
             repeated = network.repeat_run(manifest.run)
@@ -532,7 +531,7 @@ def calibrate_index(
             def fields(layer: int, chosen: np.ndarray) -> dict[str, np.ndarray]:
                 return index.select(live[chosen]).fields(layer)
 
-            with Stages(progress)("trust", len(rows)) as progressed:
+            with stages("trust", len(rows)) as progressed:
                 of = (recipe, network, encodings, fields, embeddings, labels, rows)
                 made["trust"] = (merge.plain(calibrate_trust(*of, views, progressed)), LEAST)
     counts, stored = {}, {}

@@ -9,6 +9,8 @@ import numpy as np
 
 from ..errors import InputError
 from ..images.number_labels import label_values
+from ..images.progress import SILENT, Advance, Stage, in_passes
+from ..index.arrays import Told
 from ..recipe import WHITENED
 from ..recipe.recipe import Recipe
 from ..targets import (
@@ -108,7 +110,7 @@ class AnchorCotangents:
                     f"{expected}: reduce them again"
                 )
 
-    def statistics(self) -> dict[str, np.ndarray]:
+    def statistics(self, stage: Stage = SILENT) -> dict[str, np.ndarray]:
         """Return what anchors need of all images, by name; computed where it was not given.
 
         Of the embeddings f: "total" `[D]`, their sum; "squares" `[D D]`, that of f f^T;
@@ -116,7 +118,11 @@ class AnchorCotangents:
         `[C D]`, of whitened cotangents over the same. All float64, over fixed blocks of images in
         order: the same bytes wherever they are computed. What a recipe does not need is left out.
         """
-        return {name: self._reduced(name) for name in self._shapes()}
+        if not (shapes := self._shapes()):
+            return {}
+        with stage("reduce", len(self.embeddings)) as progressed:
+            each = in_passes(progressed, len(shapes))
+            return {name: self._reduced(name, each) for name in shapes}
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the statistics that the recipe needs."""
@@ -134,16 +140,17 @@ class AnchorCotangents:
             shapes |= dict.fromkeys(names, (n_shared, width))
         return shapes
 
-    def _reduced(self, name: str) -> np.ndarray:
+    def _reduced(self, name: str, progressed: Advance = lambda _: None) -> np.ndarray:
         if name not in self._statistics:
             if name == "squares":
-                self._statistics[name] = squares_of(self.embeddings)
+                self._statistics[name] = squares_of(Told(self.embeddings, progressed))
             elif name == "label_sums":
                 amounts = self._amounts(labelled=True)
-                sums = self.sampler.summed(lambda some: self._margins(some, amounts)[0])
+                sums = self.sampler.summed(lambda some: self._margins(some, amounts)[0], progressed)
                 self._statistics[name] = sums
             else:
                 self._statistics[name] = getattr(self.sampler, name)
+                progressed(len(self.embeddings))
         return self._statistics[name]
 
     def of(self, anchors: np.ndarray) -> Cotangents:

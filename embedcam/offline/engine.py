@@ -90,7 +90,6 @@ class RayEngine:
                 "function that returns it, and give load_network('package.module:function')"
             )
         gpus = self._gpus(network)
-        job = sharded.one_chunk_a_piece(job)
         if self.job is None:
             job = job.save(folder, network.onnx_file)
         else:

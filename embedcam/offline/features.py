@@ -155,8 +155,8 @@ def build_from_features(
         places = sample_of(names, recipe.seed, SAMPLE)
         return np.concatenate([weights(some)[0] for some in _blocks(places)])
 
-    with stages("reduce"), disk_errors(folder):
-        anchors.statistics()
+    with disk_errors(folder):
+        anchors.statistics(stages)
     with stages("weights", n) as progressed, disk_errors(folder):
         matrix = head.matrix if exact else None
         encoding = make_encoding(recipe, matrix, grid, mean, normalize, sample, n_channels)
@@ -175,10 +175,10 @@ def build_from_features(
     part = PartData(names, kept_labels, Texts.blank(n), embeddings, counts, [fields], [None])
     entry = layer_entry(layer, grid, encoding, None)
     about = header(recipe, described, None, width, normalize, [entry], given=triplets)
-    with stages("match"):
-        about["match_calibration"] = plain(calibrate_match(names, embeddings, kept_labels, recipe))
-    with stages("write"), disk_errors(path):
-        create(path, about, [encoding.fitted], shared, part, replace=replace)
+    match = calibrate_match(names, embeddings, kept_labels, recipe, stages)
+    about["match_calibration"] = plain(match)
+    with disk_errors(path):
+        create(path, about, [encoding.fitted], shared, part, replace=replace, stage=stages)
     return report_of(path, recipe, kept_labels, codes, counts, stages)
 
 

@@ -130,14 +130,11 @@ class Job:
         return self.choices.own_maps and not self.choices.caches and not strategy.layers
 
     def chunks_of(self, piece: int, of: int | None = None) -> range:
-        """Return the chunks of a piece, of the plan's or of `of` groups of these."""
+        """Return the chunks of a piece, of the plan's or of `of` in their place."""
         n = self.choices.n_pieces if of is None else checked_whole("of", of, 1)
         if checked_whole("piece", piece) >= n:
             raise InputError(f"piece = {piece} of {n:,}; pieces are counted from 0 to {n - 1:,}")
-        pieces = self.choices.n_pieces
-        ends = [group * pieces // n for group in (piece, piece + 1)]
-        start, stop = (place * self.n_chunks // pieces for place in ends)
-        return range(start, stop)
+        return range(*(end * self.n_chunks // n for end in (piece, piece + 1)))
 
     def piece_of(self, chunk: int) -> int:
         """Return the plan's piece that a chunk belongs to."""

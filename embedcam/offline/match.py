@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..images.number_labels import Reach, Values, numbers_of
+from ..images.progress import SILENT, Stage
 from ..images.texts import LabelColumn
 from ..index.arrays import ArrayLike
 from ..index.calibration import TEN, MatchCalibration, alike, match_evidence
@@ -24,14 +25,20 @@ _FAR = 0.95
 
 
 def calibrate_match(
-    ids: Sequence[str], embeddings: ArrayLike, labels: Sequence[str | None], recipe: Recipe
+    ids: Sequence[str],
+    embeddings: ArrayLike,
+    labels: Sequence[str | None],
+    recipe: Recipe,
+    stage: Stage = SILENT,
 ) -> dict[str, MatchCalibration] | None:
     """Fit match for "one" result and for "several"; None of too few."""
     total = embeddings.shape[0]
     if total < LEAST_MATCH:
         return None
     rows = sample_of(ids, recipe.seed, SAMPLE)
-    found = nearest(embeddings, embeddings[rows], TEN + 1, recipe.metric)
+    with stage("match", total) as progressed:
+        of = (embeddings, embeddings[rows], TEN + 1, recipe.metric)
+        found = nearest(*of, progress=progressed)
     neighbors = without_itself(found, rows)
     column = LabelColumn.of(labels)
     own, others = column.take(rows), column.take(neighbors.positions.reshape(-1))

@@ -153,7 +153,7 @@ class Stages:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def __call__(self, stage: str, n_images: int = 0) -> Iterator[Advance]:
+    def __call__(self, stage: str, n_images: int) -> Iterator[Advance]:
         """Time a stage and show its progress; yield what is told how many more are done."""
         start = time.perf_counter()
         with progress_of(stage, n_images, shown=self._progress) as advance:

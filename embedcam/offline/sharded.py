@@ -152,7 +152,7 @@ def run_shard(
     path
         Folder of the job.
     piece, of
-        Which piece, from 0; `of` regroups the plan's pieces into so many.
+        Which piece, from 0; `of` divides the images anew, into so many.
     network
         The network of the plan; None loads it as it was loaded there.
     workers, progress
@@ -227,6 +227,8 @@ def merge_job(
             with writer.lock(index), Index.open(index) as into:
                 if (done := build.finished_additions(job, into)) is not None:
                     return done
+                if _holds(work, into):
+                    return BuildReport(index, 0, work.skipped(), left_out=job.source.left_out)
                 _check_same(job, into)
                 return build.write_additions(job, work, into)
         with writer.lock(index):
@@ -245,11 +247,6 @@ def work_of(
 ) -> Plan:
     """Return a job on disk with its network, which is admitted."""
     return job.work(job.admit(network), job.checkpoint, Stages(progress), workers)
-
-
-def one_chunk_a_piece(job: Job) -> Job:
-    """Return the job with the smallest pieces, which `of` regroups."""
-    return _with(job, n_pieces=min(job.n_chunks, MOST_PIECES))
 
 
 def keep(job: Job, path: Path, onnx_file: Path | None) -> Job:
@@ -321,6 +318,20 @@ def _opened(job: Job) -> Iterator[Index | None]:
     with Index.open(job.choices.index) as index:
         _check_same(job, index)
         yield index
+
+
+def _holds(work: Plan, index: Index) -> bool:
+    """Return whether an index has the images of a job, embedded as there: it was merged before."""
+    chunks = work.filled()
+    for chunk in chunks:
+        ids = work.source.ids.select(work.embedded(chunk))
+        found = index.find_live(ids)
+        if len(found) < len(ids):
+            return False
+        stored = index.embeddings([found[name] for name in ids])
+        if not np.array_equal(stored, work.checkpoint.column("embed", chunk, "embedding")):
+            return False
+    return bool(chunks)
 
 
 def _check_same(job: Job, index: Index) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..images.number_labels import Values
+from ..images.progress import Advance
 from ..images.texts import LabelColumn
 from ..index import Neighbors, nearest
 from ..index.arrays import ArrayLike, scratch_array
@@ -86,7 +87,12 @@ class Classes:
         self.ranks[self.order[known]] = np.flatnonzero(known)
         self.shared = np.where(self.sizes > 1, np.cumsum(self.sizes > 1) - 1, -1)
 
-    def sums(self, rows: Callable[[np.ndarray], np.ndarray], sums: np.ndarray) -> np.ndarray:
+    def sums(
+        self,
+        rows: Callable[[np.ndarray], np.ndarray],
+        sums: np.ndarray,
+        progressed: Advance = lambda _: None,
+    ) -> np.ndarray:
         """Add `rows(positions)` `[b D]` to the `sums` of each shared class, `[C D]`."""
         # Images alone have none: a collection mostly without labels would take as many numbers as
         # its embeddings, in doubles.
@@ -95,6 +101,7 @@ class Classes:
             if len(places := np.flatnonzero(numbers >= 0)):
                 # One after the other, in order: the same sums for any division into blocks.
                 np.add.at(sums, numbers[places], rows(start + places))
+            progressed(len(numbers))
         return sums
 
 
@@ -326,11 +333,13 @@ class TripletSampler:
         # As doubles at once: `np.add.at` is three times slower where it casts.
         return self.summed(lambda rows: np.asarray(self.embeddings[rows], np.float64))
 
-    def summed(self, rows: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    def summed(
+        self, rows: Callable[[np.ndarray], np.ndarray], progressed: Advance = lambda _: None
+    ) -> np.ndarray:
         """Sum `rows(positions)` `[b D]` over each label that images share, float64 `[C D]`."""
         assert isinstance(self.groups, Classes)
         shape = (int(self.groups.shared.max(initial=-1)) + 1, self.embeddings.shape[1])
-        return self.groups.sums(rows, scratch_array(shape, "float64", self._folder))
+        return self.groups.sums(rows, scratch_array(shape, "float64", self._folder), progressed)
 
     @cached_property
     def _sums_below(self) -> np.ndarray:

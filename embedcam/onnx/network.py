@@ -28,6 +28,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from .._checks import is_usable
 from ..errors import (
     EmbeddingError,
     IndexFormatError,
@@ -360,6 +361,10 @@ class OnnxNetwork:
 
         The file's own word for the length, `told`, goes before what follows from the activations.
         """
+        # Of usable numbers nothing is to be found out.
+        known = [embedding] if maps is None else [embedding, maps]
+        if told is not None and all(map(is_usable, known)) and embedding.any(axis=1).all():
+            return embedding, told
         lengths = np.sqrt(np.einsum("bd,bd->b", embedding, embedding, dtype=np.float64))
         bad = ~np.isfinite(lengths) | ((lengths == 0) & bool(self.normalize))
         what = "the embedding is zero or not finite and cannot be used"

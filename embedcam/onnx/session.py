@@ -68,10 +68,9 @@ class Session:
     ) -> list[np.ndarray]:
         """Return those outputs of a batch `[B C H W]`, float32; stopped after so many seconds."""
         session = self._session if os.getpid() == self._pid else self._opened_again()
-        options, stopped = None, threading.Event()
-        timer: threading.Timer | None = None
+        options, timer = None, None
         if seconds is not None:
-            options = _onnxruntime().RunOptions()
+            options, stopped = _onnxruntime().RunOptions(), threading.Event()
             timer = threading.Timer(seconds, _stop, (options, stopped))
             timer.daemon = True
             timer.start()
@@ -80,7 +79,7 @@ class Session:
         except MemoryError:
             raise
         except Exception as error:
-            if stopped.is_set():
+            if timer is not None and stopped.is_set():
                 raise NetworkError(
                     f"{self.path}: was not at its end after {seconds:g} s on the probe picture, "
                     "and was stopped; give a file that you trust, or a faster machine"

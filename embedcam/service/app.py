@@ -1,7 +1,7 @@
 """The application: its endpoints, the page that people look at, and what runs around requests."""
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
@@ -16,11 +16,12 @@ from .. import __version__
 from ..errors import EmbedcamError
 from ..explain.explainer import Explainer
 from . import items, queries
-from .errors import HTTPProblem, handle
+from .errors import handle
 from .frame import Frame
 from .limits import Limits
 from .pipeline import Pipeline
 from .schemas import Health, Readiness, is_known, response, route, tag_of
+from .stored import StorePipeline
 
 _ABOUT = (
     "Which images of an index are like a picture, and what in it and in them is the reason. "
@@ -36,7 +37,11 @@ _TYPES: Final[Mapping[str, str]] = {
 
 
 def create_app(
-    explainer: Explainer, *, limits: Limits | None = None, hosts: Collection[str] | None = None
+    explainer: Explainer,
+    *,
+    limits: Limits | None = None,
+    hosts: Collection[str] | None = None,
+    renew: Callable[[], Explainer] | None = None,
 ) -> FastAPI:
     """Return explanations over HTTP, as an ASGI application for one process.
 
@@ -45,16 +50,21 @@ def create_app(
 
     Parameters
     ----------
-    explainer : with a network, and an index that can be searched
+    explainer : with a network, and an index that can be searched or the store of its model
     limits : of requests; None takes the defaults
     hosts : names that a request's `Host` header may have, such as "localhost"; None takes any
+    renew : of a model and a store: opens both as they are now, for `app.state.pipeline.reload`
 
     Raises
     ------
     InputError
         An explainer that cannot explain pictures.
     """
-    pipeline = Pipeline(explainer, limits or Limits())
+    limits = limits or Limits()
+    if getattr(explainer, "store", None) is None:
+        pipeline = Pipeline(explainer, limits)
+    else:
+        pipeline = StorePipeline(explainer, limits, renew)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -97,16 +107,14 @@ def _status(pipeline: Pipeline) -> APIRouter:
     async def healthz() -> Response:
         return response(Health(status="ok"))
 
-    ready = "Whether pictures can be explained: the network has answered a probe"
+    said = "Whether pictures can be explained: the network has answered a probe, a store has rows"
 
-    @routes.get("/readyz", **route(ready, Readiness, 503))
+    @routes.get("/readyz", **route(said, Readiness, 503))
     async def readyz() -> Response:
-        if not pipeline.ready:
-            said = "the network has not answered a probe yet; try again"
-            raise HTTPProblem(503, "not_ready", said, {"Retry-After": "1"})
-        index = pipeline.index
-        generation = index.manifest.generation
-        return response(Readiness(status="ready", images=len(index), generation=generation))
+        index, images = pipeline.index, await pipeline.images()
+        generation, digest = index.manifest.generation, index.generation
+        ready = Readiness(status="ready", images=images, generation=generation, digest=digest)
+        return response(ready)
 
     @routes.get(
         "/metrics",

@@ -5,6 +5,7 @@ What leaves is a picture made again from the pixels, at a bounded size.
 """
 
 import logging
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Annotated
 
@@ -15,6 +16,7 @@ from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from ..errors import EmbedcamError
+from ..explain.explainer import Explainer
 from ..images import is_there, is_url
 from ..images.places import inside, stamp_of
 from ..render import Tile, shrunk
@@ -26,7 +28,7 @@ from .pipeline import Pipeline, find_live
 logger = logging.getLogger("embedcam.service")
 
 MAX_SIDE, MAX_EXAMPLES = 1024, 24
-_PROBLEMS = (403, 404, 406, 422, 500, 503)
+_PROBLEMS = (403, 404, 406, 422, 500, 502, 503)
 _FOR_A_MINUTE = {"Cache-Control": "private, max-age=60"}
 
 
@@ -69,7 +71,7 @@ def router(pipeline: Pipeline) -> APIRouter:
     of_examples = schemas.route(
         "A few indexed images to search with, from all over the index",
         schemas.ExamplesAnswer,
-        *(403, 422, 500, 503),
+        *(403, 422, 500, 502, 503),
         parameters=ExamplesParameters,
     )
     for described in (of_image, of_cam):
@@ -79,30 +81,31 @@ def router(pipeline: Pipeline) -> APIRouter:
     async def item_image(request: Request, id: Name, asked: Asked) -> Response:
         kind = choose(request, (JPEG, WEBP))
         async with pipeline.admitted(request):
-            return await pipeline.in_thread(_item, pipeline, request, id, kind, asked.size, False)
+            held = await pipeline.holding([id])
+            return await pipeline.in_thread(_item, held, request, id, kind, asked.size, False)
 
     @routes.get("/items/{id:path}/cam", **of_cam)
     async def item_cam(request: Request, id: Name, asked: Asked) -> Response:
         kind = choose(request, (JSON, PNG, WEBP))
         async with pipeline.admitted(request):
-            return await pipeline.in_thread(_item, pipeline, request, id, kind, asked.size, True)
+            held = await pipeline.holding([id])
+            return await pipeline.in_thread(_item, held, request, id, kind, asked.size, True)
 
     @routes.get("/examples", **of_examples)
     async def examples(request: Request, asked: Annotated[ExamplesParameters, Query()]) -> Response:
         async with pipeline.admitted(request):
-            return await pipeline.in_thread(_examples, pipeline, request, asked.count)
+            held, ids = await pipeline.some(asked.count)
+            return await pipeline.in_thread(_examples, held, request, ids)
 
     return routes
 
 
-def _examples(pipeline: Pipeline, request: Request, count: int) -> Response:
-    """Take every so many images one, of those whose pictures are there."""
-    live = pipeline.index.live_positions()
-    chosen = live[np.unique(np.linspace(0, len(live) - 1, min(count, len(live))).astype(int))]
-    rows = pipeline.index.select(chosen)
+def _examples(explainer: Explainer, request: Request, ids: Sequence[str]) -> Response:
+    """Answer with those images whose pictures are there."""
+    labels = explainer.index.select(explainer.index.positions(ids)).labels
     items = []
-    for id, label in zip(rows.ids, rows.labels, strict=True):
-        place = pipeline.explainer.picture_place(id)
+    for id, label in zip(ids, labels, strict=True):
+        place = explainer.picture_place(id)
         if place is not None and is_there(place):
             urls = schemas.urls_of(request, id)
             items.append(schemas.Example(id=id, label=label, **urls))
@@ -110,12 +113,14 @@ def _examples(pipeline: Pipeline, request: Request, count: int) -> Response:
 
 
 def _item(
-    pipeline: Pipeline, request: Request, id: str, kind: str, size: int, with_map: bool
+    explainer: Explainer, request: Request, id: str, kind: str, size: int, with_map: bool
 ) -> Response:
     """Answer with an image or its map; where the client has it already, with that alone."""
-    index, explainer = pipeline.index, pipeline.explainer
+    index = explainer.index
     position, place = find_live(index, id), explainer.picture_place(id)
     about: list[object] = [index.manifest.manifest_sha256, id, kind, size, with_map]
+    row = index.select([position])  # a store's changes without its model
+    about += [row.array(column).tobytes() for column in index.columns.values()]
     if place is not None and not is_url(place):  # what lies elsewhere is not asked about
         within = inside(place)
         about.append(stamp_of(place if within is None else within.file))
@@ -130,30 +135,30 @@ def _item(
     except EmbedcamError as error:
         logger.warning("an indexed image cannot be read: %s", error)
     if with_map:
-        return schemas.response(_cam(pipeline, position, picture, kind, size), kind, headers)
+        return schemas.response(_cam(explainer, position, picture, kind, size), kind, headers)
     if picture is None:
         raise HTTPProblem(404, "no_picture", "the picture of this image cannot be read any more")
     return schemas.response(shrunk(Tile(picture), size).image or picture, kind, headers)
 
 
 def _cam(
-    pipeline: Pipeline, position: int, picture: Image.Image | None, kind: str, size: int
+    explainer: Explainer, position: int, picture: Image.Image | None, kind: str, size: int
 ) -> schemas.ItemCam | Image.Image:
     """Return the stored map for JSON, or drawn over the picture."""
-    row = pipeline.index.select([position])
+    row, preprocess = explainer.index.select([position]), explainer.preprocess
     maps, (id,), (label,) = row.coarse(), row.ids, row.labels
     if maps is None:
         raise HTTPProblem(404, "no_map", "the index was built without the images' own maps")
-    state, extent = pipeline.explainer.file_state(id), None
-    if picture is not None:
+    state, extent = explainer.file_state(id), None
+    if picture is not None and preprocess is not None:
         # A map over the wrong part of a picture would be worse than one beside it.
         with suppress(EmbedcamError):
-            extent = pipeline.preprocess.extent(*picture.size)
+            extent = preprocess.extent(*picture.size)
     if kind != JSON:
         shown = None if extent is None else picture
         tile = Tile(shown, maps[0], extent, changed=state == "changed")
         return overlaid(shrunk(tile, size), size)
-    encoding = pipeline.index.encoding()
+    encoding = explainer.index.encoding()
     return schemas.ItemCam(
         id=id,
         label=label,

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, ParamSpec, TypeVar
 
@@ -36,7 +36,7 @@ Answer = Callable[[Any, Sequence[Prepared]], Sequence[R]]
 MAX_THREADS = 4
 """That decode and draw: each may hold a decoded picture, so more of them are more memory."""
 PROBE_SIDE = 64
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -138,7 +138,7 @@ class Telemetry:
         together = "Pictures that went through the network together."
         self.requests = Counter("embedcam_requests", "Requests answered.", by, registry=registry)
         self.seconds = Histogram(
-            "embedcam_request_seconds", said, ("route",), buckets=_SECONDS, registry=registry
+            "embedcam_request_seconds", said, ("route",), buckets=SECONDS, registry=registry
         )
         self.batches = Histogram(
             "embedcam_batch_pictures", together, buckets=_BATCHES, registry=registry
@@ -260,36 +260,63 @@ class Pipeline:
             read_picture(upload.picture(), self.limits.pixels), self.preprocess, side, detail
         )
 
-    def explained(
+    async def explain(
+        self, wanted: tuple[int, str | None, str | None, int], read: Callable[[], Prepared]
+    ) -> tuple[Prepared, Explanation]:
+        """Explain a picture; `wanted` are n_neighbors, a result, its rival, and detail."""
+        _, result, rival, _ = wanted
+        await self.holding(given(result, rival))
+        check_names(given(result), rival)
+        return await self.ask(self._explained, wanted, read)
+
+    def _explained(
         self, wanted: tuple[int, str | None, str | None, int], pictures: Sequence[Prepared]
     ) -> list[Explanation]:
-        """Explain pictures; `wanted` are n_neighbors, a result, its rival, and detail."""
         n_neighbors, result, rival, detail = wanted
-        # One after the other where finer: at twice the side each takes four times the memory.
-        groups = [pictures] if detail == 1 else [[one] for one in pictures]
         answers: list[Explanation] = []
-        for group in groups:
+        for inputs, larger in passes(pictures, detail):
             answers += self.explainer.explain_batch(
-                [one.inputs for one in group],
+                inputs,
                 n_neighbors=n_neighbors,
                 result=result,
                 above=rival,
                 detail=detail,
-                larger=[one.larger for one in group if one.larger is not None] or None,
+                larger=larger,
             )
         return answers
 
-    def searched(self, n_neighbors: int, pictures: Sequence[Prepared]) -> list[list[Result]]:
-        """Return what is near to each picture, without maps."""
+    async def search(
+        self, n_neighbors: int, read: Callable[[], Prepared]
+    ) -> tuple[Prepared, list[Result]]:
+        """Return a picture, and what is near to it, without maps."""
+        return await self.ask(self._searched, n_neighbors, read)
+
+    def _searched(self, n_neighbors: int, pictures: Sequence[Prepared]) -> list[list[Result]]:
         index, inputs = self.index, np.stack([one.inputs for one in pictures])
-        near = index.search(self.network.embed(inputs).embedding, n_neighbors)
-        answers = []
-        for positions, *scores in zip(
-            near.positions, near.distances, near.similarities, strict=True
-        ):
-            rows = index.select(positions)
-            answers.append(Result.of(rows.ids, rows.labels, rows.paths, *scores, None, None))
-        return answers
+        return nearest(index, self.network.embed(inputs).embedding, n_neighbors)
+
+    async def holding(self, ids: Sequence[str]) -> Explainer:
+        """Return an explainer whose index holds these images, or raise HTTPProblem 404."""
+        for name in ids:
+            find_live(self.index, name)
+        return self.explainer
+
+    async def some(self, count: int) -> tuple[Explainer, list[str]]:
+        """Return an explainer, and so many of its index's ids, from all over it."""
+        explainer = self.explainer
+        live = explainer.index.live_positions()
+        chosen = live[np.unique(np.linspace(0, len(live) - 1, min(count, len(live))).astype(int))]
+        return explainer, explainer.index.ids[chosen]
+
+    async def images(self) -> int | None:
+        """Return how many images there are, None where that is not known.
+
+        Raises HTTPProblem 503 while pictures cannot be explained.
+        """
+        if not self.ready:
+            said = "the network has not answered a probe yet; try again"
+            raise HTTPProblem(503, "not_ready", said, {"Retry-After": "1"})
+        return len(self.index)
 
     async def probe(self) -> None:
         """Explain a picture of noise, and be ready once that has worked."""
@@ -298,11 +325,12 @@ class Pipeline:
             noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
             upload = Upload(await self.in_thread(encoded, Image.fromarray(noise), PNG))
             wanted, read = (self.n_neighbors, None, None, 1), self.reading(upload, PROBE_SIDE)
-            picture, why = await self.ask(self.explained, wanted, read)
+            with suppress(HTTPProblem):  # of a store, which is no matter of the network's
+                await self.explain(wanted, read)
             # What the head is, which receipts need, is found once, in many passes.
-            await self.ask(self._warmed_up, None, read)
+            picture, _ = await self.ask(self._warmed_up, None, read)
             # The first overlay loads the colors.
-            await self.in_thread(overlaid, replace(picture.small, cam=why.cam))
+            await self.in_thread(overlaid, replace(picture.small, cam=np.ones((2, 2))))
         except Exception:
             logger.exception("the network did not answer a probe; the service is not ready")
             return
@@ -328,18 +356,45 @@ class Pipeline:
         return changed
 
 
+def passes(
+    pictures: Sequence[Prepared], detail: int
+) -> Iterator[tuple[list[np.ndarray], list[np.ndarray] | None]]:
+    """Yield what goes through the network together: inputs, and those at twice the side if any."""
+    # One after the other where finer: at twice the side each takes four times the memory.
+    for group in [pictures] if detail == 1 else [[one] for one in pictures]:
+        larger = [one.larger for one in group if one.larger is not None]
+        yield [one.inputs for one in group], larger or None
+
+
+def nearest(index: Index, embeddings: np.ndarray, n_neighbors: int) -> list[list[Result]]:
+    """Return what is near to each embedding `[B D]`, without maps."""
+    near, answers = index.search(embeddings, n_neighbors), []
+    for positions, *scores in zip(near.positions, near.distances, near.similarities, strict=True):
+        rows = index.select(positions)
+        answers.append(Result.of(rows.ids, rows.labels, rows.paths, *scores, None, None))
+    return answers
+
+
 def find_live(index: Index, name: str) -> int:
     """Return the position of an image, or raise HTTPProblem 404, which names no other image."""
     positions = index.find_live([name])
     if name not in positions:
-        raise HTTPProblem(404, "unknown_image", "the index holds no image of this id")
+        raise unknown_image()
     return positions[name]
 
 
-def check_ids(index: Index, results: Sequence[str], rival: str | None) -> None:
-    """Raise HTTPProblem unless all images are in the index, and the rival is none of the others."""
-    for name in [*results, *([] if rival is None else [rival])]:
-        find_live(index, name)
+def unknown_image() -> HTTPProblem:
+    """Return what is answered where there is no image of an id."""
+    return HTTPProblem(404, "unknown_image", "the index holds no image of this id")
+
+
+def given(*ids: str | None) -> list[str]:
+    """Return those ids that were named."""
+    return [one for one in ids if one is not None]
+
+
+def check_names(results: Sequence[str], rival: str | None) -> None:
+    """Raise HTTPProblem unless the rival goes with one result, and no image is named twice."""
     if len(set(results)) < len(results):
         raise HTTPProblem(422, "repeated_result", "result: names an image twice; name each once")
     if rival is not None and not results:

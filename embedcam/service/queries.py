@@ -14,6 +14,7 @@ from pydantic.json_schema import SkipJsonSchema
 from starlette.responses import Response
 
 from ..errors import EmbedcamError, ImageError, InputError
+from ..explain.explainer import Explainer
 from ..explain.explanation import Explanation, Result
 from ..index import Index
 from ..pairs import (
@@ -29,7 +30,7 @@ from ..pairs import (
 from . import schemas
 from .errors import HTTPProblem, choose
 from .pictures import FORM_TYPE, JSON, PART, PNG, RAW_TYPES, WEBP, Prepared, overlaid, prepare
-from .pipeline import Pipeline, check_ids, find_live
+from .pipeline import Pipeline, check_names, find_live, given
 
 logger = logging.getLogger("embedcam.service")
 
@@ -53,7 +54,7 @@ BODY: schemas.Described = {
         },
     }
 }
-_PROBLEMS = (400, 403, 408, 413, 415, 422, 500, 503)
+_PROBLEMS = (400, 403, 408, 413, 415, 422, 500, 502, 503)
 MAX_LINES = 50
 MAX_PAIRS = 250_000
 """Numbers of all `pairs` of an answer together, about 2 MB: a hundred receipts on maps of 7 x 7, or
@@ -125,11 +126,10 @@ def router(pipeline: Pipeline) -> APIRouter:
             told = _explained(request, picture, why, asked.map_size, asked.signed)
             return schemas.response(told, kind, {"Vary": "Accept"})
 
-        check_ids(pipeline.index, [] if asked.result is None else [asked.result], asked.rival)
         wanted = (asked.n_neighbors, asked.result, asked.rival, asked.detail)
         async with pipeline.admitted(request) as upload:
             read = pipeline.reading(upload, side, asked.detail)
-            found = await pipeline.ask(pipeline.explained, wanted, read)
+            found = await pipeline.explain(wanted, read)
             return await pipeline.in_thread(answer, *found)
 
     @routes.post(
@@ -145,7 +145,7 @@ def router(pipeline: Pipeline) -> APIRouter:
     async def search(request: Request, asked: Annotated[SearchParameters, Query()]) -> Response:
         async with pipeline.admitted(request) as upload:
             read = pipeline.reading(upload)
-            picture, near = await pipeline.ask(pipeline.searched, asked.n_neighbors, read)
+            picture, near = await pipeline.search(asked.n_neighbors, read)
         neighbors = [
             schemas.built(schemas.Match, vars(one), **schemas.urls_of(request, one.id))
             for one in near
@@ -199,7 +199,7 @@ def router(pipeline: Pipeline) -> APIRouter:
     )
     async def compare(request: Request, asked: Annotated[CompareParameters, Query()]) -> Response:
         kind, index, rival = choose(request, (JSON, PNG, WEBP)), pipeline.index, asked.rival
-        check_ids(index, asked.result, rival)
+        ids = [*asked.result, *given(rival)]
         if kind != JSON and (len(asked.result) > 1 or asked.cell is not None):
             said = (
                 "a picture shows the receipt of one result, or of it and a rival; ask for "
@@ -230,14 +230,16 @@ def router(pipeline: Pipeline) -> APIRouter:
             )
 
         async with pipeline.admitted(request) as upload:
+            held = await pipeline.holding(ids)
+            check_names(asked.result, rival)
             side = None if kind == JSON else DRAWN_SIDE
             read = pipeline.reading(upload, side)
             query, query_side = await pipeline.ask(maker.sides, index, read)
 
             def settle(name: str, picture: Prepared, its_side: Side) -> None:
-                (label,) = index.select([find_live(index, name)]).labels
+                (label,) = held.index.select([find_live(held.index, name)]).labels
                 try:
-                    check_same(index, name, its_side)
+                    check_same(held.index, name, its_side)
                 except ImageError:
                     raise _changed() from None
                 receipt = make_receipt(
@@ -271,11 +273,10 @@ def router(pipeline: Pipeline) -> APIRouter:
                 whole = schemas.built(schemas.CompareAnswer, box, receipts=told, contrast=contrast)
                 return schemas.response(whole, kind, {"Vary": "Accept"})
 
-            ids = [*asked.result, *([] if rival is None else [rival])]
             # No more at once than go through the network together, so that others come between.
             for start in range(0, len(ids), pipeline.batch):
                 part = ids[start : start + pipeline.batch]
-                reads = [partial(maker.read, name, side) for name in part]
+                reads = [partial(maker.read, held, name, side) for name in part]
                 asked_of = (pipeline.ask(maker.sides, index, read) for read in reads)
                 # Each is work by itself: a request that has taken too long ends with it.
                 for name, found in zip(part, await asyncio.gather(*asked_of), strict=True):
@@ -341,9 +342,8 @@ class ReceiptMaker:
             raise HTTPProblem(501, "no_receipts", said) from None
         return self._pairs.sides(index, [one.inputs for one in pictures])
 
-    def read(self, name: str, side: int | None) -> Prepared:
+    def read(self, explainer: Explainer, name: str, side: int | None) -> Prepared:
         """Return an indexed image's picture, decoded and prepared; what fails names no file."""
-        explainer = self._pipeline.explainer
         try:
             merged = explainer.index.manifest.is_compressed
             if merged and explainer.file_state(name) == "changed":

@@ -257,8 +257,15 @@ class Readiness(Strict):
     """Whether pictures can be explained, and what of."""
 
     status: str = Field(examples=["ready"])
-    images: Count = _says("In the index.", 5000)
+    images: Count | None = _says(
+        "In the index, or in the store, counted within the last minute; null where a store does "
+        "not say.",
+        5000,
+    )
     generation: Count = _says("Of the index; rises when it changes.", 1)
+    digest: str = _says(
+        "Of what rows of a store are read by: the generation that these name.", "3f9a0c52b1e47d68"
+    )
 
 
 class Problem(Strict):
@@ -289,7 +296,9 @@ _WHEN = {
     422: "A parameter or a picture that cannot be used.",
     500: "The service failed.",
     501: "The network is an ONNX file, of whose pairs there are no receipts.",
-    503: "Too many requests at once, or too slow an answer; `Retry-After` says when to retry.",
+    502: "The store of the images answered with what cannot be read.",
+    503: "Too many requests at once, too slow an answer, or a store of images that cannot be asked "
+    "now; `Retry-After` says when to retry.",
 }
 
 

@@ -38,7 +38,7 @@ _ABOUT: Final = b"embedcam"
 _JOB: Final = "job.json"
 _BATCH: Final = re.compile(r"(\d{6})-([0-9a-f]{16})-(\d+)\.arrow")
 _OURS: Final = re.compile(r".*\.(arrow|tmp|json)")
-_ROWS: Final = 1 << 14
+_ROWS: Final = 1 << 13
 """Of a batch, which is a row group of the file."""
 
 

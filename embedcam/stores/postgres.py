@@ -47,16 +47,7 @@ class PostgresStore:
     def search(self, embedding: np.ndarray, n: int) -> Rows:
         """Return the n rows nearest to a query `[D]`, in one round trip."""
         if n not in self._searches:
-            # Generation and n are text, not values: a plan for any of these would use no index.
-            # Rows that are far are only compared; codes are read of the nearest, by their places.
-            self._searches[n] = self._sql(
-                "SELECT {selected} FROM (SELECT tableoid AS part, ctid AS place, "
-                "{embedding} {operator} %(query)s AS far FROM {table} "
-                "WHERE generation = {is} ORDER BY far LIMIT {n}) near "
-                "JOIN {table} r ON r.ctid = near.place AND r.tableoid = near.part "
-                "ORDER BY near.far",
-                n=sql.Literal(int(n)),
-            ).as_bytes()
+            self._searches[n] = self._searching(n)
         (query,) = packed(np.asarray(embedding)[None], self._layout.kind)
         return self._read(self._link.rows(self._searches[n], {"query": query}))
 
@@ -130,6 +121,31 @@ class PostgresStore:
         """Close the connections."""
         self._link.close()
 
+    def _searching(self, n: int) -> bytes:
+        """Return the statement that finds the n nearest rows."""
+        # Generation and n are text, not values: a plan for any of these would use no index.
+        limit = sql.Literal(int(n))
+        ordered = self._sql(
+            "SELECT EXISTS (SELECT FROM pg_index WHERE indrelid = to_regclass({name}) "
+            "AND pg_index_column_has_property(indexrelid, 1, 'distance_orderable'))"
+        )
+        if self._link.rows(ordered) == [(True,)]:
+            found = self._sql(
+                "SELECT {selected} FROM {table} r WHERE r.generation = {is} "
+                "ORDER BY r.{embedding} {operator} %(query)s LIMIT {n}",
+                n=limit,
+            )
+        else:  # rows that are far are only compared; codes are read of the nearest, by their places
+            found = self._sql(
+                "SELECT {selected} FROM (SELECT tableoid AS part, ctid AS place, "
+                "{embedding} {operator} %(query)s AS far FROM {table} "
+                "WHERE generation = {is} ORDER BY far LIMIT {n}) near "
+                "JOIN {table} r ON r.ctid = near.place AND r.tableoid = near.part "
+                "ORDER BY near.far",
+                n=limit,
+            )
+        return found.as_bytes()
+
     def _copy(self, connection: Any, batch: pa.RecordBatch, columns: Sequence[str]) -> None:
         """Send a batch into a table that is gone when the transaction ends."""
         kinds: dict[str, sql.Composable] = {name: sql.SQL(kind) for name, kind in ADDED.items()}
@@ -180,24 +196,14 @@ class PostgresStore:
             for name in columns
             if name in self._layout.filled
         ]
+        # A row of the team's has one place for codes, whatever generation they are of.
+        same = "AND r.generation = {is} " if self._layout.is_own else ""
         updated = self._sql(
             "WITH placed AS (UPDATE {table} r SET generation = {is}, {changed} FROM {batch} b "
-            "WHERE {key} = b.id AND coalesce(r.generation, {is}) = {is} RETURNING b.id) "
-            "SELECT count(DISTINCT id) FROM placed",
+            "WHERE {key} = b.id " + same + "RETURNING b.id) SELECT count(DISTINCT id) FROM placed",
             changed=COMMA.join(changed),
         )
-        other = self._sql(
-            "SELECT r.generation FROM {table} r JOIN {batch} b ON {key} = b.id "
-            "WHERE r.generation <> {is} LIMIT 1"
-        )
-        (placed,) = connection.execute(updated, NOTHING).fetchone()
-        if not self._layout.is_own and (found := connection.execute(other, NOTHING).fetchone()):
-            raise StoreError(
-                f"{self.name}: its rows have codes of the generation {short(found[0])}, and place "
-                "for one; remove these first (--drop-generation), or write rows with embeddings "
-                "into a table of their own (?table=)"
-            )
-        return int(placed)
+        return int(connection.execute(updated, NOTHING).fetchone()[0])
 
     def _clear(self, connection: Any, where: LiteralString, values: Mapping[str, object]) -> int:
         emptied = [sql.SQL("{} = NULL").format(self._layout.parts[o]) for o in self._layout.filled]
@@ -208,13 +214,18 @@ class PostgresStore:
         return int(connection.execute(query, values).rowcount)
 
     def _read(self, rows: Sequence[tuple[Any, ...]]) -> list[dict[str, Any]]:
-        kind = _NUMBERS[self._layout.kind]
+        numbers = _NUMBERS[self._layout.kind]
         return [
             {
-                **dict(zip(READ, row, strict=True)),
-                "embedding": row[1] and np.frombuffer(row[1], kind, offset=_HEADER),
+                "id": name,
+                "embedding": vector and np.frombuffer(vector, numbers, offset=_HEADER),
+                "codes": codes,
+                "scale": scale,
+                "label": label,
+                "path": path,
+                "generation": generation,
             }
-            for row in rows
+            for name, vector, codes, scale, label, path, generation in rows
         ]
 
 

@@ -7,7 +7,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -201,12 +201,17 @@ class Link:
                 "the address"
             ) from error
         connection.adapters.register_dumper(Vector, _VectorDumper)
-        # An HNSW index then goes on where a filter or a high LIMIT leaves too few of what it finds.
-        settings = {"hnsw.iterative_scan": "strict_order"}
-        if self._seconds is not None:
-            settings["statement_timeout"] = str(math.ceil(1000 * self._seconds))
-        for name, value in settings.items():
-            connection.execute("SELECT set_config(%s, %s, false)", (name, value))
+        try:
+            if self._seconds is not None:
+                limit = str(math.ceil(1000 * self._seconds))
+                connection.execute("SELECT set_config('statement_timeout', %s, false)", (limit,))
+            # An HNSW index then goes on where a filter or a high LIMIT leaves too few of what it
+            # found; pgvector before 0.8 does not know it.
+            with suppress(psycopg.ProgrammingError):
+                connection.execute("SET hnsw.iterative_scan = strict_order")
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
     @contextmanager

@@ -59,10 +59,10 @@ def table_of(link: Link, address: Address, table: Table) -> Layout:
     names, writes = address.names, table.schema is not None
     given = _given(table)
     plain = Layout(_parts(address, table), given or "", True, ())
-    columns = _columns(link, address)
+    columns = _columns(link, plain)
     if not columns and given:
         _create(link, plain, table.width)
-        columns = _columns(link, address)
+        columns = _columns(link, plain)
     if not columns:
         raise _wrong(
             link,
@@ -88,7 +88,7 @@ def table_of(link: Link, address: Address, table: Table) -> Layout:
         raise _wrong(link, f"keeps its embeddings as {kind}", advice)
     if writes and not is_own:
         _add(link, plain, {names.get(name, name): name for name in filled}, columns)
-        columns = _columns(link, address)
+        columns = _columns(link, plain)
     for name in ADDED:
         _check(link, names.get(name, name), columns, ADDED[name] if name in filled else None)
     return Layout({**plain.parts, **_read_as(columns, names, plain)}, kind, is_own, filled)
@@ -108,7 +108,9 @@ def _given(table: Table) -> str | None:
 
 def _parts(address: Address, table: Table) -> dict[str, sql.Composable]:
     name = address.names["table"]
+    quoted = sql.Identifier(name).as_string().replace("%", "%%")
     return {
+        "name": sql.Literal(quoted),
         "table": identifier(name),
         "marks": identifier(f"{name}_written"),
         "batch": identifier(f"{name}_batch".replace("%", "_")),  # COPY takes no values
@@ -118,15 +120,13 @@ def _parts(address: Address, table: Table) -> dict[str, sql.Composable]:
     }
 
 
-def _columns(link: Link, address: Address) -> Columns:
+def _columns(link: Link, plain: Layout) -> Columns:
     """Return the table's columns; none where there is no table."""
-    query = sql.SQL(
+    query = plain.sql(
         "SELECT attname::text, format_type(atttypid, atttypmod), attnotnull FROM pg_attribute "
-        "WHERE attrelid = to_regclass(%(table)s) AND attnum > 0 AND NOT attisdropped "
-        "ORDER BY attnum"
-    ).format()
-    table = {"table": sql.Identifier(address.names["table"]).as_string()}
-    return {name: (kind, filled) for name, kind, filled in link.rows(query, table)}
+        "WHERE attrelid = to_regclass({name}) AND attnum > 0 AND NOT attisdropped ORDER BY attnum"
+    )
+    return {name: (kind, filled) for name, kind, filled in link.rows(query)}
 
 
 def _create(link: Link, plain: Layout, width: int) -> None:

@@ -31,6 +31,7 @@ from . import (
     features,
     forward,
     indexes,
+    large,
     onnx,
     receipts,
     scale,
@@ -96,6 +97,7 @@ SECTIONS: dict[str, Section] = {
         scale.report(n * o.rows // 1000, folder, labels, width)
         for n, labels, width in ((10_000, 1000, 128), (2_000, 0, 64))
     ),
+    "large": _one(lambda o, folder: large.report(o.large, folder)),
 }
 OTHERS = {"service": service.main, "soak": soak.main, "forward": forward.main}
 
@@ -139,6 +141,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--heads", nargs="+", choices=building.HEADS, default=building.HEADS,
                         help="of the networks built with (all)")  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--large", type=int, default=10_000_000, metavar="N",
+                        help="images of the section `large` (10,000,000)")  # fmt: skip
     parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
     parser.add_argument("--quick", action="store_true", help="64 images, 2 rounds, smaller indexes")
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made")

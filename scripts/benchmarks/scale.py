@@ -61,10 +61,14 @@ class Stage(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What a command took, the time to import it left out; `begun` bytes were there before."""
+    """What a command took, the time to import it left out; `begun` bytes were there before.
+
+    `resident` bytes are the most with the pages of mapped files.
+    """
 
     begun: int
     stages: list[Stage]
+    resident: int
 
     @property
     def peak(self) -> int:
@@ -77,24 +81,35 @@ class Run(NamedTuple):
         return sum(stage.cpu for stage in self.stages)
 
 
-def write_features(folder: Path, rows: int, labels: int = LABELS, width: int = WIDTH) -> list[str]:
+def features_of(places: np.ndarray, seed: list[int], labels: int, width: int) -> np.ndarray:
+    """Return pooled activations `[n width]` around centers of labels, which take turns."""
+    kinds = max(labels, 1)
+    centers = np.random.default_rng(0).standard_normal((kinds, width), np.float32)
+    noise = np.random.default_rng(seed).standard_normal((len(places), width), np.float32)
+    return np.asarray(centers[_kinds(places, labels)] + noise)
+
+
+def _kinds(places: np.ndarray, labels: int) -> np.ndarray:
+    return np.asarray(places * 7919 % max(labels, 1))
+
+
+def write_features(
+    folder: Path, rows: int, labels: int = LABELS, width: int = WIDTH, dtype: str = "float32"
+) -> list[str]:
     """Write embeddings, pooled activations, ids and labels; return options of `build`."""
     folder.mkdir(parents=True, exist_ok=True)
-    centres = np.random.default_rng(0).standard_normal((max(labels, 1), width), np.float32)
     files = [folder / f"{name}.npy" for name in ("embeddings", "pooled")]
     unit, pooled = (
-        np.lib.format.open_memmap(file, "w+", np.float32, (rows, width)) for file in files
+        np.lib.format.open_memmap(file, "w+", np.dtype(dtype), (rows, width)) for file in files
     )
     with open(folder / "ids.csv", "w", encoding="utf-8") as lines:
         lines.write("id,label\n" if labels else "id\n")
         for start in range(0, rows, BLOCK):
             places = np.arange(start, min(start + BLOCK, rows))
-            rng = np.random.default_rng([1, start])
-            kinds = places * 7919 % max(labels, 1)
-            some = centres[kinds] + rng.standard_normal((len(places), width), np.float32)
+            some = features_of(places, [1, start], labels, width)
             pooled[places] = some
             unit[places] = some / np.linalg.norm(some, axis=1, keepdims=True)
-            for place, kind in zip(places.tolist(), kinds.tolist(), strict=True):
+            for place, kind in zip(places.tolist(), _kinds(places, labels).tolist(), strict=True):
                 name = f"photos/{kind:04d}/{place:08d}.jpg"
                 lines.write(f"{name},kind {kind}\n" if labels else f"{name}\n")
     ids = ["--ids", str(folder / "ids.csv")]
@@ -103,12 +118,13 @@ def write_features(folder: Path, rows: int, labels: int = LABELS, width: int = W
 
 def run(arguments: Sequence[str], folder: Path) -> Run:
     """Run a command of `embedcam` and watch its memory."""
-    marks, samples = folder / "marks.json", list[tuple[float, int]]()
+    marks, samples, resident = folder / "marks.json", list[tuple[float, int]](), 0
     command = [sys.executable, "-c", _CHILD, str(marks), *arguments, "--quiet"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as child:
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL) as child:
         while child.poll() is None:
-            samples.append((time.monotonic(), _anonymous(child.pid)))
+            anonymous, highest = _memory(child.pid)
+            samples.append((time.monotonic(), anonymous))
+            resident = max(resident, highest)
             time.sleep(_EVERY)
     if child.returncode:
         raise SystemExit(f"`embedcam {' '.join(arguments)}` failed")
@@ -119,15 +135,23 @@ def run(arguments: Sequence[str], folder: Path) -> Run:
         before = stages.get(name, Stage(name, 0.0, 0))
         stages[name] = Stage(name, before.cpu + later - cpu, max(before.peak, peak))
     begun = [taken for at, taken in samples if at < listed[0][1]][-1]
-    return Run(begun, list(stages.values()))
+    return Run(begun, list(stages.values()), resident)
 
 
-def _anonymous(process: int) -> int:
+def environment() -> dict[str, str]:
+    """Return the environment of a process that imports this checkout."""
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+def _memory(process: int) -> tuple[int, int]:
+    """Return a process's anonymous bytes now, and the most that it has held with mapped pages."""
     try:
         status = Path(f"/proc/{process}/status").read_text()
     except OSError:
-        return 0
-    return int((status.partition("RssAnon:")[2].split() or ["0"])[0]) << 10
+        return 0, 0
+    held = (status.partition(f"{name}:")[2].split() or ["0"] for name in ("RssAnon", "VmHWM"))
+    anonymous, highest = (int(one[0]) << 10 for one in held)
+    return anonymous, highest
 
 
 def report(rows: int, folder: Path, labels: int = LABELS, width: int = WIDTH) -> str:

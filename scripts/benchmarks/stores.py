@@ -18,6 +18,7 @@ from embedcam.index.encoding import LowRank
 from embedcam.index.model import write_model
 from embedcam.stores import Store, Table, copy_rows, open_store
 
+from ..postgres_server import PostgresServer
 from .cases import HEAD_WIDTH, TRUST, near, write_index
 from .timing import Case, alternate, compared, section, verdict
 
@@ -71,8 +72,6 @@ def explaining(subject: Subject, store: Store, rounds: int) -> str:
 @contextmanager
 def postgres() -> Iterator[str]:
     """The URL of a database on a server of its own."""
-    from tests.postgres_server import PostgresServer
-
     memory = {"shared_buffers": "1GB", "maintenance_work_mem": "1GB"}
     server = PostgresServer(**memory, max_parallel_maintenance_workers="0")
     try:

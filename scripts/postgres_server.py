@@ -1,5 +1,6 @@
 """A real PostgreSQL with pgvector, out of a wheel, in a temporary folder."""
 
+import atexit
 import os
 import shutil
 import signal
@@ -28,7 +29,7 @@ class PostgresServer:
         assert found is not None
         assert found.origin is not None
         # The package is not imported: where this runs as root, it would add a user to the system.
-        self._programs = Path(found.origin).parent / "pginstall18" / "bin"
+        self._programs = max(Path(found.origin).parent.glob("pginstall[0-9]*")) / "bin"
         self._user = "nobody" if os.geteuid() == 0 else None  # PostgreSQL refuses to run as root
         # Not among pytest's folders, which are closed to others, and too long for a socket's path.
         self.folder = Path(tempfile.mkdtemp(prefix="postgres-"))
@@ -36,16 +37,14 @@ class PostgresServer:
             shutil.chown(self.folder, self._user)
         self._settings, self._made = {**SETTINGS, **settings}, 0
         self._process: subprocess.Popen[bytes] | None = None
-        try:
-            made = ["-U", "postgres", "--auth=trust", "--no-locale", "--no-sync", "--encoding=UTF8"]
-            self._call("initdb", *made, "-D", "data")
-            self.start()
-            self.run(self.url("template1"), "CREATE EXTENSION vector")
-        except BaseException:
-            self.remove()
-            raise
+        atexit.register(self.remove)  # also where its owner fails
+        made = ["-U", "postgres", "--auth=trust", "--no-locale", "--no-sync", "--encoding=UTF8"]
+        self._call("initdb", *made, "-D", "data")
+        self.start()
+        self.run(self.url("template1"), "CREATE EXTENSION vector")
 
     def start(self) -> None:
+        """Start it again, and wait until it answers."""
         options = [word for pair in self._settings.items() for word in ("-c", "=".join(pair))]
         with open(self.folder / "log", "ab") as log:
             self._process = subprocess.Popen(
@@ -67,30 +66,37 @@ class PostgresServer:
         self._process.wait(60)
 
     def remove(self) -> None:
+        """Stop it, and leave nothing."""
         if self._process is not None and self._process.poll() is None:
             self.stop()
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def make(self) -> str:
-        """The URL of a new database."""
+        """Make a database and return its URL."""
         self._made += 1
         self.run(self.url("postgres"), f"CREATE DATABASE test{self._made}")
         return self.url(f"test{self._made}")
 
     def drop(self, url: str) -> None:
-        name = url.rpartition("?")[0].rpartition("/")[2]
+        """Remove a database."""
+        name = url.rpartition("/")[2]
         self.run(self.url("postgres"), f"DROP DATABASE {name} WITH (FORCE)")
 
     def url(self, database: str) -> str:
-        return f"postgresql://postgres@/{database}?host={quote(str(self.folder), safe='')}"
+        """Return the URL of a database."""
+        return f"postgresql://postgres@{quote(str(self.folder), safe='')}/{database}"
 
     def run(self, url: str, statement: str, *values: Any) -> list[tuple[Any, ...]]:
-        """What a statement returns, if it returns rows."""
+        """Return what a statement returns, if it returns rows."""
         import psycopg
 
-        with psycopg.connect(url.partition("&")[0], autocommit=True) as connection:
+        with psycopg.connect(url.partition("?")[0], autocommit=True) as connection:
             cursor = connection.execute(statement.encode(), values or None)
             return cursor.fetchall() if cursor.description else []
+
+    def psql(self, *words: str) -> None:
+        """Run its own psql, where the caller is."""
+        subprocess.run([self._programs / "psql", "-q", *words], check=True)
 
     def _call(self, program: str, *words: str, check: bool = True) -> int:
         return subprocess.run(

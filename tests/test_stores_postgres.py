@@ -72,8 +72,8 @@ def photos(run: Run, database: str) -> str:
     )
     vectors = [str(row["embedding"]) for row in made_rows(20)]
     run(
-        "INSERT INTO photos SELECT n - 1, v::vector, 'kind ' || (n - 1) % 2, 'ann' "
-        "FROM unnest(%s) WITH ORDINALITY AS made (v, n)",
+        "INSERT INTO photos SELECT n - 1, v::vector, 'kind ' || mod(n - 1, 2), 'ann' "
+        "FROM unnest(%s::text[]) WITH ORDINALITY AS made (v, n)",
         vectors,
     )
     return database + PHOTOS
@@ -345,6 +345,8 @@ def test_any_name_is_a_name(run: Run, database: str, name: str) -> None:
         ("postgresql://u:secret@host/db?tabel=a", 'invalid URI query parameter: "tabel"'),
         ("postgresql://u:secret@host/db?table=", "has table=''; expected a name of 1 to 55 bytes"),
         ("postgresql://u:secret@host/db?table=" + "n" * 56, "expected a name of 1 to 55 bytes"),
+        ("postgresql://u:secret@host/db?id=\udcff", "has id='\\udcff'; expected a name"),
+        ("postgresql://u:secret@h\udcff/db", "cannot be read ("),
         ("postgresql://u:secret@host/db?id=%00", "has id='\\x00'; expected a name"),
     ],
 )

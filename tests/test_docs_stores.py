@@ -97,7 +97,7 @@ def run(text: str, known: dict[str, Any], old: str = "") -> None:
             exec(compile(code, "docs/stores", "exec"), known)
             continue
         for line in code.replace("\\\n", " ").replace(OLD, old).splitlines():
-            if not line.startswith(ONLY_PARSED):
+            if line and not line.startswith(ONLY_PARSED):
                 assert main(with_toys(shlex.split(line, comments=True)[1:])) == 0, line
 
 
@@ -148,7 +148,7 @@ def as_hex(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "codes": row["codes"].hex()}
 
 
-def quantised(row: dict[str, Any], back: float) -> dict[str, Any]:
+def quantized(row: dict[str, Any], back: float) -> dict[str, Any]:
     whole = np.round(np.array(row["embedding"]) * 50).astype(np.int8)
     return {**row, "embedding": whole / back if back != 1 else whole}
 
@@ -159,8 +159,8 @@ def without(row: dict[str, Any], **other: Any) -> dict[str, Any]:
 
 MISTAKES: dict[str, Callable[[list[dict[str, Any]]], list[Any]]] = {
     "positions as ids": lambda rows: [{**row, "id": n} for n, row in enumerate(rows)],
-    "vectors quantised anew": lambda rows: [quantised(row, 50) for row in rows],
-    "the same, as whole numbers": lambda rows: [quantised(row, 1) for row in rows],
+    "vectors quantized anew": lambda rows: [quantized(row, 50) for row in rows],
+    "the same, as whole numbers": lambda rows: [quantized(row, 1) for row in rows],
     "another metric's distance": lambda rows: [without(row, distance=-0.7) for row in rows],
     "codes of another generation": lambda rows: [{**row, "generation": OLD} for row in rows],
     "codes cut short": lambda rows: [{**row, "codes": row["codes"][:-9]} for row in rows],
@@ -233,14 +233,16 @@ def test_a_new_network_beside_the_old_one(
     known: dict[str, Any], here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["rows", "my.index", "--to", "photos.lance"]) == 0
-    with Index.open("model.embedcam") as model:
-        old = Table.of(model)
+    with Index.open("my.index") as index:
+        old, (vector,) = Table.of(index), index.embeddings([0])
     before, after = page("day.md", "A new network").split("Meanwhile")
     run(before, known)
     assert "has the generation" in capsys.readouterr().out
     assert Path("old.png").read_bytes() != Path("new.png").read_bytes()
     assert known["store"].generations() == {old.generation: 42, known["new"].generation: 42}
+    assert in_files(here / "photos.lance", vector.tobytes())
     run(after, known, old.generation)
+    assert not in_files(here / "photos.lance", vector.tobytes())
     with closing(open_store("photos.lance", old)) as store:
         assert store.generations() == {known["new"].generation: 42}
         assert len(store.fetch(["owl/2.jpg"])) == 0

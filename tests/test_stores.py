@@ -1,13 +1,17 @@
 """Stores: a row written and read is the row, and what is explained of it is the index's own."""
 
+import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from index_samples import make
 from store_samples import (
     TEXTS,
     Sample,
@@ -21,13 +25,12 @@ from store_samples import (
     table_of,
 )  # fmt: skip
 
-from embedcam import Explainer
 from embedcam.errors import StoreError
 from embedcam.index import Index, remove
 from embedcam.stores import Store, Table, copy_rows, open_store
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
-URLS = {"lance": "lance:{}/rows"}
+URLS = {"lance": "lance:{}/rows", "qdrant": "qdrant:{}/rows"}
 OTHER = "f" * 16
 
 
@@ -55,7 +58,7 @@ def test_a_row_written_and_read_is_the_row(
     folder, table = tmp_path_factory.mktemp("any"), table_of(embedding)
     with opened(URLS[kind].format(folder), table) as store:
 
-        @settings(max_examples=40)
+        @settings(max_examples=25)
         @given(any_rows())
         def check(rows: list[dict]) -> None:
             names = [row["id"] for row in rows]
@@ -102,8 +105,11 @@ def test_the_same_id_is_written_over_and_generations_lie_side_by_side(url: str) 
 def test_the_nearest_come_back(url: str, embedding: str, metric: str) -> None:
     table, rows = table_of(embedding, metric=metric), made_rows(60)
     others = [{**row, "embedding": [0.0] * 8, "generation": OTHER} for row in rows]
+    another = table_of(embedding, OTHER, metric)
+    with opened(url, another) as store:
+        store.write(batch_of(another, others), "a", 60)
     with opened(url, table) as store:
-        store.write(batch_of(table, [*rows, *others]), "a", 60)
+        store.write(batch_of(table, rows), "a", 60)
         store.finish()
         vectors = np.array([row["embedding"] for row in rows])
         for query in np.random.default_rng(1).standard_normal((20, 8)):
@@ -125,7 +131,7 @@ def test_another_table_is_refused(url: str) -> None:
     full = table_of("full")
     with opened(url, full) as store:
         store.write(batch_of(full, made_rows(3)), "a", 3)
-    for other, what in (("half", "halffloat"), ("none", "left out")):
+    for other, what in (("half", "float16"), ("none", "none are to be written")):
         with pytest.raises(StoreError, match=what), opened(url, table_of(other)):
             pass
     wider = Table(full.generation, 9, "l2")
@@ -152,7 +158,6 @@ def test_a_store_that_is_not_there(url: str) -> None:
         pass
 
 
-@pytest.mark.skipif(not hasattr(Explainer, "from_model"), reason="rows are not explained yet")
 @pytest.mark.parametrize("embedding", ["full", "half"])
 def test_answers_are_the_indexs_own(of: Sample, url: str, embedding: str) -> None:
     with Index.open(of.index) as index:
@@ -182,3 +187,56 @@ def test_a_removed_picture_is_gone(of: Sample, url: str, tmp_path: Path) -> None
     assert any(kept in content for content in files)
     for secret in [one.encode() for one in gone] + [one.tobytes() for one in vectors]:
         assert not any(secret in content for content in files)
+
+
+def test_a_folder_that_goes_away_loses_nothing_and_says_where_it_was(url: str, tmp_path) -> None:
+    path = tmp_path / "index"
+    make(path, 40)
+    with Index.open(path) as index:
+        kind = Table.of(index, "full")
+        with opened(url, kind) as store, pytest.raises(StoreError) as told:
+            copy_rows(index, store, progress=lambda _: shutil.rmtree(tmp_path / "rows"))
+        assert re.search("of 40 rows are there: run the same command again", str(told.value))
+        assert "\n" not in str(told.value)
+        with opened(url, kind) as store:
+            assert copy_rows(index, store).written == 40
+        with opened(url, Table.of(index)) as store:
+            assert len(read_back(store.fetch(list(index.ids)))) == 40
+
+
+def test_a_search_that_takes_too_long_ends(tmp_path: Path) -> None:
+    url, table = URLS["lance"].format(tmp_path), table_of()
+    with opened(url, table) as store:
+        store.write(batch_of(table, made_rows(9)), "a", 9)
+    with (
+        opened(url, table, seconds=1e-6) as store,
+        pytest.raises(StoreError, match="a search took longer than 1e-06 seconds; allow it more"),
+    ):
+        store.search(np.zeros(8), 3)
+
+
+def test_who_searches_goes_on_while_files_are_joined(tmp_path: Path) -> None:
+    url, table = URLS["lance"].format(tmp_path), table_of()
+    rows = made_rows(200)
+    with opened(url, table) as store:
+        store.write(batch_of(table, rows[:100]), "a", 100)
+        with opened(url, Table(table.generation, 8, "l2")) as reader, ThreadPoolExecutor(2) as pool:
+            ended = Event()
+
+            def search() -> int:
+                count = 0
+                while not ended.is_set():
+                    found = read_back(reader.search(np.zeros(8), 20))
+                    assert len(found) == 20
+                    count += 1
+                return count
+
+            searches = [pool.submit(search) for _ in range(2)]
+            try:
+                for start in range(100, 200, 10):
+                    store.write(batch_of(table, rows[start : start + 10]), "a", start + 10)
+                    store.remove([rows[start - 100]["id"]])
+                    store.finish()
+            finally:
+                ended.set()
+            assert all(one.result() > 3 for one in searches)

@@ -42,7 +42,10 @@ def rows(options: Namespace) -> None:
                     prune=options.prune,
                     progress=advance,
                 )
-            dropped = 0 if old is None else store.drop(old)
+            dropped = 0
+            if old is not None:
+                dropped = store.drop(old)
+                store.finish()
             told: dict[str, Plain] = {"store": store.name, "generation": own}
             told |= {**asdict(done), "dropped": dropped}
             emit(options, told, f"{store.name}: {', '.join(_done(done, own, old, dropped))}")

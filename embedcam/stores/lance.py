@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _METRICS: Final = {"l2": "l2", "ip": "dot"}
 _KEYS: Final = ["id", "generation"]
 _ROWS: Final = 10_000
+_TRIES: Final = 5
 _NAME: Final = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
 
 
@@ -84,19 +85,33 @@ class Lance:
         if not self._searches:
             raise no_search(self.name)
         query = np.asarray(embedding, np.float32)
-        with self._in_words("a search"):
-            near = self._rows.search(query, vector_column_name="embedding")
-            near = near.distance_type(self._metric).where(self._mine, prefilter=True).limit(n)
-            return self._table_of(near.select([*self._columns, "_distance"]))
+
+        def near() -> Any:
+            found = self._rows.search(query, vector_column_name="embedding")
+            found = found.distance_type(self._metric).where(self._mine, prefilter=True).limit(n)
+            return found.select([*self._columns, "_distance"])
+
+        return self._read("a search", near)
 
     def fetch(self, ids: Sequence[str]) -> Rows:
         """Return the rows of these ids that there are, an Arrow table."""
-        with self._in_words("a fetch"):
-            found = self._rows.search().where(self._these(ids)).limit(max(len(ids), 1))
-            return self._table_of(found.select(self._columns))
 
-    def _table_of(self, query: Any) -> Rows:
-        table: Rows = query.to_arrow(timeout=self._limit)
+        def these() -> Any:
+            found = self._rows.search().where(self._these(ids)).limit(max(len(ids), 1))
+            return found.select(self._columns)
+
+        return self._read("a fetch", these)
+
+    def _read(self, doing: str, ask: Callable[[], Any]) -> Rows:
+        with self._in_words(doing):
+            for more in range(_TRIES, -1, -1):
+                try:
+                    table: Rows = ask().to_arrow(timeout=self._limit)
+                    break
+                except Exception as error:
+                    # Whoever writes deleted the files of the version that it began with.
+                    if not more or "not found" not in str(error).lower():
+                        raise
         return table
 
     def write(self, batch: pa.RecordBatch, part: str, upto: int) -> int:

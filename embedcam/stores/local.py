@@ -45,33 +45,36 @@ def locked(folder: str) -> AbstractContextManager[None]:
 
 def check_columns(name: str, found: pa.Schema, table: Table) -> bool:
     """Refuse a table that is not one of rows as these; return whether it has embeddings."""
-    import pyarrow as pa
-
-    kinds = {column: found.field(column).type for column in found.names}
     for column in COLUMNS:
-        if column not in kinds:
+        if column not in found.names:
             raise StoreError(
                 f"{name}: has no column {column!r}, so it holds no rows of embedcam; give another "
                 "table or path, or write them with `embedcam rows`"
             )
-    has, expected = kinds.get("embedding"), table.schema
-    if expected is not None:
-        wanted = expected.field("embedding").type if "embedding" in expected.names else None
-        if wanted != has:
-            raise StoreError(
-                f"{name}: its embeddings are {_kind(has)}, and {_kind(wanted)} are to be written; "
-                "write them as these (--embedding), or to another place"
-            )
-    elif has is not None and (not pa.types.is_list(has) and has.list_size != table.width):
+    check_kind(name, kind_of(found), table)
+    return "embedding" in found.names
+
+
+def kind_of(schema: pa.Schema) -> str | None:
+    """Return what embeddings are, such as "float16[128]"; None where there are none."""
+    if "embedding" not in schema.names:
+        return None
+    kind = schema.field("embedding").type
+    return f"float{kind.value_type.bit_width}[{getattr(kind, 'list_size', '')}]"
+
+
+def check_kind(name: str, found: str | None, table: Table) -> None:
+    """Refuse embeddings that are not as those to be written, or as wide as those of a model."""
+    if table.schema is not None and (wanted := kind_of(table.schema)) != found:
         raise StoreError(
-            f"{name}: its embeddings are {_kind(has)}, and the model's have {table.width} numbers; "
-            "give the model whose rows these are"
+            f"{name}: its embeddings are {found or 'left out'}, and {wanted or 'none'} are to be "
+            "written; write them as these (--embedding), or to another place"
         )
-    return has is not None
-
-
-def _kind(column: pa.DataType | None) -> str:
-    return "left out" if column is None else str(column).replace("item: ", "")
+    if table.schema is None and found and found[7:] not in ("[]", f"[{table.width}]"):
+        raise StoreError(
+            f"{name}: its embeddings are {found}, and the model's have {table.width} numbers; give "
+            "the model whose rows these are"
+        )
 
 
 def no_search(name: str) -> StoreError:

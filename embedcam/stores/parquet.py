@@ -21,7 +21,7 @@ import numpy as np
 from .._files import read_regular, remove_files, remove_tree, sync_folder, write_whole, written
 from ..errors import InputError, StoreError
 from ..index.in_memory import Rows
-from ..index.row_batches import row_batches, schema
+from ..index.row_batches import BATCH_ROWS, row_batches, schema
 from .local import COLUMNS, check_columns, in_words, locked, no_search, place_of
 from .store import Table
 
@@ -38,7 +38,7 @@ _ABOUT: Final = b"embedcam"
 _JOB: Final = "job.json"
 _BATCH: Final = re.compile(r"(\d{6})-([0-9a-f]{16})-(\d+)\.arrow")
 _OURS: Final = re.compile(r".*\.(arrow|tmp|json)")
-_ROWS: Final = 1 << 13
+_ROWS: Final = BATCH_ROWS
 """Of a batch, which is a row group of the file."""
 
 
@@ -245,11 +245,16 @@ def _join(building: Path, target: Path, kind: pa.Schema, said: dict[str, Any]) -
     import pyarrow.parquet as pq
 
     kind = kind.with_metadata({_ABOUT: json.dumps(said, sort_keys=True).encode()})
-    options = {"use_dictionary": ["label", "generation"], "write_statistics": ["id", "generation"]}
-    with written(target) as file, pq.ParquetWriter(file, kind, compression="zstd", **options) as to:
+    options = {
+        "compression": "zstd",
+        "use_dictionary": ["label", "generation"],
+        "write_statistics": ["id", "generation"],
+    }
+    with written(target) as file, pq.ParquetWriter(file, kind, **options) as to:
         for path, _, _ in _there(building):
             with pa.ipc.open_file(str(path)) as opened:
                 to.write_batch(opened.get_batch(0))
+            pa.default_memory_pool().release_unused()  # some tens of MB otherwise
 
 
 def _interrupt(cursor: Any, seconds: float, done: threading.Event) -> None:

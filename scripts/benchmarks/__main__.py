@@ -92,6 +92,7 @@ SECTIONS: dict[str, Section] = {
     "receipts": _each(receipts.report, 20),
     "features": _one(lambda o, folder: features.report(o.rows, 100 * o.rounds, folder)),
     "onnx": _each(onnx.onnx_report, 4),
+    "lancedb": _one(lambda o, folder: stores.lancedb_report(o.rows, o.rounds, folder)),
     "pgvector": _one(lambda o, folder: stores.pgvector_report(o.rows, o.rounds, folder)),
     "scale": lambda o, folder: (
         scale.report(n * o.rows // 1000, folder, labels, width)

@@ -80,6 +80,58 @@ def postgres() -> Iterator[str]:
         server.remove()
 
 
+def lancedb_report(rows: int, rounds: int, folder: Path) -> str:
+    """Every row compared, without an index; a table of ids and vectors alone beside it."""
+    import lancedb
+
+    with closing(Subject(rows, 50 * rounds, folder)) as subject:
+        place = folder / "rows.lance"
+        with closing(open_store(str(place), Table.of(subject.index, "full"))) as store:
+            start = time.perf_counter()
+            copy_rows(subject.index, store)
+            load = time.perf_counter() - start
+        whole = lancedb.connect(place).open_table("embedcam_rows")
+        plain = lancedb.connect(folder / "plain.lance").create_table(
+            "plain", whole.search().select(["id", "embedding"]).to_arrow()
+        )
+
+        def alone(table: "lancedb.table.Table", only: str | None) -> Search:
+            def run(vector: np.ndarray) -> object:
+                found = table.search(vector, vector_column_name="embedding").limit(NEIGHBORS)
+                found = found.where(only, prefilter=True) if only else found
+                return found.select(["id", "_distance"]).to_arrow()
+
+            return run
+
+        with closing(open_store(str(place), Table.of(subject.index))) as store:
+            cases: dict[str, Search] = {
+                "search alone": alone(whole, f"generation = '{subject.index.generation}'"),
+                "with codes": lambda vector: store.search(vector, NEIGHBORS),
+                "without codes": alone(plain, None),
+            }
+            took = by_turns(subject, cases, 40 * rounds)
+            explained = explaining(subject, store, 50 * rounds)
+        before, after = (
+            sum(file.stat().st_size for file in at.rglob("*") if file.is_file())
+            for at in (folder / "plain.lance", place)
+        )
+        for at in (folder / "plain.lance", place):
+            shutil.rmtree(at)
+    return (
+        section(
+            f"LanceDB, {rows:,} rows x {HEAD_WIDTH}",
+            f"In this process, {NEIGHBORS} neighbours, no index, warm, single searches of queries "
+            "that none had before; milliseconds. *Search alone* asks for ids and distances of the "
+            "generation, *with codes* is `store.search`. *Without codes* is a table of ids and "
+            f"vectors alone, all of it searched ({before / 1e6:.0f} MB; with embedcam's columns "
+            f"{after / 1e6:.0f}). {rows:,} rows were written in {load:.1f} s.",
+            ["case", "ms", "ratio", "bar"],
+            compared(took, "", {"with codes": SEARCH_BAR}),
+        )
+        + explained
+    )
+
+
 def pgvector_report(rows: int, rounds: int, folder: Path) -> str:
     """Every row compared, then an HNSW index; the table of a team that has no codes beside both."""
     import psycopg

@@ -97,7 +97,7 @@ def run(text: str, known: dict[str, Any], old: str = "") -> None:
             exec(compile(code, "docs/stores", "exec"), known)
             continue
         for line in code.replace("\\\n", " ").replace(OLD, old).splitlines():
-            if not line.startswith(ONLY_PARSED):
+            if line and not line.startswith(ONLY_PARSED):
                 assert main(with_toys(shlex.split(line, comments=True)[1:])) == 0, line
 
 
@@ -148,7 +148,7 @@ def as_hex(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "codes": row["codes"].hex()}
 
 
-def quantised(row: dict[str, Any], back: float) -> dict[str, Any]:
+def quantized(row: dict[str, Any], back: float) -> dict[str, Any]:
     whole = np.round(np.array(row["embedding"]) * 50).astype(np.int8)
     return {**row, "embedding": whole / back if back != 1 else whole}
 
@@ -159,8 +159,8 @@ def without(row: dict[str, Any], **other: Any) -> dict[str, Any]:
 
 MISTAKES: dict[str, Callable[[list[dict[str, Any]]], list[Any]]] = {
     "positions as ids": lambda rows: [{**row, "id": n} for n, row in enumerate(rows)],
-    "vectors quantised anew": lambda rows: [quantised(row, 50) for row in rows],
-    "the same, as whole numbers": lambda rows: [quantised(row, 1) for row in rows],
+    "vectors quantized anew": lambda rows: [quantized(row, 50) for row in rows],
+    "the same, as whole numbers": lambda rows: [quantized(row, 1) for row in rows],
     "another metric's distance": lambda rows: [without(row, distance=-0.7) for row in rows],
     "codes of another generation": lambda rows: [{**row, "generation": OLD} for row in rows],
     "codes cut short": lambda rows: [{**row, "codes": row["codes"][:-9]} for row in rows],

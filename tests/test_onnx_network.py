@@ -71,6 +71,15 @@ def test_threads_change_nothing(file: Path) -> None:
             np.testing.assert_allclose(maps, expected.activations[0], atol=1e-6)
 
 
+def test_onnx_runtime_tells_nobody_of_it(file: Path, tmp_path: Path) -> None:
+    """What it would tell its maker lies in the user's cache first."""
+    home = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    told = {name: os.environ[name] for name in os.environ if name != "ORT_DISABLE_TELEMETRY"} | home
+    code = "import sys; from embedcam.onnx import OnnxNetwork; OnnxNetwork(sys.argv[1]).identity()"
+    subprocess.run([sys.executable, "-c", code, str(file)], env=told, check=True)
+    assert [one.name for one in tmp_path.iterdir()] == [file.name]
+
+
 FORKED = """
 import os, signal, sys
 import numpy as np

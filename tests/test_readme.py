@@ -17,6 +17,8 @@ from embedcam.cli.parser import parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+STORES = sorted((ROOT / "docs" / "stores").glob("*.md"))
+"""Their Python is run by tests of their own."""
 
 
 def blocks(language: str, page: Path) -> list[str]:
@@ -64,7 +66,9 @@ def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_its_commands_parse() -> None:
-    text = "\n".join(block for page in PAGES for block in blocks("sh", page)).replace("\\\n", " ")
+    text = "\n".join(block for page in [*PAGES, *STORES] for block in blocks("sh", page)).replace(
+        "\\\n", " "
+    )
     for line in text.splitlines():
         if line.startswith("embedcam "):
             assert callable(parser().parse_args(shlex.split(line, comments=True)[1:]).run), line
@@ -78,7 +82,7 @@ def test_every_command_is_documented() -> None:
 
 
 def test_its_links_lead_somewhere() -> None:
-    for page in PAGES:
+    for page in [*PAGES, *STORES]:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"

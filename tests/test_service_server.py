@@ -176,7 +176,7 @@ def test_what_is_said_of_a_model_and_a_store(here, models, monkeypatch, say):
         (["--model", "my.embedcam", "--store", "there.lance"], "write rows to it first"),
     ):
         code, told = say(*words, *usual)
-        assert (code in (1, 2), said in told, told.count("\n")) == (True, True, 1), told
+        assert (code > 0, said in told, told.count("\n")) == (True, True, 1), told
 
 
 def test_a_model_and_a_store_are_served(here, models):

@@ -166,9 +166,9 @@ def test_match_of_few_rows_is_the_index_s_only_where_they_are_all(of, index, ser
 
 
 def test_examples_are_different_images_with_pictures(app, store):
-    items = ask(app, "GET", "/examples?count=6").json()["items"]
+    items = ask(app, "GET", "/examples?count=24").json()["items"]
     ids = [one["id"] for one in items]
-    assert len(set(ids)) == 6
+    assert len(set(ids)) == 24
     assert set(ids) <= set(store.rows)
     for one in items:
         assert one["label"] == store.rows[one["id"]]["label"]
@@ -297,11 +297,12 @@ def test_a_store_that_is_late_is_not_waited_for(of, store, hanging, service):
     assert ask(app, "GET", "/readyz").error == (503, "store_slow")
     assert store.asked == ["search", "search"]
     assert lines(app, "embedcam_store_failures_total") == {'reason="store_slow"': 4}
-    threads = [one for one in threading.enumerate() if one.name == "embedcam-store"]
     store.change = _as_it_is
     hanging.go.set()
-    for thread in threads:
-        thread.join(60)
+    free = app.state.pipeline._free
+    for _ in range(2):
+        assert free.acquire(timeout=60)
+    free.release(2)
     assert post(app, "/search", QUERY).status == 200
 
 
@@ -451,16 +452,37 @@ def test_a_model_of_another_generation_is_served_once_its_rows_are_there(
     assert store not in closed
 
 
-def test_it_is_served_from_a_real_store(of, index, tmp_path, service):
-    pytest.importorskip("lancedb")
-    url = f"lance:{tmp_path}/rows"
+def check_real(of, index, url, service) -> Any:
+    """Write the rows, hold every answer beside the index's, and return the service."""
     with closing(open_store(url, Table.of(index, "full"))) as written:
         copy_rows(index, written)
-    whole = service(Explainer(of.index, of.network), limits=Limits(batch=1))
-    with closing(open_store(url, Table.of(index), seconds=20)) as opened:
-        app = service(stored(of, opened), limits=Limits(batch=1, store_seconds=20))
-        app.state.pipeline.ready = True
-        for name, (target, accept) in asked_of(index).items():
-            found, expected = (post(one, target, QUERY, accept=accept) for one in (app, whole))
-            assert found.body == expected.body, name
-        assert ask(app, "GET", "/readyz").json()["images"] == 48
+    opened = open_store(url, Table.of(index), seconds=20)
+    limits = Limits(batch=1, store_seconds=20)
+    whole = service(Explainer(of.index, of.network), limits=limits)
+    app = service(stored(of, opened), limits=limits)
+    app.state.pipeline.ready = True
+    for name, (target, accept) in asked_of(index).items():
+        found, expected = (post(one, target, QUERY, accept=accept) for one in (app, whole))
+        assert found.body == expected.body, name
+    assert ask(app, "GET", "/readyz").json()["images"] == 48
+    assert len(ask(app, "GET", "/examples").json()["items"]) == 6
+    return app
+
+
+def test_it_is_served_from_lance(of, index, tmp_path, service):
+    pytest.importorskip("lancedb")
+    app = check_real(of, index, f"lance:{tmp_path}/rows", service)
+    app.state.pipeline.explainer.store.close()
+
+
+def test_it_is_served_from_postgresql_which_goes_and_comes_back(
+    of, index, postgres, database, service
+):
+    app = check_real(of, index, database, service)
+    postgres.stop()
+    refused = post(app, "/explain", QUERY)
+    assert refused.error == (503, "store_unavailable")
+    assert str(postgres.folder) not in refused.message
+    postgres.start()
+    assert post(app, "/explain", QUERY).status == 200
+    app.state.pipeline.explainer.store.close()

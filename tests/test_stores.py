@@ -34,7 +34,10 @@ URLS = {"lance": "lance:{}/rows", "qdrant": "qdrant:{}/rows"}
 OTHER = "f" * 16
 
 
-@pytest.fixture(params=URLS)
+ALL = ["lance", pytest.param("qdrant", marks=pytest.mark.peers)]
+
+
+@pytest.fixture(params=ALL)
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return URLS[request.param].format(tmp_path)
 
@@ -50,7 +53,7 @@ def of(tmp_path_factory: pytest.TempPathFactory) -> Sample:
     return sample(tmp_path_factory.mktemp("sample"))
 
 
-@pytest.mark.parametrize("kind", URLS)
+@pytest.mark.parametrize("kind", ALL)
 @pytest.mark.parametrize("embedding", ["full", "half", "none"])
 def test_a_row_written_and_read_is_the_row(
     kind: str, embedding: str, tmp_path_factory: pytest.TempPathFactory

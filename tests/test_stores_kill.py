@@ -28,7 +28,10 @@ def begin(url: str, index: Path) -> subprocess.Popen[str]:
     return child
 
 
-@pytest.mark.parametrize("kind", URLS)
+LONG = [pytest.param(kind, marks=pytest.mark.peers) for kind in ("lance", "qdrant")]
+
+
+@pytest.mark.parametrize("kind", ["parquet", *LONG])
 def test_each_row_is_there_once_after_kills(kind: str, tmp_path: Path) -> None:
     path, url = tmp_path / "index", URLS[kind].format(tmp_path)
     make(path, N, "low-rank")

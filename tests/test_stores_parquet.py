@@ -73,7 +73,7 @@ def test_the_file_holds_the_rows_and_duckdb_reads_them(index, tmp_path, embeddin
             assert [row["id"] for row in store.search(query, 6)] == [names[at] for at in expected]
 
 
-@pytest.mark.parametrize("embedding", ["full", "half"])
+@pytest.mark.parametrize("embedding", ["full", pytest.param("half", marks=pytest.mark.peers)])
 def test_answers_are_the_indexs_own(tmp_path, embedding) -> None:
     of: Sample = sample(tmp_path)
     copy(of.index, tmp_path / "rows.parquet", embedding)

@@ -135,6 +135,8 @@ def runtime_version() -> str:
 
 
 def _onnxruntime() -> ModuleType:
+    # Newer ones tell their maker about sessions, unless this stands there when they are imported.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         return import_module("onnxruntime")
     except ImportError as error:

@@ -261,13 +261,19 @@ class Pipeline:
         )
 
     async def explain(
-        self, wanted: tuple[int, str | None, str | None, int], read: Callable[[], Prepared]
-    ) -> tuple[Prepared, Explanation]:
-        """Explain a picture; `wanted` are n_neighbors, a result, its rival, and detail."""
+        self,
+        wanted: tuple[int, str | None, str | None, int],
+        read: Callable[[], Prepared],
+        tell: Callable[[Prepared, Explanation], R],
+    ) -> R:
+        """Explain a picture, and tell of it in the pool.
+
+        `wanted` are n_neighbors, a result, its rival, and detail.
+        """
         _, result, rival, _ = wanted
         await self.holding(given(result, rival))
         check_names(given(result), rival)
-        return await self.ask(self._explained, wanted, read)
+        return await self.in_thread(tell, *await self.ask(self._explained, wanted, read))
 
     def _explained(
         self, wanted: tuple[int, str | None, str | None, int], pictures: Sequence[Prepared]
@@ -326,7 +332,7 @@ class Pipeline:
             upload = Upload(await self.in_thread(encoded, Image.fromarray(noise), PNG))
             wanted, read = (self.n_neighbors, None, None, 1), self.reading(upload, PROBE_SIDE)
             with suppress(HTTPProblem):  # of a store, which is no matter of the network's
-                await self.explain(wanted, read)
+                await self.explain(wanted, read, lambda *_: None)
             # What the head is, which receipts need, is found once, in many passes.
             picture, _ = await self.ask(self._warmed_up, None, read)
             # The first overlay loads the colors.

@@ -129,8 +129,7 @@ def router(pipeline: Pipeline) -> APIRouter:
         wanted = (asked.n_neighbors, asked.result, asked.rival, asked.detail)
         async with pipeline.admitted(request) as upload:
             read = pipeline.reading(upload, side, asked.detail)
-            found = await pipeline.explain(wanted, read)
-            return await pipeline.in_thread(answer, *found)
+            return await pipeline.explain(wanted, read, answer)
 
     @routes.post(
         "/search",

@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from typing import Any, Final, TypeVar
+from itertools import islice
+from queue import SimpleQueue
+from typing import Any, Final, ParamSpec, TypeVar
 
 import numpy as np
 from prometheus_client import Counter, Histogram
@@ -36,6 +38,7 @@ from .pipeline import (
 
 logger = logging.getLogger("embedcam.service")
 
+P = ParamSpec("P")
 R = TypeVar("R")
 Row = Mapping[str, Any]
 READY_SECONDS: Final = 1.0
@@ -62,8 +65,8 @@ _PROBLEMS: Final[Mapping[str, tuple[int, str]]] = {
 class StorePipeline(Pipeline):
     """All the work of a service whose explainer has a store.
 
-    The store is asked in threads of its own, one a question: one that never comes back costs its
-    thread and no other request. `renew` returns an explainer of the model as it is now, with a
+    The store is asked in threads of its own: a question that is never answered costs its thread,
+    and no other request. `renew` returns an explainer of the model as it is now, with a
     store of the model's generation.
     """
 
@@ -76,7 +79,7 @@ class StorePipeline(Pipeline):
         super().__init__(explainer, limits)
         self._renew = renew
         registry, by = self.telemetry.registry, ("operation",)
-        said = "From a question to the store to its answer, or to the end of waiting for it."
+        said = "From a question to the store to its answer, which may come too late."
         self._seconds = Histogram(
             "embedcam_store_seconds", said, by, buckets=SECONDS, registry=registry
         )
@@ -84,6 +87,20 @@ class StorePipeline(Pipeline):
         self._failures = Counter("embedcam_store_failures", said, ("reason",), registry=registry)
         self._free = threading.BoundedSemaphore(2 * limits.concurrency)
         self._forget()
+
+    def open(self) -> None:
+        """Make ready for requests; no thread begins yet."""
+        if self._closed:
+            # No pool, whose threads the end of the process waits for: one may never come back.
+            self._questions: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+            self._idle, self._threads = threading.Semaphore(0), 0
+        super().open()
+
+    def close(self) -> None:
+        """Finish what was begun, but for questions to the store, and end all threads."""
+        super().close()
+        for _ in range(self._threads):
+            self._questions.put(None)
 
     def _forget(self) -> None:
         """Forget what was found of a store; when, and what, each."""
@@ -97,26 +114,24 @@ class StorePipeline(Pipeline):
     # What is asked of the service
 
     async def explain(
-        self, wanted: tuple[int, str | None, str | None, int], read: Callable[[], Prepared]
-    ) -> tuple[Prepared, Explanation]:
-        """Explain a picture by the rows that the store returns for it."""
+        self,
+        wanted: tuple[int, str | None, str | None, int],
+        read: Callable[[], Prepared],
+        tell: Callable[[Prepared, Explanation], R],
+    ) -> R:
+        """Explain a picture by the rows that the store returns for it, and tell of it."""
         n_shown, result, rival, detail = wanted
         explainer, named = self.explainer, given(result, rival)
         picture, query = await self.ask(self.embedded, (explainer, detail), read)
         n_searched = explainer.count_searched(n_shown)
-        questions = [self._near(explainer, query.embedding, n_searched)]
-        if named:
-            questions.append(self._these(explainer, named))
-        found = await asyncio.gather(*questions)
+        held = await self._asked(self._near, explainer, query.embedding, n_searched, named)
+        check_names(given(result), rival)
 
-        def explained() -> Explanation:
-            held = self._holding(explainer, found, named, n_searched)
-            check_names(given(result), rival)
-            return self._usable(
-                partial(held.explain_embedded, query, n_shown, result, rival), InputError
-            )
+        def explained() -> R:
+            explain = partial(held.explain_embedded, query, n_shown, result, rival)
+            return tell(picture, self._usable(explain, InputError))
 
-        return picture, await self.in_thread(explained)
+        return await self.in_thread(explained)
 
     async def search(
         self, n_neighbors: int, read: Callable[[], Prepared]
@@ -124,35 +139,16 @@ class StorePipeline(Pipeline):
         """Return a picture, and the rows that the store returns for it."""
         explainer = self.explainer
         picture, query = await self.ask(self.embedded, (explainer, 1), read)
-        found = await self._near(explainer, query.embedding, n_neighbors)
-
-        def results() -> list[Result]:
-            index = self._holding(explainer, [found]).index
-            return nearest(index, query.embedding[None], n_neighbors)[0]
-
-        return picture, await self.in_thread(results)
+        held = await self._asked(self._near, explainer, query.embedding, n_neighbors)
+        return picture, nearest(held.index, query.embedding[None], n_neighbors)[0]
 
     async def holding(self, ids: Sequence[str]) -> Explainer:
         """Return an explainer of these rows, or raise HTTPProblem 404 where one is missing."""
-        explainer = self.explainer
-        found = await self._these(explainer, ids)
-        return await self.in_thread(self._holding, explainer, [found], ids)
+        return await self._asked(self._these, self.explainer, ids)
 
     async def some(self, count: int) -> tuple[Explainer, list[str]]:
         """Return an explainer, and so many of its rows' ids, that lie in different directions."""
-        explainer, rng, found = self.explainer, np.random.default_rng(0), list[list[Row]]()
-        for _ in range(count):
-            direction = _of_length_1(rng.standard_normal(explainer.index.width))
-            found.append(await self._near(explainer, direction, count))
-
-        def chosen() -> list[Row]:
-            kept = dict[str, Row]()
-            for rows in found:
-                fresh = [row for row in rows if row["id"] not in kept]
-                kept |= {row["id"]: row for row in fresh[:1]}
-            return [*kept.values()]
-
-        held = await self.in_thread(self._holding, explainer, [self._usable(chosen)])
+        held = await self._asked(self._around, self.explainer, count)
         return held, [*held.index.ids]
 
     async def images(self) -> int | None:
@@ -179,14 +175,15 @@ class StorePipeline(Pipeline):
 
     async def _why_not_ready(self, explainer: Explainer) -> HTTPProblem | None:
         try:
-            await self._near(explainer, _any_embedding(explainer), 1)
+            await self._asked(self._search, explainer, _any_embedding(explainer), 1)
         except HTTPProblem as problem:
             return problem
         count = getattr(explainer.store, "generations", None)
         if count is not None and time.monotonic() - self._count[0] > COUNT_SECONDS:
             held = None
             with suppress(HTTPProblem):  # some take long to count, and answer all the same
-                held = (await self._asked("count", count)).get(explainer.index.generation)
+                counted = await self._asked(self._timed, "count", count)
+                held = counted.get(explainer.index.generation)
             self._count = time.monotonic(), held
         return None
 
@@ -229,32 +226,56 @@ class StorePipeline(Pipeline):
             queries += explainer.embedded(inputs, detail=detail, larger=larger)
         return queries
 
-    # What is asked of the store
+    # What is asked of the store, each in a thread of its own
 
-    async def _near(self, explainer: Explainer, embedding: np.ndarray, n: int) -> list[Row]:
-        """Return the rows that the store finds, one at least."""
-        return await self._asked("search", partial(self._search, explainer, embedding, n))
+    def _near(
+        self, explainer: Explainer, embedding: np.ndarray, n: int, ids: Sequence[str] = ()
+    ) -> Explainer:
+        """Return an explainer of the n nearest rows, and of those with these ids."""
+        rows = self._search(explainer, embedding, n)
+        known = {row["id"] for row in rows}
+        if missing := [one for one in ids if one not in known]:
+            rows = rows + self._fetch(explainer, missing)
+        return self._holding(explainer, rows, ids, n)
 
-    async def _these(self, explainer: Explainer, ids: Sequence[str]) -> list[Row]:
-        """Return the rows of these ids that the store holds."""
-        return await self._asked("fetch", partial(self._fetch, explainer, ids))
+    def _these(self, explainer: Explainer, ids: Sequence[str]) -> Explainer:
+        """Return an explainer of the rows with these ids."""
+        return self._holding(explainer, self._fetch(explainer, [*dict.fromkeys(ids)]), ids)
+
+    def _around(self, explainer: Explainer, count: int) -> Explainer:
+        """Return an explainer of rows in so many directions, the nearest of each."""
+        rng, chosen = np.random.default_rng(0), dict[str, Row]()
+        for _ in range(count):
+            direction = _of_length_1(rng.standard_normal(explainer.index.width))
+            rows = self._search(explainer, direction, count)
+            fresh = (row for row in rows if row["id"] not in chosen)
+            chosen |= {row["id"]: row for row in islice(fresh, 1)}
+        return self._holding(explainer, [*chosen.values()])
 
     def _search(self, explainer: Explainer, embedding: np.ndarray, n: int) -> list[Row]:
+        """Return the rows that the store finds, one at least."""
         assert explainer.store is not None
-        rows = self._of_model(explainer, explainer.store.search(embedding, n))
-        if not rows:
+        found = self._timed("search", explainer.store.search, embedding, n)
+        if not (rows := self._of_model(explainer, found)):
             raise self._failed("no_rows", f"no row of generation {explainer.index.generation}")
         return rows
 
     def _fetch(self, explainer: Explainer, ids: Sequence[str]) -> list[Row]:
+        """Return the rows of these ids that the store holds."""
         assert explainer.store is not None
-        return self._of_model(explainer, explainer.store.fetch([*dict.fromkeys(ids)]))
+        return self._of_model(explainer, self._timed("fetch", explainer.store.fetch, ids))
+
+    def _timed(self, operation: str, ask: Callable[P, R], *given: P.args, **more: P.kwargs) -> R:
+        with self._seconds.labels(operation).time():
+            return ask(*given, **more)
 
     def _of_model(self, explainer: Explainer, found: Rows) -> list[Row]:
         """Return rows as mappings, or raise HTTPProblem where all are of another generation."""
 
         def read() -> list[Row]:
             rows, ours = listed(found), explainer.index.generation
+            if not all(isinstance(row["id"], str) for row in rows):
+                raise InputError("the store returned a row without an id")
             if rows and all(row["generation"] != ours for row in rows):
                 theirs = short(rows[0]["generation"])
                 said = f"the store's rows are of generation {theirs}, and {ours} is served"
@@ -263,8 +284,23 @@ class StorePipeline(Pipeline):
 
         return self._usable(read)
 
-    async def _asked(self, operation: str, ask: Callable[[], R]) -> R:
-        """Return what the store answers in time, or raise HTTPProblem."""
+    def _holding(
+        self,
+        explainer: Explainer,
+        rows: list[Row],
+        ids: Sequence[str] = (),
+        wanted: int | None = None,
+    ) -> Explainer:
+        """Return an explainer of rows, which hold these ids."""
+        if not rows:
+            raise unknown_image()
+        held = self._usable(partial(explainer.with_rows, rows, wanted))
+        for name in ids:
+            find_live(held.index, name)
+        return held
+
+    async def _asked(self, ask: Callable[P, R], *given: P.args, **more: P.kwargs) -> R:
+        """Return what is made of the store's answers in time, or raise HTTPProblem."""
         limit, start = self.limits.store_seconds, time.perf_counter()
         if not self._free.acquire(blocking=False):
             raise self._failed("store_slow", "too many questions wait for its answer")
@@ -273,14 +309,17 @@ class StorePipeline(Pipeline):
 
         def answer() -> None:
             try:
-                future.set_result(ask())
+                future.set_result(ask(*given, **more))
             except BaseException as error:
                 future.set_exception(error)
             finally:
                 self._free.release()
 
-        # No pool's thread: one that never comes back would keep the process from ending.
-        threading.Thread(target=answer, daemon=True, name="embedcam-store").start()
+        self._questions.put(answer)
+        if not self._idle.acquire(blocking=False):
+            self._threads += 1
+            waiting = self._questions, self._idle
+            threading.Thread(target=_answer_all, args=waiting, daemon=True).start()
         try:
             async with asyncio.timeout(limit):
                 return await asyncio.wrap_future(future)
@@ -291,31 +330,6 @@ class StorePipeline(Pipeline):
         except Exception as error:
             late = time.perf_counter() - start >= limit  # it keeps the limit itself
             raise self._failed("store_slow" if late else "store_unavailable", error) from None
-        finally:
-            self._seconds.labels(operation).observe(time.perf_counter() - start)
-
-    def _holding(
-        self,
-        explainer: Explainer,
-        found: Sequence[list[Row]],
-        ids: Sequence[str] = (),
-        wanted: int | None = None,
-    ) -> Explainer:
-        """Return an explainer of all rows found, each once, which hold these ids."""
-
-        def read() -> Explainer | None:
-            rows, *others = found
-            for more in others:
-                known = {row["id"] for row in rows}
-                rows = rows + [row for row in more if row["id"] not in known]
-            return explainer.with_rows(rows, wanted) if rows else None
-
-        held = self._usable(read)
-        if held is None:
-            raise unknown_image()
-        for name in ids:
-            find_live(held.index, name)
-        return held
 
     def _usable(self, read: Callable[[], R], passing: type[Exception] = HTTPProblem) -> R:
         """Return what is made of rows, or raise HTTPProblem 502 where they do not bear it."""
@@ -332,6 +346,14 @@ class StorePipeline(Pipeline):
         cause = why if isinstance(why, Exception) and not isinstance(why, EmbedcamError) else None
         logger.warning("%s: %s", code, why, exc_info=cause)
         return _problem(code)
+
+
+def _answer_all(
+    questions: SimpleQueue[Callable[[], None] | None], idle: threading.Semaphore
+) -> None:
+    while (answer := questions.get()) is not None:
+        answer()
+        idle.release()
 
 
 def _problem(code: str) -> HTTPProblem:

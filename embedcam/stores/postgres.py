@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import StoreError, short
 from ..index.in_memory import Rows
-from .postgres_link import NOTHING, Link, Vector, read_address, sql
+from .postgres_link import NOTHING, Link, Vector, read_address, sql, storable
 from .postgres_table import ADDED, COMMA, READ, sized, table_of
 from .store import Table
 
@@ -56,7 +56,7 @@ class PostgresStore:
         query = self._sql(
             "SELECT {selected} FROM {table} r WHERE r.generation = {is} AND {key} = ANY(%(ids)s)"
         )
-        return self._read(self._link.rows(query, {"ids": _storable(ids)}))
+        return self._read(self._link.rows(query, {"ids": [one for one in ids if storable(one)]}))
 
     def write(self, batch: pa.RecordBatch, part: str, upto: int) -> int:
         """Put rows in place of those of the same id and generation, and their mark, together.
@@ -86,7 +86,9 @@ class PostgresStore:
         """Remove rows of this generation; beside vectors that are the team's, what was added."""
         with self._link.transaction() as connection:
             return self._clear(
-                connection, "r.generation = {is} AND {key} = ANY(%(ids)s)", {"ids": _storable(ids)}
+                connection,
+                "r.generation = {is} AND {key} = ANY(%(ids)s)",
+                {"ids": [one for one in ids if storable(one)]},
             )
 
     def ids(self) -> Iterator[list[str]]:
@@ -125,9 +127,10 @@ class PostgresStore:
         """Return the statement that finds the n nearest rows."""
         # Generation and n are text, not values: a plan for any of these would use no index.
         limit = sql.Literal(int(n))
+        # Of pgvector's indexes PostgreSQL cannot tell; of others it says no.
         ordered = self._sql(
             "SELECT EXISTS (SELECT FROM pg_index WHERE indrelid = to_regclass({name}) "
-            "AND pg_index_column_has_property(indexrelid, 1, 'distance_orderable'))"
+            "AND pg_index_column_has_property(indexrelid, 1, 'distance_orderable') IS NOT FALSE)"
         )
         if self._link.rows(ordered) == [(True,)]:
             found = self._sql(
@@ -240,8 +243,3 @@ def packed(vectors: np.ndarray, kind: str) -> list[Vector]:
     packed["width"], packed["numbers"] = width, vectors
     size, content = packed.itemsize, packed.tobytes()
     return [Vector(content[row * size : (row + 1) * size]) for row in range(count)]
-
-
-def _storable(texts: Sequence[str]) -> list[str]:
-    """Leave out what no row is called: PostgreSQL knows neither NUL nor halves of characters."""
-    return [one for one in texts if "\0" not in one and one == one.encode(errors="ignore").decode()]

@@ -21,7 +21,7 @@ except ImportError as error:
     raise InputError(
         f'postgresql:// is read by psycopg ({reason(error)}); pip install "embedcam[postgres]"'
     ) from error
-from psycopg import adapt, conninfo, pq
+from psycopg import adapt, conninfo, pq, waiting
 from psycopg import sql as sql
 
 OURS = {"table": "embedcam_rows", "id": "id", "embedding": "embedding", "label": "label",
@@ -33,6 +33,7 @@ NOTHING: Mapping[str, object] = {}
 """Values of a statement without any: given all the same, for only then `%%` is a percent sign."""
 GRACE = 0.3
 """Seconds that the server has beyond the limit to say itself that it is reached."""
+_TICK = 0.1
 _AS_PERCENT = (
     "write postgresql://USER:PASSWORD@HOST/DATABASE, special characters of its parts as %XX "
     "(a / as %2F, an @ as %40)"
@@ -65,16 +66,16 @@ def read_address(url: str) -> Address:
         raise InputError(f"the address of the PostgreSQL store is ambiguous; {_AS_PERCENT}")
     pairs = parse_qsl(query, keep_blank_values=True)
     given = {name: value for name, value in pairs if name in OURS}
-    rest = urlencode([pair for pair in pairs if pair[0] not in OURS], quote_via=quote)
     try:
+        rest = urlencode([pair for pair in pairs if pair[0] not in OURS], quote_via=quote)
         connect = conninfo.conninfo_to_dict(f"{before}?{rest}" if rest else before)
-    except psycopg.Error as error:
+    except (psycopg.Error, UnicodeError) as error:
         raise InputError(
             f"the address of the PostgreSQL store cannot be read ({reason(error)}); {_AS_PERCENT}"
         ) from None
     for name, value in given.items():
         longest = LONGEST_NAME - len("_written") if name == "table" else LONGEST_NAME
-        if not 0 < len(value.encode(errors="replace")) <= longest or "\0" in value:
+        if not 0 < len(value.encode(errors="replace")) <= longest or not storable(value):
             raise InputError(
                 f"the address of the PostgreSQL store has {name}={short(value)}; expected a name "
                 f"of 1 to {longest} bytes"
@@ -85,6 +86,11 @@ def read_address(url: str) -> Address:
 def identifier(name: str) -> sql.Identifier:
     """Return a name quoted for a statement with values."""
     return sql.Identifier(name.replace("%", "%%"))
+
+
+def storable(text: str) -> bool:
+    """Return whether PostgreSQL can keep a text: it knows neither NUL nor halves of characters."""
+    return "\0" not in text and text == text.encode(errors="ignore").decode()
 
 
 class Vector(bytes):
@@ -106,10 +112,13 @@ class _Connection(psycopg.Connection[tuple[Any, ...]]):
     until = math.inf
 
     def wait(self, gen: Generator[Any, Any, Any], *args: Any, **kwargs: Any) -> Any:
-        return super().wait(self._limited(gen), *args, **kwargs)
+        if self.until == math.inf:
+            return super().wait(gen, *args, **kwargs)
+        # In Python: what waits in C told nobody of the time before psycopg 3.3.
+        return waiting.wait_selector(self._limited(gen), self.pgconn.socket, _TICK)
 
     def _limited(self, gen: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
-        """Pass on what a generator waits for; nothing is ready every tenth of a second."""
+        """Pass on what a generator waits for; nothing is ready every `_TICK` seconds."""
         try:
             wanted = next(gen)
             while True:

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -25,7 +26,7 @@ from store_samples import (
     table_of,
 )  # fmt: skip
 
-from embedcam.errors import StoreError
+from embedcam.errors import InputError, StoreError
 from embedcam.index import Index, remove
 from embedcam.stores import Store, Table, copy_rows, open_store
 
@@ -243,3 +244,30 @@ def test_who_searches_goes_on_while_files_are_joined(tmp_path: Path) -> None:
             finally:
                 ended.set()
             assert all(one.result() > 3 for one in searches)
+
+
+@pytest.mark.parametrize(
+    ("kind", "package", "extra"),
+    [("lance", "lancedb", "lance"), ("qdrant", "qdrant_edge", "qdrant"), ("", "duckdb", "duckdb")],
+)
+def test_a_missing_package_is_told_by_its_extra(
+    kind, package, extra, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    url = URLS[kind].format(tmp_path) if kind else str(tmp_path / "r.parquet")
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "r.parquet").touch()
+    with pytest.raises(InputError, match=rf'pip install "embedcam\[{extra}\]"'):
+        open_store(url, Table("0" * 16, 8, "l2"))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [("lance:{}/a?tabel=b", "has 'tabel'; expected lance:PATH; it takes table"),
+     ("lance:{}/a?table=../b", "'../b' is no name of a table"),
+     ("qdrant:{}/a?x=1", "has 'x'; expected qdrant:PATH")],
+)  # fmt: skip
+def test_an_address_that_cannot_be(given: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=re.escape(said)):
+        open_store(given.format(tmp_path), table_of())
+    assert not list(tmp_path.iterdir())

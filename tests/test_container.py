@@ -55,6 +55,7 @@ def test_its_packages_are_the_extras_and_no_torch() -> None:
     needed = [line for name in chosen for line in extras[name]]
     needed += (ROOT / "requirements-online.txt").read_text().splitlines()
     assert not [line for line in needed if line.startswith("torch")]
+    assert any(line.startswith("lancedb") for line in needed)  # of its usual store
     assert words("RUN")[-1].endswith("--no-deps .")
 
 

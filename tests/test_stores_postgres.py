@@ -259,13 +259,17 @@ def test_codes_of_another_generation_are_written_over(photos: str) -> None:
 
 
 def test_our_own_rows_get_codes_anew(database: str) -> None:
-    full, none, rows = table_of(), table_of("none"), made_rows(4)
-    with opened(database, full) as store:
+    """Those of this generation, and the same images' of another keep theirs."""
+    full, none, other, rows = table_of(), table_of("none"), table_of(generation=OTHER), made_rows(4)
+    with opened(database, full) as store, opened(database, other) as older:
         store.write(batch_of(full, rows[:2]), "a", 2)
-    newer = [{**row, "codes": bytes(20), "label": "new"} for row in rows]
-    with opened(database, none) as store:
-        assert store.write(batch_of(none, newer), "a", 4) == 2
-        assert read_back(store.search(np.zeros(8), 9)) == expected_of(newer[:2])
+        older.write(batch_of(other, rows), "a", 4)
+        newer = [{**row, "codes": bytes(20), "label": "new"} for row in rows]
+        with opened(database, none) as again:
+            assert again.write(batch_of(none, newer), "a", 4) == 2
+            assert read_back(again.search(np.zeros(8), 9)) == expected_of(newer[:2])
+        kept = [{**row, "generation": OTHER} for row in rows]
+        assert read_back(older.search(np.zeros(8), 9)) == expected_of(kept)
 
 
 def test_a_table_in_partitions_is_searched(run: Run, database: str) -> None:

@@ -271,3 +271,32 @@ def test_an_address_that_cannot_be(given: str, said: str, tmp_path: Path) -> Non
     with pytest.raises(InputError, match=re.escape(said)):
         open_store(given.format(tmp_path), table_of())
     assert not list(tmp_path.iterdir())
+
+
+def test_an_index_made_by_hand_is_used_and_kept_and_a_tag_is_told(tmp_path: Path) -> None:
+    import lancedb
+    from lancedb.index import IvfFlat
+
+    url, table = URLS["lance"].format(tmp_path), table_of()
+    rows = made_rows(300)
+    with opened(url, table) as store:
+        store.write(batch_of(table, rows[:290]), "a", 290)
+        store.finish()
+        own = lancedb.connect(tmp_path / "rows").open_table("embedcam_rows")
+        config = IvfFlat(distance_type="l2", num_partitions=1)
+        own.create_index("embedding", config=config)
+        store.write(batch_of(table, rows[290:]), "a", 300)
+        store.remove([rows[0]["id"]])
+        store.finish()
+        own.checkout_latest()
+        assert len(own.list_indices()) == 1
+        for row in (rows[7], rows[295]):
+            found = read_back(store.search(np.array(row["embedding"]), 1))
+            assert found == expected_of([row])
+        assert len(read_back(store.search(np.zeros(8), 500))) == 299
+        own.tags.create("kept", own.version)
+        store.remove([rows[1]["id"]])
+        with pytest.raises(StoreError, match=r"delete the following tag.*kept"):
+            store.finish()
+        own.tags.delete("kept")
+        store.finish()

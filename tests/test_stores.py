@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -25,7 +26,7 @@ from store_samples import (
     table_of,
 )  # fmt: skip
 
-from embedcam.errors import StoreError
+from embedcam.errors import InputError, StoreError
 from embedcam.index import Index, remove
 from embedcam.stores import Store, Table, copy_rows, open_store
 
@@ -243,3 +244,59 @@ def test_who_searches_goes_on_while_files_are_joined(tmp_path: Path) -> None:
             finally:
                 ended.set()
             assert all(one.result() > 3 for one in searches)
+
+
+@pytest.mark.parametrize(
+    ("kind", "package", "extra"),
+    [("lance", "lancedb", "lance"), ("qdrant", "qdrant_edge", "qdrant"), ("", "duckdb", "duckdb")],
+)
+def test_a_missing_package_is_told_by_its_extra(
+    kind, package, extra, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    url = URLS[kind].format(tmp_path) if kind else str(tmp_path / "r.parquet")
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "r.parquet").touch()
+    with pytest.raises(InputError, match=rf'pip install "embedcam\[{extra}\]"'):
+        open_store(url, Table("0" * 16, 8, "l2"))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [("lance:{}/a?tabel=b", "has 'tabel'; expected lance:PATH; it takes table"),
+     ("lance:{}/a?table=../b", "'../b' is no name of a table"),
+     ("qdrant:{}/a?x=1", "has 'x'; expected qdrant:PATH")],
+)  # fmt: skip
+def test_an_address_that_cannot_be(given: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=re.escape(said)):
+        open_store(given.format(tmp_path), table_of())
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_index_made_by_hand_is_used_and_kept_and_a_tag_is_told(tmp_path: Path) -> None:
+    import lancedb
+    from lancedb.index import IvfFlat
+
+    url, table = URLS["lance"].format(tmp_path), table_of()
+    rows = made_rows(300)
+    with opened(url, table) as store:
+        store.write(batch_of(table, rows[:290]), "a", 290)
+        store.finish()
+        own = lancedb.connect(tmp_path / "rows").open_table("embedcam_rows")
+        config = IvfFlat(distance_type="l2", num_partitions=1)
+        own.create_index("embedding", config=config)
+        store.write(batch_of(table, rows[290:]), "a", 300)
+        store.remove([rows[0]["id"]])
+        store.finish()
+        own.checkout_latest()
+        assert len(own.list_indices()) == 1
+        for row in (rows[7], rows[295]):
+            found = read_back(store.search(np.array(row["embedding"]), 1))
+            assert found == expected_of([row])
+        assert len(read_back(store.search(np.zeros(8), 500))) == 299
+        own.tags.create("kept", own.version)
+        store.remove([rows[1]["id"]])
+        with pytest.raises(StoreError, match=r"delete the following tag.*kept"):
+            store.finish()
+        own.tags.delete("kept")
+        store.finish()

@@ -15,7 +15,7 @@ from store_samples import read_back
 from embedcam.index import Index
 from embedcam.stores import Table, copy_rows, open_store
 
-N, KILLS = 400, 6
+N, KILLS = 400, 4
 URLS = {"lance": "lance:{}/rows", "qdrant": "qdrant:{}/rows", "parquet": "{}/rows.parquet"}
 
 

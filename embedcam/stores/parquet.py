@@ -33,7 +33,11 @@ if TYPE_CHECKING:
 
 _NEAR: Final = {"l2": "list_distance", "ip": "list_negative_inner_product"}
 _THREADS: Final = 4
-_CONFIG: Final = {"autoinstall_known_extensions": False, "autoload_known_extensions": False}
+_CONFIG: Final[dict[str, Any]] = {
+    "autoinstall_known_extensions": False,
+    "autoload_known_extensions": False,
+    "temp_directory": "",  # nothing is left in the folder that a process runs in
+}
 _ABOUT: Final = b"embedcam"
 _JOB: Final = "job.json"
 _BATCH: Final = re.compile(r"(\d{6})-([0-9a-f]{16})-(\d+)\.arrow")

@@ -129,7 +129,8 @@ class Snapshot:
 
     def with_rows(self, rows: Rows, wanted: int | None = None) -> Self:
         """Return the same of these rows, and of no others; they are all where fewer than wanted."""
-        kept = copy.copy(self)
+        kept = object.__new__(type(self))
+        vars(kept).update(vars(self))
         kept.index = index_of_rows(self.index, rows)
         kept.index.is_whole = wanted is not None and len(kept.index) < wanted
         kept.owned, kept.marked = False, kept.index.marked

@@ -220,14 +220,14 @@ class Column:
 
 def wrong_embeddings(block: np.ndarray, normalized: bool) -> str | None:
     """Return what is wrong with embeddings `[b D]`, or None."""
-    if wrong := wrong_number(block):
-        return wrong
-    if normalized:
-        norms = np.sqrt(np.einsum("nd,nd->n", block, block, dtype=np.float64))
-        bad = _first(np.abs(norms - 1) > UNIT_TOLERANCE)
-        if bad is not None:
-            return f"row {bad} has length {norms[bad]:.6g} where unit vectors are promised"
-    return None
+    if not normalized:
+        return wrong_number(block)
+    norms = np.sqrt(np.einsum("nd,nd->n", block, block, dtype=np.float64))
+    # A length of 1 has no number that is none.
+    if (bad := _first(~(np.abs(norms - 1) <= UNIT_TOLERANCE))) is None:
+        return None
+    told = f"row {bad} has length {norms[bad]:.6g} where unit vectors are promised"
+    return wrong_number(block) or told
 
 
 def wrong_channels(block: np.ndarray, n_channels: int) -> str | None:

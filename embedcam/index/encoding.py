@@ -98,8 +98,11 @@ class Encoding:
                 "damaged"
             )
         shares = shares_of(norms)
-        each = self._decoded(unpacked) if decoded else None
-        return Transferred(self.combine(unpacked, shares), norms, shares, each)
+        if not decoded:
+            return Transferred(self.combine(unpacked, shares), norms, shares, None)
+        each = self._decoded(unpacked)  # a sum of these reads no basis a second time
+        mixed = shares.astype(np.float32, copy=False) @ each.reshape(len(each), -1)
+        return Transferred(mixed.reshape(each.shape[1:]), norms, shares, each)
 
     def _decoded(self, unpacked: np.ndarray) -> np.ndarray:
         return unpacked

@@ -24,6 +24,22 @@ from .rows import MARKS, Part
 from .search import Neighbors, check_queries, rank
 
 
+class _Listed(Texts):
+    """Strings that are there already, a handful."""
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self.strings, self.offsets = list(strings), np.empty(len(strings) + 1, np.uint8)
+
+    def raw(self, row: int) -> bytes:
+        return self.strings[row].encode()
+
+    def take(self, rows: np.ndarray) -> list[str]:
+        return [self.strings[row] for row in rows.tolist()]
+
+    def tolist(self, start: int = 0, stop: int | None = None) -> list[str]:
+        return self.strings[start:stop]
+
+
 class ArrowRows(Protocol):
     """An Arrow table or record batch."""
 
@@ -78,9 +94,12 @@ class RowsIndex(Index):
             near = np.lexsort((every, distances if self.metric == "l2" else -similarities))[:k]
             values = near, distances[near], similarities[near]
             return Neighbors.of(*(np.tile(one, (len(queries), 1)) for one in values))
+        vectors = self.parts[0].arrays[self.columns["embeddings"].file]
+        if len(queries) > 1:
+            vectors = np.broadcast_to(vectors, (len(queries), *vectors.shape))
+            every = np.broadcast_to(every, vectors.shape[:2])
         shape = len(queries), self.n_rows
-        vectors = np.broadcast_to(self.embeddings(every), (*shape, self.width))
-        return rank(queries, np.broadcast_to(every, shape), vectors, k, self.metric)
+        return rank(queries, every.reshape(shape), vectors.reshape(*shape, -1), k, self.metric)
 
     def embeddings(self, positions: Positions) -> np.ndarray:
         """Return embeddings of rows, float32 `[n D]`, or raise InputError where none came."""
@@ -139,7 +158,7 @@ def index_of_rows(model: Index, rows: Rows) -> RowsIndex:
             number, _, said = what.removeprefix("row ").partition(" ")
             raise _wrong(ids[int(number)], f"is broken ({column.stem}: {said})", _AGAIN)
     named = LabelColumn.of(labels)
-    strings = [Texts.of(one) for one in (ids, [path or "" for path in paths], named.names)]
+    strings = [_Listed(one) for one in (ids, [path or "" for path in paths], named.names)]
     order = np.array(sorted(range(len(ids)), key=lambda row: ids[row].encode()), np.int64)
     return RowsIndex(model, Part("", arrays, strings, named.codes, order), compared)
 

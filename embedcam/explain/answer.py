@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from ..errors import IndexFormatError, InputError
 from ..images import PLACE, located
 from ..index import Index, Neighbors, Stored
 from ..index.calibration import TEN
-from ..index.in_memory import Rows, listed
+from ..index.in_memory import Row, Rows, listed
 from ..index.search import draw_negatives, find_neighbors, named_neighbors
 from ..ops import coefficients, picture_maps, rival_coefficients, signed_cams
 from .explanation import Explanation, Result
@@ -110,7 +110,7 @@ def rows_of(
     n_wanted: int,
     neighbors: Sequence[Sequence[str]] | None,
     named: Sequence[str | None],
-) -> list[Mapping[str, Any]]:
+) -> list[Row]:
     """Return a query's rows: searched, or those of the ids, and those of the `named` ones."""
     found = listed(store.search(embedding, n_wanted) if neighbors is None else [])
     known = {row.get("id") for row in found}

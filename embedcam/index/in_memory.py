@@ -49,7 +49,9 @@ class ArrowRows(Protocol):
     def column(self, name: str) -> Any: ...  # noqa: D102
 
 
-Rows = Sequence[Mapping[str, Any]] | ArrowRows
+Row = Mapping[str, Any]
+Rows = Sequence[Row] | ArrowRows
+Columns = Mapping[str, Sequence[Any]]
 MOST_ROWS = 10_000
 """For one query."""
 MOST_TEXT = 4096
@@ -163,7 +165,7 @@ def index_of_rows(model: Index, rows: Rows) -> RowsIndex:
     return RowsIndex(model, Part("", arrays, strings, named.codes, order), compared)
 
 
-def listed(rows: Rows) -> list[Mapping[str, Any]]:
+def listed(rows: Rows) -> list[Row]:
     """Return rows as a list of mappings, an Arrow table's too."""
     if isinstance(rows, Sequence):
         return list(rows)
@@ -171,7 +173,7 @@ def listed(rows: Rows) -> list[Mapping[str, Any]]:
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def _columns(rows: Rows) -> dict[str, list[Any]]:
+def _columns(rows: Rows) -> Columns:
     """Return the columns that are read, each `[n]`; None where a row has nothing."""
     names = [
         "id",
@@ -213,16 +215,14 @@ def _columns(rows: Rows) -> dict[str, list[Any]]:
     return {name: [row.get(name) for row in rows] for name in names}
 
 
-def _check_generations(model: Index, columns: Mapping[str, Sequence[Any]]) -> None:
+def _check_generations(model: Index, columns: Columns) -> None:
     for name, said in zip(columns["id"], columns["generation"], strict=True):
         if said != model.generation:
             of = "no generation" if said is None else f"the generation {short(said)}"
             raise _wrong(name, f"has {of}, and {model.path} reads {model.generation!r}", _TAKE)
 
 
-def _texts(
-    columns: Mapping[str, Sequence[Any]], column: str, ids: Sequence[str]
-) -> list[str | None]:
+def _texts(columns: Columns, column: str, ids: Sequence[str]) -> list[str | None]:
     values = list(columns[column])
     for name, value in zip(ids, values, strict=True):
         if value is not None and not _is_text(value):
@@ -239,9 +239,7 @@ def _is_text(value: object) -> bool:
     return value.isascii() or not any("\ud800" <= one <= "\udfff" for one in value)
 
 
-def _numbers(
-    model: Index, columns: Mapping[str, Sequence[Any]], ids: Sequence[str]
-) -> dict[str, np.ndarray]:
+def _numbers(model: Index, columns: Columns, ids: Sequence[str]) -> dict[str, np.ndarray]:
     """Return what `codes` and `scale` hold, by the names that files would have."""
     packed = packed_columns(model.layers, model.columns)
     kind = codes_type(packed)
@@ -296,9 +294,7 @@ def _embeddings(model: Index, values: Sequence[Any], ids: Sequence[str]) -> np.n
     return vectors
 
 
-def _compared(
-    model: Index, columns: Mapping[str, Sequence[Any]], ids: Sequence[str]
-) -> tuple[np.ndarray, np.ndarray]:
+def _compared(model: Index, columns: Columns, ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Return squared distances and similarities `[n]`, as the store said them."""
     values = {}
     for column in ("distance", "similarity"):

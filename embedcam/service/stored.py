@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import partial
 from itertools import islice
 from queue import SimpleQueue
-from typing import Any, Final, ParamSpec, TypeVar
+from typing import Final, ParamSpec, TypeVar
 
 import numpy as np
 from prometheus_client import Counter, Histogram
@@ -21,7 +21,7 @@ from ..errors import EmbedcamError, InputError, short
 from ..explain.explainer import Explainer
 from ..explain.explanation import Explanation, Result
 from ..explain.queries import Query
-from ..index.in_memory import Rows, listed
+from ..index.in_memory import Row, Rows, listed
 from .errors import HTTPProblem
 from .limits import Limits
 from .pictures import Prepared
@@ -40,7 +40,6 @@ logger = logging.getLogger("embedcam.service")
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Row = Mapping[str, Any]
 READY_SECONDS: Final = 1.0
 """For so long an answer of the store to GET /readyz is believed."""
 COUNT_SECONDS: Final = 60.0

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 from weakref import finalize
 
 import numpy as np
@@ -24,6 +24,7 @@ from .store import Table
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from lancedb.table import Table as LanceTable
 
 _METRICS: Final = {"l2": "l2", "ip": "dot"}
 _KEYS: Final = ["id", "generation"]
@@ -60,7 +61,7 @@ class Lance:
             self._columns = [one for one in schema.names if one in (*COLUMNS, "embedding")]
             self._closing = finalize(self, stack.pop_all().close)
 
-    def _open(self, name: str, schema: pa.Schema | None) -> Any:
+    def _open(self, name: str, schema: pa.Schema | None) -> LanceTable:
         import lancedb
         import pyarrow as pa
 
@@ -184,7 +185,7 @@ class Lance:
         return in_words(self.name, "lance", doing, self._seconds)
 
 
-def _merge(table: Any, keys: list[str], rows: pa.RecordBatch | pa.Table) -> None:
+def _merge(table: LanceTable, keys: list[str], rows: pa.RecordBatch | pa.Table) -> None:
     merge = table.merge_insert(keys).when_matched_update_all().when_not_matched_insert_all()
     merge.execute(rows)
 

@@ -20,13 +20,14 @@ import numpy as np
 
 from .._files import read_regular, remove_files, remove_tree, sync_folder, write_whole, written
 from ..errors import InputError, StoreError
-from ..index.in_memory import Rows
+from ..index.in_memory import Row, Rows
 from ..index.row_batches import BATCH_ROWS, row_batches, schema
 from .local import COLUMNS, check_columns, in_words, locked, no_search, place_of
 from .store import Table
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from duckdb import DuckDBPyConnection as Cursor
 
     from ..index import Index
     from .copying import Copied
@@ -91,19 +92,19 @@ class Parquet:
         """Return the rows of these ids that there are."""
         return self._rows("a fetch", "AND id IN (SELECT unnest($ids::VARCHAR[]))", ids=list(ids))
 
-    def _rows(self, doing: str, rest: str, **values: Any) -> list[dict[str, Any]]:
+    def _rows(self, doing: str, rest: str, **values: Any) -> list[Row]:
         with self._in_words(doing), self._cursor() as cursor:
             found = self._ask(cursor, ", ".join(self._columns), rest, **values).fetchall()
         return [dict(zip(self._columns, row, strict=True)) for row in found]
 
-    def _ask(self, cursor: Any, columns: str, rest: str = "", **values: Any) -> Any:
+    def _ask(self, cursor: Cursor, columns: str, rest: str = "", **values: Any) -> Any:
         asked = f"SELECT {columns} FROM read_parquet($path) WHERE generation = $mine {rest}"
         # A name is no pattern to DuckDB, whatever letters are in it.
         place = {"path": escape(self.name), "mine": self._table.generation}
         return cursor.execute(asked, {**place, **values})
 
     @contextmanager
-    def _cursor(self) -> Iterator[Any]:
+    def _cursor(self) -> Iterator[Cursor]:
         """Open a connection of its own for a thread, interrupted when the time is over."""
         done = threading.Event()
         with self._database.cursor() as cursor:
@@ -261,7 +262,7 @@ def _join(building: Path, target: Path, kind: pa.Schema, said: dict[str, Any]) -
             pa.default_memory_pool().release_unused()  # some tens of MB otherwise
 
 
-def _interrupt(cursor: Any, seconds: float, done: threading.Event) -> None:
+def _interrupt(cursor: Cursor, seconds: float, done: threading.Event) -> None:
     if not done.wait(seconds):
         while not done.wait(0.01):  # once more, should it not have begun
             cursor.interrupt()

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, LiteralString
 import numpy as np
 
 from ..errors import StoreError, short
-from ..index.in_memory import Rows
-from .postgres_link import NOTHING, Link, Vector, read_address, sql, storable
+from ..index.in_memory import Row, Rows
+from .postgres_link import NOTHING, Connection, Link, Vector, read_address, sql, storable
 from .postgres_table import ADDED, COMMA, READ, sized, table_of
 from .store import Table
 
@@ -149,7 +149,7 @@ class PostgresStore:
             )
         return found.as_bytes()
 
-    def _copy(self, connection: Any, batch: pa.RecordBatch, columns: Sequence[str]) -> None:
+    def _copy(self, connection: Connection, batch: pa.RecordBatch, columns: Sequence[str]) -> None:
         """Send a batch into a table that is gone when the transaction ends."""
         kinds: dict[str, sql.Composable] = {name: sql.SQL(kind) for name, kind in ADDED.items()}
         kinds |= {"id": sql.SQL("text"), "embedding": sized(self._layout.kind, self._width)}
@@ -179,7 +179,7 @@ class PostgresStore:
             )
         return values  # type: ignore[no-any-return]
 
-    def _insert(self, connection: Any, columns: Sequence[str]) -> int:
+    def _insert(self, connection: Connection, columns: Sequence[str]) -> int:
         """Insert the batch, in place of rows with the same key; return how many these are."""
         targets = [self._layout.parts[name] for name in columns]
         changed = [sql.SQL("{0} = excluded.{0}").format(target) for target in targets]
@@ -192,7 +192,7 @@ class PostgresStore:
         )
         return int(connection.execute(inserted, NOTHING).rowcount)
 
-    def _update(self, connection: Any, columns: Sequence[str]) -> int:
+    def _update(self, connection: Connection, columns: Sequence[str]) -> int:
         """Give rows that are there their codes; return how many of the batch there are."""
         changed = [
             sql.SQL("{} = b.{}").format(self._layout.parts[name], sql.Identifier(name))
@@ -206,9 +206,12 @@ class PostgresStore:
             "WHERE {key} = b.id " + same + "RETURNING b.id) SELECT count(DISTINCT id) FROM placed",
             changed=COMMA.join(changed),
         )
-        return int(connection.execute(updated, NOTHING).fetchone()[0])
+        ((placed,),) = connection.execute(updated, NOTHING).fetchall()
+        return int(placed)
 
-    def _clear(self, connection: Any, where: LiteralString, values: Mapping[str, object]) -> int:
+    def _clear(
+        self, connection: Connection, where: LiteralString, values: Mapping[str, object]
+    ) -> int:
         emptied = [sql.SQL("{} = NULL").format(self._layout.parts[o]) for o in self._layout.filled]
         cleared = self._sql("UPDATE {table} r SET {emptied}", emptied=COMMA.join(emptied))
         if self._layout.is_own:
@@ -216,7 +219,7 @@ class PostgresStore:
         query = cleared + sql.SQL(" WHERE ") + self._sql(where)
         return int(connection.execute(query, values).rowcount)
 
-    def _read(self, rows: Sequence[tuple[Any, ...]]) -> list[dict[str, Any]]:
+    def _read(self, rows: Sequence[tuple[Any, ...]]) -> list[Row]:
         numbers = _NUMBERS[self._layout.kind]
         return [
             {

@@ -106,12 +106,13 @@ class _VectorDumper(adapt.Dumper):
         return bytes(obj)
 
 
-class _Connection(psycopg.Connection[tuple[Any, ...]]):
+class Connection(psycopg.Connection[tuple[Any, ...]]):
     """One that waits until a time, also for a server that says nothing at all."""
 
     until = math.inf
 
     def wait(self, gen: Generator[Any, Any, Any], *args: Any, **kwargs: Any) -> Any:
+        """Wait for what a generator waits for, until then."""
         if self.until == math.inf:
             return super().wait(gen, *args, **kwargs)
         # In Python: what waits in C told nobody of the time before psycopg 3.3.
@@ -140,7 +141,7 @@ class Link:
     def __init__(self, address: Address, seconds: float | None) -> None:
         self.name, self._connect, self._seconds = address.shown, address.connect, seconds
         # A process that was forked opens its own.
-        self._idle: dict[int, deque[_Connection]] = {}
+        self._idle: dict[int, deque[Connection]] = {}
 
     def rows(
         self, query: sql.Composed | bytes, values: Mapping[str, object] = NOTHING
@@ -165,7 +166,7 @@ class Link:
                     self._give_back(connection)
 
     @contextmanager
-    def transaction(self) -> Iterator[_Connection]:
+    def transaction(self) -> Iterator[Connection]:
         """Lend a connection for statements that hold together or not at all, without a limit."""
         with self._said():
             connection, _ = self._lend()
@@ -183,25 +184,25 @@ class Link:
         for connection in idle:
             connection.close()
 
-    def _lend(self) -> tuple[_Connection, bool]:
+    def _lend(self) -> tuple[Connection, bool]:
         """Return a connection, and whether it was opened just now."""
         try:
             return self._idle[os.getpid()].pop(), False
         except LookupError:
             return self._open(), True
 
-    def _give_back(self, connection: _Connection) -> None:
+    def _give_back(self, connection: Connection) -> None:
         if connection.info.transaction_status != pq.TransactionStatus.IDLE:
             connection.close()  # cut, or left while the server was at work
         else:
             self._idle.setdefault(os.getpid(), deque()).append(connection)
 
-    def _open(self) -> _Connection:
+    def _open(self) -> Connection:
         limits: dict[str, Any] = {}
         if self._seconds is not None:  # libpq takes less than two seconds for two
             limits["connect_timeout"] = max(2, math.ceil(self._seconds))
         try:
-            connection = _Connection.connect(
+            connection = Connection.connect(
                 **self._connect | limits, autocommit=True, client_encoding="utf8"
             )
         except psycopg.Error as error:

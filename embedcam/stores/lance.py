@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 from weakref import finalize
 
 import numpy as np
@@ -88,7 +88,7 @@ class Lance:
         query = np.asarray(embedding, np.float32)
 
         def near() -> Any:
-            found = self._rows.search(query, vector_column_name="embedding")
+            found: Any = self._rows.search(query, vector_column_name="embedding")
             found = found.distance_type(self._metric).where(self._mine, prefilter=True).limit(n)
             return found.select([*self._columns, "_distance"])
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from .._files import read_regular, remove_tree, sync_folder, write_whole
 from ..errors import StoreError
-from ..index.in_memory import Rows
+from ..index.in_memory import Row, Rows
 from .local import check_kind, in_words, kind_of, locked, no_search, place_of
 from .store import Table
 
@@ -198,7 +198,7 @@ class Qdrant:
         return in_words(self.name, "qdrant", doing)
 
 
-def _row(point: Any) -> dict[str, Any]:
+def _row(point: Any) -> Row:
     row: dict[str, Any] = {**point.payload, "embedding": point.vector or None}
     if row["scale"] is not None:  # read from its JSON it is a last digit of float64 off
         row["scale"] = float(np.float32(row["scale"]))

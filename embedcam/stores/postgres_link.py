@@ -198,7 +198,7 @@ class Link:
             self._idle.setdefault(os.getpid(), deque()).append(connection)
 
     def _open(self) -> Connection:
-        limits: dict[str, Any] = {}
+        limits: dict[str, int] = {}
         if self._seconds is not None:  # libpq takes less than two seconds for two
             limits["connect_timeout"] = max(2, math.ceil(self._seconds))
         try:

@@ -34,6 +34,12 @@ def rows(options: Namespace) -> None:
             )
         table, total = Table.of(index, options.embedding), len(index)
         with closing(open_store(options.to, table)) as store:
+            if old is not None and old not in (known := store.generations()):
+                there = ", ".join(sorted(known)) or "none"
+                raise InputError(
+                    f"--drop-generation {old}: {store.name} holds no row of it; it holds rows of: "
+                    f"{there}"
+                )
             with progress_of("rows", total, "rows", shown=options.progress) as advance:
                 done = copy_rows(
                     index,
@@ -66,6 +72,8 @@ def _done(done: "Copied", own: str, old: str | None, dropped: int) -> list[str]:
         if number:
             told.append(f"{number:,} {what}")
     told.append(f"generation {own}")
+    for name, rows in sorted((done.replaced or {}).items()):
+        told.append(f"in place of {counted(rows, 'row')} of generation {name}")
     if old is not None:
         told.append(f"{counted(dropped, 'row')} of generation {old} dropped")
     if others:

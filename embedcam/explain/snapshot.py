@@ -134,8 +134,6 @@ class Snapshot:
         kept.index = index_of_rows(self.index, rows)
         kept.index.is_whole = wanted is not None and len(kept.index) < wanted
         kept.owned, kept.marked = False, kept.index.marked
-        # Whoever may write rows says where pictures lie: none is read elsewhere.
-        kept.only_below = True
         return kept
 
     def in_child(self) -> Self:

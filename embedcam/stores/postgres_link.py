@@ -70,8 +70,10 @@ def read_address(url: str) -> Address:
         rest = urlencode([pair for pair in pairs if pair[0] not in OURS], quote_via=quote)
         connect = conninfo.conninfo_to_dict(f"{before}?{rest}" if rest else before)
     except (psycopg.Error, UnicodeError) as error:
+        known = f"embedcam's own parameters are {', '.join(OURS)}"
+        advice = known if "parameter" in reason(error) else _AS_PERCENT
         raise InputError(
-            f"the address of the PostgreSQL store cannot be read ({reason(error)}); {_AS_PERCENT}"
+            f"the address of the PostgreSQL store cannot be read ({reason(error)}); {advice}"
         ) from None
     for name, value in given.items():
         longest = LONGEST_NAME - len("_written") if name == "table" else LONGEST_NAME
@@ -206,10 +208,10 @@ class Link:
                 **self._connect | limits, autocommit=True, client_encoding="utf8"
             )
         except psycopg.Error as error:
-            raise StoreError(
-                f"{self.name}: cannot be reached ({reason(error)}); start the server, or correct "
-                "the address"
-            ) from error
+            said, advice = reason(error), "start the server, or correct the address"
+            if "password" in said:
+                advice = "give the user's password in the address, or as PGPASSWORD"
+            raise StoreError(f"{self.name}: cannot be reached ({said}); {advice}") from error
         connection.adapters.register_dumper(Vector, _VectorDumper)
         try:
             if self._seconds is not None:

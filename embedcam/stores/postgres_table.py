@@ -63,6 +63,10 @@ def table_of(link: Link, address: Address, table: Table) -> Layout:
     if not columns and given:
         _create(link, plain, table.width)
         columns = _columns(link, plain)
+    table_kinds = "SELECT 1 FROM pg_class WHERE oid = to_regclass({name}) AND relkind IN ('r', 'p')"
+    if columns and not link.rows(plain.sql(table_kinds)):
+        advice = "name the table that its rows are in by ?table="
+        raise _wrong(link, "is no table but a view, or lies on another server", advice)
     if not columns:
         raise _wrong(
             link,
@@ -191,6 +195,9 @@ def _kind(link: Link, said: str, width: int, name: str) -> str:
 
 def _check(link: Link, name: str, columns: Columns, expected: str | None) -> None:
     """Refuse a column that is missing, or of another type than expected."""
+    if name not in columns and expected is None:
+        advice = f"name one of {short(list(columns), 200)} by &label= or &path="
+        raise _wrong(link, f"has no column {short(name)}", advice)
     if name not in columns:
         raise _wrong(
             link,

@@ -162,7 +162,7 @@ def test_a_store_that_is_not_there(url: str) -> None:
         pass
 
 
-@pytest.mark.parametrize("embedding", ["full", "half"])
+@pytest.mark.parametrize("embedding", ["full", pytest.param("half", marks=pytest.mark.peers)])
 def test_answers_are_the_indexs_own(of: Sample, url: str, embedding: str) -> None:
     with Index.open(of.index) as index:
         with opened(url, Table.of(index, embedding)) as store:

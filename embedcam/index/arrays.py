@@ -245,7 +245,10 @@ def wrong_values(block: np.ndarray) -> str | None:
     """Return what is wrong with numbers that must be finite, or None."""
     if block.dtype.kind != "f":
         return None
-    bad = _first(~np.isfinite(block).all(axis=tuple(range(1, block.ndim))))
+    finite = np.isfinite(block)
+    if finite.all():
+        return None
+    bad = _first(~finite.all(axis=tuple(range(1, block.ndim))))
     return None if bad is None else f"row {bad} holds a NaN or an infinity"
 
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .._checks import LARGEST
+from .._checks import LARGEST, whole
 from ..errors import InputError, cut, short
 from ..images.texts import LabelColumn, Texts
 from .reader import Index, Positions
@@ -90,6 +90,10 @@ class RowsIndex(Index):
     ) -> Neighbors:
         """Return the nearest rows of each query; see `Index.search`."""
         queries = check_queries(queries, self.width, self.normalized)
+        return self.ranked(queries, whole("n_neighbors", n_neighbors, 1))
+
+    def ranked(self, queries: np.ndarray, n_neighbors: int) -> Neighbors:
+        """Return the nearest rows of queries `[B D]` float32, which were looked at before."""
         k, every = min(n_neighbors, self.n_rows), np.arange(self.n_rows)
         if self._compared is not None:
             distances, similarities = self._compared

@@ -375,6 +375,10 @@ class Index:
         """
         return searching.search(self, queries, whole("n_neighbors", n_neighbors, 1), nprobe)
 
+    def ranked(self, queries: np.ndarray, n_neighbors: int) -> Neighbors:
+        """Return the nearest live images of queries `[B D]`, looked at before; see `search`."""
+        return searching.search(self, queries, n_neighbors)
+
     def beside(self, positions: np.ndarray, embedding: np.ndarray) -> Neighbors:
         """Return some rows beside a query `[D]`, in the order of their positions `[n]`."""
         stored = self.embeddings(positions).astype(np.float64)

@@ -311,7 +311,7 @@ def find_neighbors(
 ) -> list[Neighbors]:
     """Return for each query `[B D]` its neighbors: searched, or those that were named."""
     if named is None:
-        ask = index.search if index.in_memory else partial(search, index)
+        ask = index.ranked if index.in_memory else partial(search, index)
         found = ask(embeddings, n_neighbors)
         return [Neighbors(*one) for one in zip(*found, strict=True)]
     pairs = zip(embeddings, named, strict=True)

@@ -72,7 +72,7 @@ def index(tmp_path: Path) -> Index:
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedcam.stores.copying.BATCH_ROWS", 8)
+    monkeypatch.setattr("embedcam.stores.copying.BATCH_ROWS", 12)
 
 
 def vectors_of(index: Index, scale: float = 1.0) -> dict[str, np.ndarray]:
@@ -100,10 +100,16 @@ def test_a_row_that_the_team_deleted_is_asked_for_alone(index: Index) -> None:
     del vectors["image-0011"]
     store = Kept(index.generation, vectors)
     done = copy_rows(index, store, embedding="none")
-    assert (done.written, done.unplaced) == (30, 1)
+    assert (done.written, done.unplaced, store.marks) == (30, 1, dict.fromkeys(store.marks, 30))
     store.asked.clear()
     done = copy_rows(index, store, embedding="none")
-    assert (done.written, done.unplaced, store.asked) == (1, 1, ["image-0011"])
+    assert (done.written, done.unplaced, {*store.asked}) == (1, 1, {"image-0011"})
+
+
+def test_vectors_are_compared_where_the_first_rows_have_no_place(index: Index) -> None:
+    vectors = dict(list(vectors_of(index, 2.0).items())[20:])
+    with pytest.raises(InputError, match=r"the vector of 'image-0020' there is not the index's"):
+        copy_rows(index, Kept(index.generation, vectors), embedding="none")
 
 
 @pytest.mark.parametrize("wrong", [5.0, -1.0, 1.05])
@@ -113,6 +119,7 @@ def test_codes_are_not_left_beside_other_vectors(index: Index, wrong: float) -> 
     with pytest.raises(InputError, match=said):
         copy_rows(index, store, embedding="none")
     assert store.rows == {}
+    assert len(store.asked) == 10  # the rows of no other batch lost what they had
     half = {name: row.astype(np.float16) for name, row in vectors_of(index).items()}
     assert copy_rows(index, Kept(index.generation, half), embedding="none").written == 30
 

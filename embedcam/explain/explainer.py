@@ -176,7 +176,7 @@ class Explainer:
 
         Raises InputError where the store holds none of them.
         """
-        if self.store is None:
+        if self.store is None or not ids:
             return self
         if not (rows := listed(self.store.fetch(ids))):
             raise InputError(f"the store holds no row of {short(ids[0])}; check the id")

@@ -52,6 +52,8 @@ class ArrowRows(Protocol):
 Row = Mapping[str, Any]
 Rows = Sequence[Row] | ArrowRows
 Columns = Mapping[str, Sequence[Any]]
+_READ = ("id", "embedding", "codes", "scale", "label", "path", "generation", "distance",
+         "similarity")  # fmt: skip
 MOST_ROWS = 10_000
 """For one query."""
 MOST_TEXT = 4096
@@ -179,17 +181,6 @@ def listed(rows: Rows) -> list[Row]:
 
 def _columns(rows: Rows) -> Columns:
     """Return the columns that are read, each `[n]`; None where a row has nothing."""
-    names = [
-        "id",
-        "embedding",
-        "codes",
-        "scale",
-        "label",
-        "path",
-        "generation",
-        "distance",
-        "similarity",
-    ]
     if not isinstance(rows, Sequence):
         if not hasattr(rows, "num_rows"):
             raise _no_rows(rows)
@@ -204,7 +195,7 @@ def _columns(rows: Rows) -> Columns:
                 if name == "embedding"
                 else rows.column(name).to_pylist()
             )
-            for name in names
+            for name in _READ
         }
     if isinstance(rows, str | bytes):
         raise _no_rows(rows)
@@ -216,7 +207,7 @@ def _columns(rows: Rows) -> Columns:
                 f"the row {number} is a {type(row).__name__}; expected a mapping with 'id', "
                 "'codes' and 'generation' (psycopg: row_factory=dict_row)"
             )
-    return {name: [row.get(name) for row in rows] for name in names}
+    return {name: [row.get(name) for row in rows] for name in _READ}
 
 
 def _check_generations(model: Index, columns: Columns) -> None:

@@ -82,8 +82,9 @@ class PairExplainer:
         """Return the receipts of one query with several results; arguments as for `receipt`."""
         if isinstance(results, str | bytes | Path):
             raise InputError("expected a list of results, got one; use receipt()")
-        opened = [self._open(query), *(self._open(result, by_id=True) for result in results)]
         index = self.explainer.index
+        of = self.explainer.of_ids([one for one in results if isinstance(one, str)])
+        opened = [self._open(query), *(self._open(result, of) for result in results)]
         try:
             ours, *theirs = self.sides(index, [inputs for _, inputs in opened])
         except EmbeddingError as error:
@@ -92,7 +93,7 @@ class PairExplainer:
         mean = mean_of(index, centred)
         for result, side in zip(results, theirs, strict=True):
             if isinstance(result, str):
-                check_same(index, result, side)
+                check_same(of.index, result, side)
         shown = [picture for picture, _ in opened]
         return [
             make_receipt(
@@ -150,17 +151,18 @@ class PairExplainer:
             for one, embedding, norm in zip(maps, embeddings, norms, strict=True)
         ]
 
-    def _open(self, image: QueryLike, by_id: bool = False) -> tuple[Shown, Inputs]:
-        """Return how a picture is drawn, and the network's input `[3 H W]`."""
-        name, label, index = "", None, self.explainer.index
-        if by_id and isinstance(image, str):
+    def _open(self, image: QueryLike, of: Explainer | None = None) -> tuple[Shown, Inputs]:
+        """Return how a picture is drawn, and the input `[3 H W]`; a text names an image `of`."""
+        name, label = "", None
+        if of is not None and isinstance(image, str):
+            index = of.index
             name, label = image, index.labels[index.position(image)]
-            if index.manifest.is_compressed and self.explainer.file_state(image) == "changed":
+            if index.manifest.is_compressed and of.file_state(image) == "changed":
                 raise ImageError(
                     f"{name}: the picture in the middle of this prototype was replaced since it "
                     "was indexed; index it again, and compress that"
                 )
-            image = self.explainer.picture(image)
+            image = of.picture(image)
         picture, inputs = self.explainer.prepared(image)
         extent = None
         if picture is not None and self.explainer.preprocess is not None:

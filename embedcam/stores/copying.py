@@ -16,6 +16,8 @@ from ..index.row_batches import BATCH_ROWS, RowBatch, removed_ids, row_batches
 from .store import WholeStore
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from ..index import Index
     from .store import Store
 
@@ -67,11 +69,10 @@ def copy_rows(
         if isinstance(store, WholeStore):
             store.copy_whole(index, embedding, done, progress)
             return done
-        before = store.generations()
+        before, is_checked = store.generations(), embedding != "none"
         for part, upto, rows in _left(index, store, embedding, before, done, progress):
+            is_checked = is_checked or _check_vectors(index, store, rows, part)
             done.unplaced += store.write(rows, part, upto)
-            if not done.written and "embedding" not in rows.schema.names:
-                _check_vectors(index, store, rows.column("id").to_pylist())
             done.written += rows.num_rows
             progress(rows.num_rows)
         for ids in removed_ids(index):
@@ -123,11 +124,18 @@ def _left(
             yield RowBatch(part, upto, rows)
 
 
-def _check_vectors(index: Index, store: Store, ids: Sequence[str]) -> None:
-    """Refuse to leave codes beside vectors that are not the index's: a few are compared."""
-    for row in listed(store.fetch(ids[:_COMPARED])):
+def _check_vectors(index: Index, store: Store, rows: pa.RecordBatch, part: str) -> bool:
+    """Refuse vectors that are not the index's, by a few rows; return whether there were any.
+
+    These are written first, for a store reads rows with codes alone; others keep what they have.
+    """
+    few = rows.slice(0, _COMPARED)
+    ids = few.column("id").to_pylist()
+    store.write(few, part, 0)
+    fetched = listed(store.fetch(ids))
+    for row in fetched:
         if row.get("embedding") is None:
-            return
+            return True
         here = index.embeddings([index.position(row["id"])])[0].astype(np.float64)
         there = np.asarray(row["embedding"], np.float64)
         away = float(np.linalg.norm(here - there))
@@ -140,6 +148,7 @@ def _check_vectors(index: Index, store: Store, ids: Sequence[str]) -> None:
                 "preprocessing and normalization of those vectors, or write rows with embeddings "
                 "to a table of their own"
             )
+    return bool(fetched)
 
 
 def _unknown(index: Index, store: Store) -> Iterator[Sequence[str]]:

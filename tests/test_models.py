@@ -16,7 +16,7 @@ from torchvision import models
 from embedcam.errors import InputError, NetworkError
 from embedcam.network import EmbeddingNetwork, load_network
 from embedcam.network.checkpoints import read_state
-from embedcam.network.loading import FAMILIES, _family_of
+from embedcam.network.torchvision_source import FAMILIES, _family_of
 from embedcam.preprocess import Preprocess
 
 SMALL = {"size": 64, "weights": "random"}

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from . import (
+    attention,
     building,
     evaluating,
     exactness,
@@ -88,6 +89,9 @@ SECTIONS: dict[str, Section] = {
     "evaluate": _evaluate,
     "trust": lambda o, folder: (
         trusting.report(name, o.images, o.rounds, folder) for name in o.network
+    ),
+    "attention": _one(
+        lambda o, folder: attention.report("torchvision:vit_b_16", 4 * o.rounds, folder)
     ),
     "receipts": _each(receipts.report, 20),
     "features": _one(lambda o, folder: features.report(o.rows, 100 * o.rounds, folder)),

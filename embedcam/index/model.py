@@ -16,6 +16,7 @@ from .._files import NotPlain, read_regular, write_whole
 from ..errors import IndexFormatError
 from . import manifest as manifest_file
 from .arrays import sha256_of
+from .concepts import ARRAYS
 from .manifest import FileEntry, Manifest
 
 if TYPE_CHECKING:
@@ -88,13 +89,15 @@ def read_model(path: Path) -> tuple[Manifest, dict[str, np.ndarray]]:
 def generation_of(manifest: Manifest) -> str:
     """Return what rows of this index can be read by, 16 hexadecimal digits.
 
-    A digest of the recipe, the network, the encodings and all that was fitted: additions and
-    removals leave it, another build changes it. (The manifest's own `generation` counts changes.)
+    A digest of the recipe, the network, the encodings and all that was fitted to decode rows by:
+    additions and removals leave it, another build changes it. (The manifest's own `generation`
+    counts changes.)
     """
     same = ("recipe_sha256", "embedding", "metric", "method", "target", "norm", "layers")
     network = dict(manifest.raw["network"] or {})
     network.pop("loading", None)  # where it lies does not matter
-    fitted = {name: entry.sha256 for name, entry in manifest.fitted.files.items()}
+    files = manifest.fitted.files.items()
+    fitted = {name: one.sha256 for name, one in files if name.split(".")[0] not in ARRAYS}
     said = {**manifest.entries(*same), "network": network, "fitted": fitted}
     return manifest_file.digest(said)[:_DIGITS]
 

@@ -11,6 +11,7 @@ from ..errors import IndexFormatError, short
 from ..images.texts import Texts, first_twice, in_runs, sorted_order
 from . import faiss_build
 from .arrays import Column, blocks, broken, file_name, sha256_of, wrong_values
+from .concepts import wrong_arrays
 from .faiss_files import REBUILD
 from .reader import Index
 from .rows import Part, order_dtype
@@ -75,6 +76,7 @@ def verify_open(
         "the checksum of every file": _checksums(index, progress),
         "embeddings: finite, and of unit length where promised": embeddings,
         "weights: finite, channels distinct and in range": _weights(index),
+        "concepts and exemplars: parts, ids, positions": _concepts(index),
         "ids, paths and labels: offsets, UTF-8, order": (
             broken(index.path, f"{part.directory}/{name}", what)
             for part in index.parts
@@ -158,6 +160,12 @@ def _weights(index: Index) -> Iterator[IndexFormatError]:
     for name, array in index.fitted_files.items():
         if (what := wrong_values(array)) is not None:
             yield broken(index.path, f"{index.manifest.fitted.directory}/{name}", what)
+
+
+def _concepts(index: Index) -> Iterator[IndexFormatError]:
+    grid = index.manifest.layers[0].grid if index.manifest.layers else None
+    for name, what in wrong_arrays(index.shared(), grid):
+        yield broken(index.path, f"{index.manifest.fitted.directory}/{name}", what)
 
 
 def _values(index: Index, *columns: Column) -> Iterator[IndexFormatError]:

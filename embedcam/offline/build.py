@@ -18,7 +18,7 @@ from ..index import Index, IndexRows, PartData, writer
 from ..index.encoding import Encoding, from_spec
 from ..network import EmbeddingNetwork
 from ..recipe.recipe import Recipe
-from . import merge, plan, shard
+from . import concepts, merge, plan, shard
 from .checkpoint import Checkpoint, finished_job, remove_checkpoint
 from .cotangents import AnchorCotangents, coded_labels
 from .job import How, Job, job_of
@@ -247,7 +247,7 @@ def write_build(job: Job, work: Plan, path: Path) -> BuildReport:
         about["libraries"]["onnxruntime"] = choices.libraries["onnxruntime"]
     about["trust_calibration"] = merge.plain(made)
     about["match_calibration"] = merge.plain(match)
-    shared = {**job.identity.arrays(), "embedding_mean": embedded.mean}
+    shared = {**job.identity.arrays(), "embedding_mean": embedded.mean, **concepts.fitted(work)}
     fitted = [encoding.fitted for encoding in encodings]
     generation = 1
     if (path / "manifest.json").exists():

@@ -164,7 +164,8 @@ class Job:
         how = (choices.run, workers, choices.on_unreadable, choices.per_chunk)
         # A job of this process has just listed them.
         files = None if self.path is None else self.files
-        return Plan(network, self.source, self.recipe, strategy, checkpoint, stages, *how, files)
+        about = (network, self.source, self.recipe, strategy, checkpoint, stages)
+        return Plan(*about, *how, files, fits=choices.kind != "add")
 
     def admit(self, network: EmbeddingNetwork | None) -> EmbeddingNetwork:
         """Return the network (None loads it) if it and the libraries are those of the plan."""

@@ -228,7 +228,7 @@ class Job:
         """
         job, choices = replace(self, path=path), self.choices.plain()
         _files.make_folder(path)
-        key, given = self.choices.key, {}
+        key, given = self.choices.key, dict[str, np.ndarray]()
         for name, texts in (("gone", Texts.of(self.gone)), ("prompts", Texts.of(self.prompts))):
             given |= {name: texts.blob, f"{name}_ends": texts.offsets}
         if self.triplets is not None:

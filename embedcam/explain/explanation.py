@@ -398,7 +398,7 @@ class Explanation:
         if features:
             maps["features"] = self.features
         return {
-            **{name: _rounded(one) for name, one in maps.items()},
+            **{name: rounded(one) for name, one in maps.items()},
             "empty": self.empty,
             "why_empty": self.why_empty,
             "extent": None if self.extent is None else list(self.extent),
@@ -422,7 +422,7 @@ class Explanation:
             "file": self._state(result),
             "distance": result.distance,
             "similarity": result.similarity,
-            "cam": None if result.cam is None else _rounded(result.cam),
+            "cam": None if result.cam is None else rounded(result.cam),
         }
 
 
@@ -432,7 +432,7 @@ def small_size(shape: Sequence[int]) -> tuple[int, int]:
     return min(14, height), min(14, width)
 
 
-def _rounded(cam: np.ndarray) -> list[float] | list[list[float]]:
+def rounded(cam: np.ndarray) -> list[float] | list[list[float]]:
     """Return lists of numbers with the digits a float32 holds, not a double's."""
     shortest: list[list[float]] = np.asarray(cam, np.float32).astype("U").astype(float).tolist()
     return shortest

@@ -456,8 +456,8 @@ class Explainer:
         if n_neighbors is not None and image is not None:
             raise InputError("n_neighbors is of a search; leave it out, or image")
         wanted = check_wanted(n_neighbors, None, 1, self.n_neighbors)
-        single = isinstance(text, str)
-        asked = [text] if isinstance(text, str) else list(text)
+        single = not isinstance(text, list | tuple)
+        asked = list(text) if isinstance(text, list | tuple) else [text]
         if not asked:
             return []
         found = explain_texts(self, self._now(), asked, texts, wanted, above, image)

@@ -114,7 +114,7 @@ def most_parts(asked: int, sample: np.ndarray, n_images: int) -> int:
     if n_images < LEAST_IMAGES or width < LEAST_CHANNELS:
         return 0
     # Signed activations take two numbers a channel; half the room is for exemplars.
-    n_bytes = 4 * width * (1 + int((sample < 0).any()))
+    n_bytes = 4 * width * (2 if (sample < 0).any() else 1)
     return min(asked, n // 2, width // 2, MOST_BYTES // 2 // n_bytes)
 
 

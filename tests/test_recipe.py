@@ -14,7 +14,7 @@ from embedcam.recipe.recipe import Recipe, read_toml
 RECIPES = sorted((Path(__file__).parents[1] / "index" / "recipes").glob("*.toml"))
 TABLES = {
     "weights": "method target norm sampling triplets hinge margin seed labels positives negatives",
-    "encoding": "encoding rank m by dtype",
+    "encoding": "encoding rank m by dtype concepts",
     "search": "faiss metric",
 }
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MOST_BYTES = 1 << 28
 """Of a model: what is fitted once is small, unless somebody made it large on purpose."""
 _AGAIN = "write it again with `embedcam model INDEX -o FILE`"
-DECODE_NO_ROW = ("text_mean", "concept", "exemplar")
+DECODE_NO_ROW = ("text_mean", *sorted(ARRAYS))
 """How the names of fitted arrays begin that rows are not read by."""
 _DIGITS = 16
 
@@ -91,25 +91,15 @@ def read_model(path: Path) -> tuple[Manifest, dict[str, np.ndarray]]:
 def generation_of(manifest: Manifest) -> str:
     """Return what rows of this index can be read by, 16 hexadecimal digits.
 
-<<<<<<< HEAD
-    A digest of the recipe, the network, the encodings and all that was fitted to decode rows by:
-    additions and removals leave it, another build changes it. (The manifest's own `generation`
-    counts changes.)
-=======
     A digest of the recipe, the network, the encodings and all that was fitted: additions and
     removals leave it, another build changes it. (The manifest's own `generation` counts changes.)
     What is fitted but decodes no row is left out: see `DECODE_NO_ROW`.
->>>>>>> core
     """
     same = ("recipe_sha256", "embedding", "metric", "method", "target", "norm", "layers")
     network = dict(manifest.raw["network"] or {})
     network.pop("loading", None)  # where it lies does not matter
     files = manifest.fitted.files.items()
-<<<<<<< HEAD
-    fitted = {name: one.sha256 for name, one in files if name.split(".")[0] not in ARRAYS}
-=======
     fitted = {name: one.sha256 for name, one in files if not name.startswith(DECODE_NO_ROW)}
->>>>>>> core
     said = {**manifest.entries(*same), "network": network, "fitted": fitted}
     return manifest_file.digest(said)[:_DIGITS]
 

@@ -246,15 +246,25 @@ class Index:
             raise broken(self.path, f"{self.manifest.fitted.directory}/{PARTS}.f32", what)
         return Concepts(parts, ("",) * len(parts))
 
-    def exemplars(self, kind: str, number: int, n: int = 3) -> list[Exemplar]:
+    def exemplars(
+        self, kind: str, number: int, n: int = 3, *, among: "Index | None" = None
+    ) -> list[Exemplar]:
         """Return indexed pictures and positions where a line answers most, best first.
 
         Of a "channel" or a "concept" by number, n of those that were kept. Pictures that were
-        removed or replaced since are left out; of rows of a store all but those among them.
+        removed or replaced since are left out, by this index, or `among` rows of a store.
         """
+        index = self if among is None else among
+        there = (one for one in self._kept_exemplars(kind, number) if index._is_there(one.id))
+        return list(islice(there, whole("n", n)))
+
+    def exemplar_ids(self, kind: str, number: int) -> list[str]:
+        """Return the ids of all exemplars that were kept, of removed pictures too."""
+        return [one.id for one in self._kept_exemplars(kind, number)]
+
+    def _kept_exemplars(self, kind: str, number: int) -> Iterator[Exemplar]:
         try:
-            every = self._exemplars.of(kind, number)
-            return list(islice((one for one in every if self._is_there(one.id)), whole("n", n)))
+            yield from self._exemplars.of(kind, number)
         except ValueError as error:  # also of an id that is not UTF-8
             if isinstance(error, InputError):
                 raise

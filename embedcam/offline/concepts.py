@@ -110,12 +110,12 @@ def _each_best(plan: Plan) -> Iterator[Best]:
 
 def most_parts(asked: int, sample: np.ndarray, n_images: int) -> int:
     """Return how many parts are fitted to a sample `[n K]` of so many images; 0 for none."""
-    n, width = sample.shape
+    width = int(sample.shape[1])
     if n_images < LEAST_IMAGES or width < LEAST_CHANNELS:
         return 0
     # Signed activations take two numbers a channel; half the room is for exemplars.
     n_bytes = 4 * width * (2 if (sample < 0).any() else 1)
-    return min(asked, n // 2, width // 2, MOST_BYTES // 2 // n_bytes)
+    return min(asked, len(sample) // 2, width // 2, MOST_BYTES // 2 // n_bytes)
 
 
 def fit_parts(sample: np.ndarray, n: int, seed: int) -> tuple[np.ndarray, np.ndarray] | None:

@@ -8,6 +8,7 @@
     python -m scripts.experiments positions [--natural DATA/natural --weights FILE]
     python -m scripts.experiments attended NETWORKS
     python -m scripts.experiments small_vit TOYS
+    python -m scripts.experiments transformers TOYS
     python -m scripts.experiments unlabelled 10000 40000 1000000
     python -m scripts.experiments shards DATA/objects24 --weights FILE
 
@@ -33,6 +34,7 @@ EXPERIMENTS = (
     "positions",
     "attended",
     "small_vit",
+    "transformers",
     "unlabelled",
     "shards",
 )

@@ -136,17 +136,20 @@ class TwoTowers(nn.Module):
 # Loading
 
 
-def small_vit(path: str | Path | None = None) -> EmbeddingNetwork:
-    """Return the small ViT of a file, None: of small-vit.safetensors in the folder $TOYS."""
+def small_vit(path: str | Path | None = None, reading: str = "") -> EmbeddingNetwork:
+    """Return the small ViT of a file, None: of small-vit.safetensors in the folder $TOYS.
+
+    reading: of its last attention, such as "@gradeclip"; "": the norm before it is the layer.
+    """
     module = _read(path or _toys() / "small-vit.safetensors", "head.weight", vision_transformer)
-    return _network(module, "", "small ViT", None)
+    return _network(module, "", "small ViT", None, reading)
 
 
-def two_towers(path: str | Path | None = None) -> EmbeddingNetwork:
+def two_towers(path: str | Path | None = None, reading: str = "") -> EmbeddingNetwork:
     """Return the two towers of a file, None: of two-towers.safetensors in the folder $TOYS."""
     path = path or _toys() / "two-towers.safetensors"
     module = _read(path, "pictures.head.weight", TwoTowers)
-    return _network(module, "pictures.", "two towers", module.embed_texts)
+    return _network(module, "pictures.", "two towers", module.embed_texts, reading)
 
 
 def _toys() -> Path:
@@ -163,12 +166,16 @@ def _read(path: str | Path, head: str, make: Callable[[Sizes], Network]) -> Netw
 
 
 def _network(
-    module: nn.Module, tower: str, name: str, texts: Callable[[Sequence[str]], Tensor] | None
+    module: nn.Module,
+    tower: str,
+    name: str,
+    texts: Callable[[Sequence[str]], Tensor] | None,
+    reading: str,
 ) -> EmbeddingNetwork:
-    depth = len(module.get_submodule(f"{tower}blocks"))
+    last = f"{tower}blocks.{len(module.get_submodule(f'{tower}blocks')) - 1}"
     return EmbeddingNetwork(
-        module, f"{tower}blocks.{depth - 1}.norm1", prefix_tokens=1 + REGISTERS, name=name,
-        preprocess=digits_preprocess(SIDE), texts=texts,
+        module, f"{last}.attn{reading}" if reading else f"{last}.norm1", name=name, texts=texts,
+        prefix_tokens=1 + REGISTERS, preprocess=digits_preprocess(SIDE),
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from ..preprocess import AnyPreprocess
 from .checkpoints import load_state, read_state
 from .module import message_of, user_code
 from .runner import Head, Trunk
+from .texts import TextTower
 
 Sides = tuple[int, int] | None
 PathLike = str | Path | None
@@ -29,6 +30,7 @@ class Loaded:
     trunk: Trunk | None = None
     prefix_tokens: int | None = None
     said: str = ""
+    texts: TextTower | None = None
 
 
 def made(build: Callable[[bool], Any], name: str, weights: PathLike, seed: int) -> Any:

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import json
+import logging
 from dataclasses import replace
 from importlib.util import find_spec
 from operator import attrgetter
@@ -19,11 +20,13 @@ from ..preprocess.probe import probe_inputs
 from .checkpoints import read_affine
 from .embedding_network import DEFAULT_INPUT_SIZE, EmbeddingNetwork
 from .layers import LayoutName, choose_embedding, near_misses
-from .module import input_channels, module_device, no_gradients, user_code
+from .module import input_channels, lay_out, module_device, no_gradients, user_code
 from .runner import with_positions
 from .source import Loaded, PathLike, Sides, load_weights
 from .timm_source import from_timm
 from .torchvision_source import from_torchvision
+
+log = logging.getLogger(__name__)
 
 _FORMS = "torchvision:NAME, timm:NAME or package.module:factory"
 _SOURCES = {"torchvision": from_torchvision, "timm": from_timm}
@@ -115,11 +118,13 @@ def load_network(
             f"no default layer is known for {network}; give one with --layer (layer=)"
             f"{_last_layers(loaded, sides)}"
         )
+    elif loaded.said and layer == loaded.layer:
+        log.info("%s: %s", network, loaded.said)
     module = loaded.module.eval()
     if device is not None:
         module = module.to(device)
     if channels_last:
-        module = module.to(memory_format=torch.channels_last)
+        lay_out(module, True)
     transform = from_transform(preprocess) if preprocess is not None else loaded.preprocess
     result = EmbeddingNetwork(
         module,

@@ -21,7 +21,7 @@ PathLike = str | Path | None
 
 @dataclass
 class Loaded:
-    """A module in eval mode, and what is known about it."""
+    """A module in eval mode, what is known about it, and what is `said` of a choice made."""
 
     module: nn.Module
     layer: str | None
@@ -29,6 +29,7 @@ class Loaded:
     head: Head | None = None
     trunk: Trunk | None = None
     prefix_tokens: int | None = None
+    said: str = ""
     texts: TextTower | None = None
 
 

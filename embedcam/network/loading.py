@@ -4,7 +4,6 @@ import importlib
 import inspect
 import json
 import logging
-from dataclasses import replace
 from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
@@ -25,11 +24,12 @@ from .runner import with_positions
 from .source import Loaded, PathLike, Sides, load_weights
 from .timm_source import from_timm
 from .torchvision_source import from_torchvision
+from .transformers_source import from_transformers
 
 log = logging.getLogger(__name__)
 
 _FORMS = "torchvision:NAME, timm:NAME or package.module:factory"
-_SOURCES = {"torchvision": from_torchvision, "timm": from_timm}
+_SOURCES = {"torchvision": from_torchvision, "timm": from_timm, "hf": from_transformers}
 _AUTOCAST = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -176,12 +176,7 @@ def _resized(
             "size and resize change the network's preprocessing, and none is known; give "
             "preprocess=, or let the function for it return (module, Preprocess.imagenet(224))"
         )
-    size, mode = sides or preprocess.size, resize or preprocess.resize
-    if mode == "squash":
-        return replace(preprocess, size=size, resize=mode, resize_to=None)
-    shorter = preprocess.resize_to
-    share = 256 / 224 if shorter is None else shorter / min(preprocess.size)
-    return replace(preprocess, size=size, resize=mode, resize_to=round(min(size) * share))
+    return preprocess.sized(sides or preprocess.size, resize)
 
 
 # A function of the user's

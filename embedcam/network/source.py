@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -15,6 +17,8 @@ from .module import message_of, user_code
 from .runner import Head, Trunk
 from .texts import TextTower
 
+Foreign: TypeAlias = Any
+"""An object of a library that says nothing of its types."""
 Sides = tuple[int, int] | None
 PathLike = str | Path | None
 
@@ -31,6 +35,17 @@ class Loaded:
     prefix_tokens: int | None = None
     said: str = ""
     texts: TextTower | None = None
+
+
+def imported(package: str, what: str) -> ModuleType:
+    """Return a package that is installed on demand."""
+    try:
+        return import_module(package)
+    except ImportError as error:
+        extra = package.replace("_", "-")
+        raise NetworkError(
+            f"{what} needs {extra}, which is not installed; run pip install 'embedcam[{extra}]'"
+        ) from error
 
 
 def made(build: Callable[[bool], Any], name: str, weights: PathLike, seed: int) -> Any:

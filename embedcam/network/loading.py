@@ -18,8 +18,9 @@ from ..preprocess import AnyPreprocess, Preprocess, Transform, from_transform
 from ..preprocess.probe import probe_inputs
 from .checkpoints import read_affine
 from .embedding_network import DEFAULT_INPUT_SIZE, EmbeddingNetwork
-from .layers import LayoutName, choose_embedding, near_misses
+from .layers import LayoutName, choose_embedding, near_misses, split_reading
 from .module import input_channels, lay_out, module_device, no_gradients, user_code
+from .reading import read_by
 from .runner import with_positions
 from .source import Loaded, PathLike, Sides, load_weights
 from .timm_source import from_timm
@@ -68,7 +69,8 @@ def load_network(
         A `.safetensors` file with `weight [D K']` and perhaps `bias [D]`, an affine map to put
         after the embedding.
     layer
-        Dotted name; known for torchvision's common families and timm's.
+        Dotted name; known for torchvision's common families and timm's. "LAYER@gradeclip" or
+        "LAYER@value" reads inside an attention, "@gradeclip" and "@value" inside the last one.
     size, resize
         Of the network's input, H = W or (H, W), and "crop" or "squash", how pictures are brought to
         it; default as it was trained.
@@ -110,6 +112,8 @@ def load_network(
         if isinstance(product, EmbeddingNetwork):
             return _as_made(product, {**arguments, "autocast": autocast})
         loaded = _from_factory(product, network, weights, head, output)
+    base, reading = split_reading(layer or "")
+    layer = layer if base else None
     if layer not in (None, loaded.layer):
         loaded.head = loaded.trunk = None
     layer = layer or loaded.layer
@@ -144,6 +148,8 @@ def load_network(
         texts=loaded.texts,
     )
     result.owns_module = True
+    if reading and not base:
+        result = read_by(result, reading)
     del arguments["preprocess"], arguments["device"]
     cast = next((name for name, kind in _AUTOCAST.items() if kind and kind == autocast), None)
     spec = {**arguments, "layer": result.layer, "size": sides, "autocast": cast}

@@ -8,6 +8,7 @@ from .layers import LayoutName, OutputChoice
 from .loading import load_network
 from .reading import as_indexed, read_by
 from .runner import Features
+from .texts import TextTower
 
 __all__ = [
     "AttentionPass",
@@ -18,6 +19,7 @@ __all__ = [
     "LayoutName",
     "OutputChoice",
     "SeveralPass",
+    "TextTower",
     "as_indexed",
     "input_gradient",
     "load_network",

@@ -2,12 +2,14 @@
 
 from ..explain.sides import Contributions, DifferentiatedSide, PooledSide, Shown, Side
 from .explainer import PairExplainer, check_same, mean_of
-from .receipt import Comparison, Line, Link, Receipt, make_comparison, make_receipt
+from .lines import Known, Line
+from .receipt import Comparison, Link, Receipt, make_comparison, make_receipt
 
 __all__ = [
     "Comparison",
     "DifferentiatedSide",
     "Contributions",
+    "Known",
     "Line",
     "Link",
     "PairExplainer",

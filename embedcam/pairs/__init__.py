@@ -4,6 +4,7 @@ from ..explain.sides import Contributions, DifferentiatedSide, PooledSide, Shown
 from .explainer import PairExplainer, check_same, mean_of
 from .lines import Known, Line
 from .receipt import Comparison, Link, Receipt, make_comparison, make_receipt
+from .texts import TextReceipt
 
 __all__ = [
     "Comparison",
@@ -17,6 +18,7 @@ __all__ = [
     "Receipt",
     "Shown",
     "Side",
+    "TextReceipt",
     "check_same",
     "make_comparison",
     "make_receipt",

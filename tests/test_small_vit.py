@@ -32,7 +32,9 @@ def test_training_gives_one_result_and_leaves_the_random_state(vit) -> None:
 def test_towers_are_trained_from_the_vit_on_and_read_back(vit, tmp_path) -> None:
     towers = small_vit.train_towers(vit, SIZES, seed=1, progress=False)
     again = small_vit.train_towers(vit, SIZES, seed=1, progress=False)
-    assert all(torch.equal(*pair) for pair in zip(towers.parameters(), again.parameters(), strict=False))
+    assert all(
+        torch.equal(*pair) for pair in zip(towers.parameters(), again.parameters(), strict=False)
+    )
     assert not torch.equal(towers.pictures.head.weight, vit.head.weight)
     save_weights(towers, tmp_path / "two-towers.safetensors")
     network = small_vit.two_towers(tmp_path / "two-towers.safetensors")

@@ -19,14 +19,22 @@ from .checkpoints import read_affine
 from .embedding_network import DEFAULT_INPUT_SIZE, EmbeddingNetwork
 from .layers import LayoutName, choose_embedding, near_misses
 from .module import input_channels, module_device, no_gradients, user_code
+from .open_clip_source import from_open_clip
 from .runner import with_positions
+from .sentence_transformers_source import from_sentence_transformers
 from .source import Loaded, PathLike, Sides, load_weights
 from .timm_source import from_timm
 from .torchvision_source import from_torchvision
 from .transformers_source import from_transformers
 
 _FORMS = "torchvision:NAME, timm:NAME or package.module:factory"
-_SOURCES = {"torchvision": from_torchvision, "timm": from_timm, "hf": from_transformers}
+_SOURCES = {
+    "torchvision": from_torchvision,
+    "timm": from_timm,
+    "hf": from_transformers,
+    "open_clip": from_open_clip,
+    "st": from_sentence_transformers,
+}
 _AUTOCAST = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -48,6 +48,7 @@ from .module import (
     full_float32,
     hash_parameters,
     is_convolutional,
+    lay_out,
     message_of,
     no_gradients,
     one_thread,
@@ -654,7 +655,7 @@ class EmbeddingNetwork:
         self.runner.channels_last = last
         if self.owns_module:
             # Else the weights are laid out anew in every pass.
-            self.module.to(memory_format=torch.channels_last if last else torch.contiguous_format)
+            lay_out(self.module, last)
 
     # The head
 

@@ -1,201 +1,214 @@
-"""Finding the layer that explains a network, by what happens to a probe picture in it.
+"""Finding the layer to explain by running a network: where its positions last count.
 
-A layer explains an embedding where it still has positions, all of which reach the embedding. The
-last such layer is taken, but for what lies inside the last module that leaves positions behind (an
-attention whose class token alone is read on, an attention pooling): of that its input is.
+Where all of a picture still goes through one layer late in the network, that layer explains it:
+what a convolutional network pools, the blocks before a class token that joins late (CaiT, XCiT).
+Where a class token gathers on the way (ViT), positions last count at the norm before the last
+attention. The first is asked by exchanging two pictures' activations, the second by a derivative.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import EmbedcamError
-from .layers import MAX_PREFIX, Output, OutputChoice, choose_embedding, first_tensor, replace_first
-from .module import bare_name
+from ..errors import EmbedcamError, NetworkError
+from .layers import (
+    Layout,
+    Output,
+    OutputChoice,
+    choose_embedding,
+    first_tensor,
+    replace_first,
+    resolve,
+    smaller,
+)
+from .module import bare_name, no_gradients, uncompiled
 from .runner import run_part
 
-# Of a layer's positions that must reach the embedding; behind a class token's last attention it is
-# that token alone, and of a maximum over positions it is most of them.
-_MOST = 0.5
+_TESTED = 6
+"""Layers that are asked whether all of the picture goes through them."""
+_SAME = 1e-2
+"""Of the distance between two pictures' embeddings, what counts as none."""
+_LATE = 0.5
+"""Of the modules with parameters, how many have run before a layer counts as late."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """The layer found, and how many tokens come before its patches, None where that is open."""
+    """A layer's bare name, and a sentence about the choice where there was one."""
 
     layer: str
-    prefix_tokens: int | None
+    said: str = ""
 
 
-@dataclass(eq=False)
-class _Visit:
-    """One call of a module: its name, when it began and ended, what it was given and handed on."""
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """What a module returned first, how its positions lie, and how late it ended, 0 to 1."""
 
     name: str
-    began: int
-    given: list[Tensor]
-    ended: int = 0
-    onward: Tensor | None = None
-    reaches: bool = False
+    part: nn.Module
+    output: Tensor
+    layout: Layout
+    when: float
 
-    def holds(self, other: "_Visit") -> bool:
-        """Return whether the other call lies inside this one."""
-        return self.began < other.began and other.ended < self.ended
+    def __str__(self) -> str:
+        return f"{self.name} ({self.layout.grid[0]} x {self.layout.grid[1]})"
 
 
-@dataclass(eq=False)
-class _Recorder:
-    """Notes every call inside a module; what each hands on is a copy of its own.
+def find_default(module: nn.Module, images: Tensor, output: OutputChoice = None) -> Found | None:
+    """Return the layer that explains a network in eval mode; None where there is none.
 
-    So a gradient tells what is read after the call, not what went on inside.
+    `images` are two different pictures `[2 C H W]` as its input; `output` says what is the
+    embedding, as for an `EmbeddingNetwork`.
     """
-
-    visits: list[_Visit] = field(default_factory=list)
-    _open: list[_Visit] = field(default_factory=list)
-    _time: int = 0
-
-    def begin(self, name: str, given: list[Tensor]) -> None:
-        self._time += 1
-        self._open.append(_Visit(name, self._time, given))
-
-    def end(self, output: Output) -> Output:
-        self._time += 1
-        visit = self._open.pop()
-        visit.ended = self._time
-        self.visits.append(visit)
-        with suppress(EmbedcamError, TypeError, ValueError):  # what cannot be taken apart
-            tensor = first_tensor(output, visit.name)
-            if tensor.requires_grad:
-                onward = tensor.clone()
-                output = replace_first(output, onward)
-                visit.onward = onward
-        return output
-
-
-def find_explained(module: nn.Module, images: Tensor, output: OutputChoice = None) -> Found | None:
-    """Return the layer that explains `module(images)`, images `[1 C H W]`; None where none does."""
-    recorder = _Recorder()
     try:
-        z = _run_recorded(module, images, output, recorder)
+        z, seen = _look(module, images, output)
+        reached = _reached(z, seen)
+        late = [one for one in reached if one.when > _LATE and not one.layout.prefix]
+        for one in late[: -_TESTED - 1 : -1]:
+            if _holds_all(module, images, output, z.detach(), one):
+                return Found(_last_block(one))
     except EmbedcamError:
         return None
-    visits = recorder.visits
-    _mark_reaching(visits, z)
-    calls = [visit.name for visit in visits]
-    candidates = [v for v in visits if v.reaches and calls.count(v.name) == 1]
-    if not candidates:
-        return None
-    chosen = _inside(_chosen(visits, candidates), candidates)
-    return Found(bare_name(chosen.name), _prefix(visits, chosen))
+    inner = {id(part) for one in module.modules() if is_attention(one) for part in _below(one)}
+    streams = _streams([one for one in reached if id(one.part) not in inner and _norms(one.part)])
+    if len(streams) > 1:
+        streams = _of_positions(module, images, streams)
+    if len(streams) < 2:
+        return Found(streams[0].name) if streams else None
+    finest, *others = sorted(streams, key=lambda one: -one.layout.grid[0] * one.layout.grid[1])
+    return Found(
+        finest.name,
+        f"{len(streams)} streams of positions lead to the embedding side by side, and the finest "
+        f"is explained, layer {finest}; another can be named, {', '.join(map(str, others))}",
+    )
 
 
-def _run_recorded(
-    module: nn.Module, images: Tensor, output: OutputChoice, recorder: _Recorder
-) -> Tensor:
-    with ExitStack() as stack:
-        for name, part in module.named_modules():
-            if name and not isinstance(part, torch.jit.ScriptModule):  # it takes no hooks
+def _look(module: nn.Module, images: Tensor, output: OutputChoice) -> tuple[Tensor, list[_Seen]]:
+    """Return z `[2 D]` with its graph, and what modules with several positions returned."""
+    seen: dict[str, _Seen] = {}
+    made: dict[int, tuple[str, Tensor]] = {}  # kept: a number may be given again
+    again: set[str] = set()
+    total = sum(_has_parameters(part) for part in module.modules())
+    ran = 0
 
-                def begin(
-                    _: nn.Module, args: Sequence[Output], named: Mapping[str, Output], n: str = name
-                ) -> None:
-                    recorder.begin(n, [*_tensors([*args, *named.values()])])
+    def look(name: str, part: nn.Module, given: Output) -> None:
+        nonlocal ran
+        again.update({name} & set(seen))
+        ran += _has_parameters(part)
+        with suppress(NetworkError):
+            raw = first_tensor(given, name)
+            layout = resolve(raw, images, layer=name)
+            # What a module only hands on need not be what is used after it.
+            by, _ = made.setdefault(id(raw), (name, raw))
+            handed_on = not f"{by}.".startswith(f"{name}.")
+            if max(layout.grid) > 1 and not handed_on:
+                seen[name] = _Seen(name, part, raw, layout, ran / max(total, 1))
 
-                def end(_: nn.Module, __: object, out: Output) -> Output:
-                    return recorder.end(out)
+    def after(name: str) -> Callable[[nn.Module, object, Output], None]:
+        return lambda part, _, given: look(name, part, given)
 
-                stack.enter_context(part.register_forward_pre_hook(begin, with_kwargs=True))
-                stack.enter_context(part.register_forward_hook(end))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
+    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
+        for dotted, part in module.named_modules():
+            if dotted and not isinstance(part, torch.jit.ScriptModule):  # it takes no hooks
+                stack.enter_context(part.register_forward_hook(after(bare_name(dotted))))
         leaf = images.detach().clone().requires_grad_()
-        return choose_embedding(run_part(module, "network", leaf * 1), output, None)
+        z = choose_embedding(run_part(module, "network", leaf.clone()), output, len(images))
+    return z, [one for one in seen.values() if one.name not in again]
 
 
-def _tensors(values: Sequence[Output]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
+def _has_parameters(part: nn.Module) -> bool:
+    return next(part.parameters(recurse=False), None) is not None
 
 
-def _mark_reaching(visits: Sequence[_Visit], z: Tensor) -> None:
-    """Mark the calls whose output has several positions, most of which reach z `[1 D]`."""
-    kept = [v for v in visits if v.onward is not None and _count(v.onward) > 1]
-    if not kept or not z.requires_grad:
-        return
-    # No direction that a symmetry of the network could be blind to.
-    direction = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
-    tensors = [v.onward for v in kept if v.onward is not None]
-    gradients = torch.autograd.grad(z, tensors, direction, allow_unused=True)
-    for visit, gradient in zip(kept, gradients, strict=True):
-        if gradient is not None:
-            axis = 1 if gradient.ndim == 4 else 2
-            visit.reaches = float((gradient != 0).any(axis).float().mean()) >= _MOST
+def _reached(z: Tensor, seen: list[_Seen]) -> list[_Seen]:
+    """Return the modules on whose positions z depends, in the order they ended."""
+    weights = torch.linspace(-1, 1, z.shape[1] + 1, device=z.device, dtype=z.dtype)[1:]
+    return [one for one, slopes in _slopes((z * weights).sum(), seen) if bool(slopes.any())]
 
 
-def _count(tensor: Tensor) -> int:
-    """Return how many positions a tensor has: `[1 K H W]`, `[1 H W K]`, `[1 T K]` or `[T 1 K]`."""
-    shape = tuple(tensor.shape)
-    if len(shape) == 4 and shape[0] == 1:
-        return min(shape[2] * shape[3], shape[1] * shape[2])
-    if len(shape) == 3 and 1 in shape[:2] and shape[2] > 1:
-        return shape[0] * shape[1]
-    return 0
+def _slopes(value: Tensor, seen: list[_Seen]) -> list[tuple[_Seen, Tensor]]:
+    """Return the derivative at each module's positions, those left out that there is none at."""
+    asked = [one for one in seen if one.output.requires_grad]
+    if not asked or not value.requires_grad:
+        return []
+    raws = [one.output for one in asked]
+    slopes = torch.autograd.grad(value, raws, retain_graph=True, allow_unused=True)
+    pairs = zip(asked, slopes, strict=True)
+    return [(one, one.layout.to_maps(slope)) for one, slope in pairs if slope is not None]
 
 
-def _chosen(visits: Sequence[_Visit], candidates: Sequence[_Visit]) -> _Visit:
-    """Return the last candidate, or the input of what it is an inner part of."""
-    last = max(candidates, key=lambda visit: visit.ended)
-    sources = {id(v.onward): v for v in candidates}
+def _holds_all(
+    module: nn.Module, images: Tensor, output: OutputChoice, z: Tensor, layer: _Seen
+) -> bool:
+    """Return whether pictures whose activations are exchanged exchange their embeddings."""
 
-    def source(visit: _Visit) -> _Visit | None:
-        """Return the candidate whose positions a call was given."""
-        for tensor in visit.given:
-            if (found := sources.get(id(tensor))) is not None:
-                return found
-            place = tensor.untyped_storage().data_ptr()
-            for one in candidates:
-                if one.onward is not None and one.onward.untyped_storage().data_ptr() == place:
-                    return one
-        return None
+    def exchange(_: nn.Module, __: object, given: Output) -> Output:
+        return replace_first(given, first_tensor(given, layer.name).flip(0))
 
-    leaving = [v for v in visits if not v.reaches and v is not last]
-    around = [v for v in leaving if v.holds(last) and source(v) is not None]
-    if not around:
-        return last
-    innermost = max(around, key=lambda visit: visit.began)
-    if any(innermost.holds(v) and source(v) is last for v in leaving):
-        return last
-    return source(innermost) or last
+    with no_gradients(), layer.part.register_forward_hook(exchange):
+        given = run_part(module, "network", images.clone())
+        moved = choose_embedding(given, output, len(images)).flip(0) - z
+    apart = float(torch.linalg.vector_norm(z[0] - z[1]))
+    rounding = 8 * torch.finfo(z.dtype).eps * float(torch.linalg.vector_norm(z))
+    return float(torch.linalg.vector_norm(moved)) <= _SAME * apart + rounding
 
 
-def _inside(chosen: _Visit, candidates: Sequence[_Visit]) -> _Visit:
-    """Return the last part of a whole network that made what the network itself handed on."""
-    inner = [one for one in candidates if one is not chosen]
-    same = [v for v in inner if v.onward is not None and _equal(v.onward, chosen.onward)]
-    if not same or not all(chosen.holds(one) for one in inner):
-        return chosen
-    return max(same, key=lambda visit: visit.ended)
+def _below(part: nn.Module) -> list[nn.Module]:
+    return list(part.modules())[1:]
 
 
-def _equal(one: Tensor, other: Tensor | None) -> bool:
-    return other is not None and one.shape == other.shape and torch.equal(one, other)
+def _norms(part: nn.Module) -> bool:
+    """Return whether a module is a norm, or holds one, as a block does."""
+    return any("norm" in type(one).__name__.lower() for one in part.modules())
 
 
-def _prefix(visits: Sequence[_Visit], chosen: _Visit) -> int | None:
-    """Return how many more tokens a layer has than a map before it had positions."""
-    if chosen.onward is None or chosen.onward.ndim != 3:
-        return None
-    tokens = _count(chosen.onward)
-    maps = {
-        v.onward.shape[2] * v.onward.shape[3]
-        for v in visits
-        if v.onward is not None and v.onward.ndim == 4 and v.ended < chosen.began
-    }
-    fitting = [tokens - count for count in maps if 0 <= tokens - count <= MAX_PREFIX]
-    return min(fitting, default=None)
+def _last_block(one: _Seen) -> str:
+    """Return the name of the block that a sequence ends with, or of the layer itself."""
+    name, part = one.name, one.part
+    while isinstance(part, nn.Sequential) and len(part):
+        name, part = f"{name}.{len(part) - 1}", part[-1]
+    return name
+
+
+def is_attention(part: nn.Module) -> bool:
+    """Return whether a module is an attention by its name, not a block with one."""
+    name = type(part).__name__.lower()
+    block = name.endswith(("block", "layer"))
+    return not block and ("attention" in name or "attn" in name)
+
+
+def _streams(seen: list[_Seen]) -> list[_Seen]:
+    """Return the last module, and of every other grid the last that does not lead to it."""
+    if not seen:
+        return []
+    last = seen[-1].output
+    of_grids = {one.layout.grid: one for one in seen}
+    others = [one for one in of_grids.values() if one.layout.grid != seen[-1].layout.grid]
+    # Not the sum, which is constant behind a norm.
+    weights = torch.linspace(-1, 1, last.numel(), device=last.device, dtype=last.dtype)
+    value = (last * weights.reshape(last.shape)).sum()
+    leading = [one for one, slopes in _slopes(value, others) if bool(slopes.any())]
+    return [seen[-1], *(one for one in others if one not in leading)]
+
+
+def _of_positions(module: nn.Module, images: Tensor, streams: list[_Seen]) -> list[_Seen]:
+    """Return those of which a smaller input has fewer; all where the network takes none."""
+    changed: list[_Seen] = []
+
+    def look(one: _Seen) -> Callable[[nn.Module, object, Output], None]:
+        def compare(_: nn.Module, __: object, given: Output) -> None:
+            if first_tensor(given, one.name).shape != one.output.shape:
+                changed.append(one)
+
+        return compare
+
+    height, width = smaller((images.shape[2], images.shape[3]))[-1]
+    part = images[:, :, :height, :width].contiguous()
+    with no_gradients(), uncompiled(), ExitStack() as stack, suppress(EmbedcamError):
+        for one in streams:
+            stack.enter_context(one.part.register_forward_hook(look(one)))
+        run_part(module, "network", part)
+    return changed or streams

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import json
+import logging
 from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..preprocess.probe import probe_inputs
 from .checkpoints import read_affine
 from .embedding_network import DEFAULT_INPUT_SIZE, EmbeddingNetwork
 from .layers import LayoutName, choose_embedding, near_misses
-from .module import input_channels, module_device, no_gradients, user_code
+from .module import input_channels, lay_out, module_device, no_gradients, user_code
 from .open_clip_source import from_open_clip
 from .runner import with_positions
 from .sentence_transformers_source import from_sentence_transformers
@@ -27,7 +28,9 @@ from .timm_source import from_timm
 from .torchvision_source import from_torchvision
 from .transformers_source import from_transformers
 
-_FORMS = "torchvision:NAME, timm:NAME or package.module:factory"
+log = logging.getLogger(__name__)
+
+_FORMS = "torchvision:, timm:, hf:, open_clip: or st: and a name, or package.module:factory"
 _SOURCES = {
     "torchvision": from_torchvision,
     "timm": from_timm,
@@ -64,8 +67,10 @@ def load_network(
     Parameters
     ----------
     network
-        "torchvision:NAME", "timm:NAME", or "package.module:factory", a function without arguments
-        that returns a module, (module, preprocess), or an `EmbeddingNetwork`.
+        "torchvision:NAME", "timm:NAME", "hf:NAME" of transformers, "open_clip:NAME:PRETRAINED",
+        "st:NAME" of sentence-transformers, of which the last three may be folders; or
+        "package.module:factory", a function without arguments that returns a module, (module,
+        preprocess), or an `EmbeddingNetwork`.
     weights
         None for the library's pretrained ones (a factory: as it made them), a file (.safetensors,
         or a PyTorch checkpoint that loads with `weights_only=True`), or "random".
@@ -73,7 +78,7 @@ def load_network(
         A `.safetensors` file with `weight [D K']` and perhaps `bias [D]`, an affine map to put
         after the embedding.
     layer
-        Dotted name; known for torchvision's common families and timm's.
+        Dotted name; found by itself but for a factory's module.
     size, resize
         Of the network's input, H = W or (H, W), and "crop" or "squash", how pictures are brought to
         it; default as it was trained.
@@ -123,11 +128,15 @@ def load_network(
             f"no default layer is known for {network}; give one with --layer (layer=)"
             f"{_last_layers(loaded, sides)}"
         )
+    elif loaded.said and layer == loaded.layer:
+        log.info("%s: %s", network, loaded.said)
     module = loaded.module.eval()
     if device is not None:
         module = module.to(device)
+        if isinstance(loaded.texts, nn.Module):
+            loaded.texts.to(device)
     if channels_last:
-        module = module.to(memory_format=torch.channels_last)
+        lay_out(module, True)
     transform = from_transform(preprocess) if preprocess is not None else loaded.preprocess
     result = EmbeddingNetwork(
         module,

@@ -29,7 +29,7 @@ PathLike = str | Path | None
 
 @dataclass
 class Loaded:
-    """A module in eval mode, and what is known about it."""
+    """A module in eval mode, what is known about it, and what is `said` of a choice made."""
 
     module: nn.Module
     layer: str | None
@@ -37,11 +37,12 @@ class Loaded:
     head: Head | None = None
     trunk: Trunk | None = None
     prefix_tokens: int | None = None
+    said: str = ""
     texts: TextTower | None = None
 
     def settings(self) -> dict[str, Foreign]:
         """Return the arguments of an `EmbeddingNetwork`."""
-        return {one.name: getattr(self, one.name) for one in fields(self)}
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "said"}
 
 
 def imported(package: str, what: str) -> ModuleType:

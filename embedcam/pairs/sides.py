@@ -62,10 +62,16 @@ class PooledSide:
         cells = slopes.astype(np.float32) @ self._flat
         return channels, cells.astype(np.float64).reshape(self.activations.shape[1:])
 
+    def vectors(self, masks: np.ndarray) -> np.ndarray:
+        """Return what sets of positions give to f, `[n D]`; masks `[n H W]` from 0 to 1."""
+        return self._embedded(self._flat @ masks.reshape(len(masks), -1).T.astype(np.float32))
+
     def cell_vectors(self, cells: Sequence[int]) -> np.ndarray:
-        """Return what positions, counted row by row, alone give to the embedding, `[n D]`."""
-        chosen = self._flat[:, list(cells)]
-        embedded = chosen if self._matrix is None else self._matrix @ chosen
+        """Return what positions, counted row by row, alone give to f, `[n D]`."""
+        return self._embedded(self._flat[:, list(cells)])
+
+    def _embedded(self, sums: np.ndarray) -> np.ndarray:
+        embedded = sums if self._matrix is None else self._matrix @ sums
         return np.asarray(embedded.T.astype(np.float64) / self._scale)
 
 
@@ -99,6 +105,14 @@ class DifferentiatedSide:
                 self._vectors[cell] = as_array(self._passed.jvp(alone[None]))[0]
         vectors = np.array([self._vectors[cell] for cell in cells], np.float64)
         return vectors.reshape(len(cells), -1) / self.norm
+
+    def vectors(self, masks: np.ndarray) -> np.ndarray:
+        """Return what sets of positions give to f, `[n D]`; masks `[n H W]` from 0 to 1."""
+        each = [
+            as_array(self._passed.jvp((self.activations * one)[None].astype("f4")))[0]
+            for one in masks
+        ]
+        return np.asarray(each, np.float64).reshape(len(masks), -1) / self.norm
 
 
 Side = PooledSide | DifferentiatedSide

@@ -289,7 +289,7 @@ def map_fitted(
         if not match or not known or match[3] != SUFFIXES[entry.dtype]:
             raise broken(root, place, "is no file of the fitted folder")
         # What belongs to the whole index and is compared with its embeddings; others are free.
-        rows = {"embedding_mean": (width,), "probe_embedding": (width,)}
+        rows = dict.fromkeys(("embedding_mean", "text_mean", "probe_embedding"), (width,))
         rows["probe_pooled"] = (max(1, entry.shape[0]),)
         fits = entry.dtype.startswith("float") and entry.shape == rows.get(match[2])
         if match[1] is None and match[2] in rows and not fits:

@@ -6,6 +6,7 @@ from .head import HeadKind
 from .layers import LayoutName, OutputChoice
 from .loading import load_network
 from .runner import Features
+from .texts import TextTower
 
 __all__ = [
     "EmbeddingNetwork",
@@ -15,6 +16,7 @@ __all__ = [
     "LayoutName",
     "OutputChoice",
     "SeveralPass",
+    "TextTower",
     "input_gradient",
     "load_network",
     "several_pass",

@@ -67,13 +67,14 @@ from .runner import (
     in_graph,
     with_positions,
 )
+from .settings import place_of, refuse_settings
+from .texts import TextTower, embed_texts
 
 if TYPE_CHECKING:
     from ..onnx import OnnxNetwork
 
 Numbers = TypeVar("Numbers", np.ndarray, Tensor)
 DEFAULT_INPUT_SIZE = (224, 224)
-_AUTOCAST = (None, torch.bfloat16, torch.float16)
 # Runs of one picture that show chance which leaves most embeddings as they are.
 _REPEATS = 8
 
@@ -114,6 +115,9 @@ class EmbeddingNetwork:
         torch.bfloat16 or torch.float16 to compute in it; results are float32.
     name
         What to call it in an index.
+    texts
+        Texts -> their embeddings `[n D]` in the images' space, before normalisation: see
+        `embed_texts`.
 
     Raises
     ------
@@ -141,31 +145,20 @@ class EmbeddingNetwork:
         autocast: torch.dtype | None = None,
         channels_last: bool | None = None,
         name: str | None = None,
+        texts: TextTower | None = None,
     ) -> None:
         refuse_parts(trunk, head)
         if trunk is None or not isinstance(module, nn.Module):
             refuse_module(module)
-        chooses = output is None or isinstance(output, str | int) or callable(output)
-        for setting, value, fits, expected in (
-            ("normalize", normalize, isinstance(normalize, bool), "True or False"),
-            (
-                "channels_last",
-                channels_last,
-                isinstance(channels_last, bool | None),
-                "True, False or None",
-            ),
-            ("name", name, isinstance(name, str | None), "a text, or None"),
-            ("autocast", autocast, autocast in _AUTOCAST, "torch.bfloat16, torch.float16 or None"),
-            ("output", output, chooses, "a name, a position or a function"),
-        ):
-            if not fits:
-                raise InputError(f"{setting}={value!r}; give {expected}")
-        try:
-            place = None if device is None else torch.device(device)
-        except (RuntimeError, TypeError) as error:
-            raise InputError(
-                f"device={device!r} is no torch device; give one such as 'cpu' or 'cuda'"
-            ) from error
+        refuse_settings(
+            normalize=normalize,
+            channels_last=channels_last,
+            name=name,
+            autocast=autocast,
+            output=output,
+            texts=texts,
+        )
+        place = place_of(device)
         one_of("layout", layout, get_args(LayoutName))
         grid = None if grid is None else check_sides("grid", grid)
         prefix_tokens = None if prefix_tokens is None else whole("prefix_tokens", prefix_tokens)
@@ -181,7 +174,7 @@ class EmbeddingNetwork:
         refuse_elsewhere(module, place)
         self.module, self.layer, self.name = module, str(layer), name
         self.output, self.normalize = output, normalize
-        self.autocast = autocast
+        self.autocast, self.texts = autocast, texts
         self.runner = Runner(
             module,
             self.layer,
@@ -480,6 +473,13 @@ class EmbeddingNetwork:
         if self._session is None or layers not in (None, (self.layer,), [self.layer]):
             return self.runner.embed(images, layers)
         return self._by_session(self._session, images)
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Return the embeddings of texts, float32 `[n D]`, of length 1 iff the network normalizes.
+
+        `NetworkError` where the network has no tower for texts, or a broken one.
+        """
+        return embed_texts(self.texts, texts, self.normalize)
 
     def _by_session(self, session: "OnnxNetwork", images: Images) -> Embedded:
         """Embed images by the network's ONNX file."""

@@ -136,6 +136,7 @@ def load_network(
         autocast=autocast,
         channels_last=channels_last,
         name=network,
+        texts=loaded.texts,
     )
     result.owns_module = True
     del arguments["preprocess"], arguments["device"]

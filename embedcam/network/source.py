@@ -13,6 +13,7 @@ from ..preprocess import AnyPreprocess
 from .checkpoints import load_state, read_state
 from .module import message_of, user_code
 from .runner import Head, Trunk
+from .texts import TextTower
 
 Sides = tuple[int, int] | None
 PathLike = str | Path | None
@@ -28,6 +29,7 @@ class Loaded:
     head: Head | None = None
     trunk: Trunk | None = None
     prefix_tokens: int | None = None
+    texts: TextTower | None = None
 
 
 def made(build: Callable[[bool], Any], name: str, weights: PathLike, seed: int) -> Any:

@@ -97,8 +97,8 @@ class Job:
     """Choices with the images they are about.
 
     `files` are the fingerprints of the source's images when they were listed, `triplets` the user's
-    own `[N S 2]` or None, `gone` ids that an addition removes. Of a job that lives in this process
-    alone `path` is None.
+    own `[N S 2]` or None, `gone` ids that an addition removes, `prompts` the user's own captions.
+    Of a job that lives in this process alone `path` is None.
     """
 
     choices: Choices
@@ -107,6 +107,7 @@ class Job:
     identity: Identity
     triplets: np.ndarray | None = None
     gone: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
     path: Path | None = None
 
     @property
@@ -227,8 +228,9 @@ class Job:
         """
         job, choices = replace(self, path=path), self.choices.plain()
         _files.make_folder(path)
-        key, gone = self.choices.key, Texts.of(self.gone)
-        given = {"gone": gone.blob, "gone_ends": gone.offsets}
+        key, given = self.choices.key, dict[str, np.ndarray]()
+        for name, texts in (("gone", Texts.of(self.gone)), ("prompts", Texts.of(self.prompts))):
+            given |= {name: texts.blob, f"{name}_ends": texts.offsets}
         if self.triplets is not None:
             given["triplets"] = np.asarray(self.triplets)
         images, unfinished = _images_of(path, key), unfinished_name(_images_of(path, key))
@@ -259,13 +261,15 @@ class Job:
                 raise Wrong("its list of files is damaged or missing")
             arrays = listing.read(_stage(choices.key), 0)
             source = _source_of(path, choices.key)
-            files, gone = (_texts_of(arrays, name) for name in ("files", "gone"))
+            names = ("files", "gone", "prompts")
+            files, gone, prompts = (_texts_of(arrays, name) for name in names)
             if not len(source) == len(files) == choices.n_images:
                 raise Wrong(f"its list of images has not {choices.n_images} entries")
             probe = {name: np.array(arrays[name]) for name in _PROBE}
             identity = Identity.from_dict(choices.network, probe)
             triplets = arrays.get("triplets")
-            job = cls(choices, source, files, identity, triplets, tuple(gone), path)
+            lists = (tuple(gone), tuple(prompts))
+            job = cls(choices, source, files, identity, triplets, *lists, path)
             if job._digest() != choices.key:
                 raise Wrong(f"{NAME} and the list of images do not belong together")
         except (Wrong, IndexFormatError, KeyError, ValueError) as error:
@@ -320,7 +324,9 @@ class Job:
         if self.triplets is not None:
             given = pairs_digest(self.triplets)
         of = (self.recipe, self.identity, self.source, self.files, choices.run)
-        return job_digest(*of, choices.libraries, choices.own_maps, given, *sorted(self.gone))
+        prompts = (self.prompts,) if self.prompts else ()
+        more = (choices.own_maps, given, *sorted(self.gone), *prompts)
+        return job_digest(*of, choices.libraries, *more)
 
     def _load(self) -> EmbeddingNetwork:
         loading = self.choices.loading
@@ -361,6 +367,7 @@ def job_of(
     trust: bool,
     triplets: np.ndarray | None = None,
     gone: Sequence[str] = (),
+    prompts: Sequence[str] = (),
     index_sha256: str | None = None,
     **how: Unpack[How],
 ) -> Job:
@@ -390,7 +397,7 @@ def job_of(
         caches=strategy.caches,
         index_sha256=index_sha256,
     )
-    job = Job(choices, source, files, identity, triplets, tuple(gone))
+    job = Job(choices, source, files, identity, triplets, tuple(gone), tuple(prompts))
     return replace(job, choices=replace(choices, key=job._digest()))
 
 

@@ -202,7 +202,7 @@ def job_digest(
     files: Texts,
     run: RunEntry,
     libraries: Mapping[str, str],
-    *choices: int | str | np.ndarray | None,
+    *choices: int | str | np.ndarray | tuple[str, ...] | None,
 ) -> str:
     """Return a digest of everything the chunks of a job depend on."""
     digest = hashlib.sha256(recipe.resolved.digest().encode())

@@ -5,7 +5,7 @@ killed loses nothing but its own unfinished chunk.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -77,6 +77,7 @@ def plan_job(
     batch_size: int | None = None,
     on_unreadable: str = "fail",
     triplets: np.ndarray | None = None,
+    prompts: Sequence[str] | None = None,
     own_maps: bool = True,
     trust: bool = True,
     scratch_gb: float = SCRATCH_GB,
@@ -97,7 +98,7 @@ def plan_job(
         at most 1,000. Of more pieces than chunks some are empty.
     add_to
         The index that the merge adds the images to, by its own recipe.
-    recipe, batch_size, on_unreadable, triplets, own_maps, trust, scratch_gb
+    recipe, batch_size, on_unreadable, triplets, prompts, own_maps, trust, scratch_gb
         As for `build_index`.
     replace
         The merge replaces the finished index it finds.
@@ -113,7 +114,15 @@ def plan_job(
     how = How(batch_size=batch_size, on_unreadable=on_unreadable, scratch_gb=scratch_gb)
     if add_to is None:
         job, _ = build.planned_build(
-            source, network, path, recipe, triplets=triplets, own_maps=own_maps, trust=trust, **how
+            source,
+            network,
+            path,
+            recipe,
+            triplets=triplets,
+            prompts=prompts,
+            own_maps=own_maps,
+            trust=trust,
+            **how,
         )
         job = _with(job, kind="refit" if replace else "build")
     else:

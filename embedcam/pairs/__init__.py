@@ -1,8 +1,8 @@
 """Why did *these two* match? Receipts of a query and a result, which add up to the similarity."""
 
+from ..explain.sides import Contributions, DifferentiatedSide, PooledSide, Shown, Side
 from .explainer import PairExplainer, check_same, mean_of
 from .receipt import Comparison, Line, Link, Receipt, make_comparison, make_receipt
-from .sides import Contributions, DifferentiatedSide, PooledSide, Shown, Side
 
 __all__ = [
     "Comparison",

@@ -23,8 +23,8 @@ from .._checks import one_of, whole
 from ..errors import InputError
 from ..explain.drawing import save_picture
 from ..explain.explanation import Json
+from ..explain.sides import NOT_SHOWN, Contributions, Shown, Side, evidence_of
 from ..render import draw_on_axes, in_notebook, receipt_picture
-from .sides import NOT_SHOWN, Contributions, Shown, Side, evidence_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,12 +16,11 @@ from starlette.responses import Response
 from ..errors import EmbedcamError, ImageError, InputError
 from ..explain.explainer import Explainer
 from ..explain.explanation import Explanation, Result
+from ..explain.side_maker import SideMaker
+from ..explain.sides import Shown, Side
 from ..index import Index
 from ..pairs import (
-    PairExplainer,
     Receipt,
-    Shown,
-    Side,
     check_same,
     make_comparison,
     make_receipt,
@@ -323,14 +322,12 @@ class ReceiptMaker:
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
-        self._pairs: PairExplainer | None = None
+        self._maker = SideMaker(pipeline.network)
 
     def sides(self, index: Index, pictures: Sequence[Prepared]) -> list[Side]:
         """Return what the network makes of pictures, or raise HTTPProblem 501 without its head."""
         try:
-            if self._pairs is None:
-                self._pairs = PairExplainer(self._pipeline.explainer)
-            self._pairs.head(index)
+            self._maker.head(index)
         except InputError as error:
             # Of a file, or of another version of the index; what is wrong names files.
             logger.warning("no receipts: %s", error)
@@ -339,7 +336,7 @@ class ReceiptMaker:
                 "not tell; serve the network instead"
             )
             raise HTTPProblem(501, "no_receipts", said) from None
-        return self._pairs.sides(index, [one.inputs for one in pictures])
+        return self._maker.sides(index, [one.inputs for one in pictures])
 
     def read(self, explainer: Explainer, name: str, side: int | None) -> Prepared:
         """Return an indexed image's picture, decoded and prepared; what fails names no file."""

@@ -7,6 +7,8 @@
     python -m scripts.experiments pairs DATA/birds20 DATA/objects24 --weights FILE
     python -m scripts.experiments positions [--natural DATA/natural --weights FILE]
     python -m scripts.experiments attended NETWORKS
+    python -m scripts.experiments small_vit TOYS
+    python -m scripts.experiments transformers TOYS
     python -m scripts.experiments unlabelled 10000 40000 1000000
     python -m scripts.experiments shards DATA/objects24 --weights FILE
 
@@ -31,6 +33,8 @@ EXPERIMENTS = (
     "pairs",
     "positions",
     "attended",
+    "small_vit",
+    "transformers",
     "unlabelled",
     "shards",
 )

@@ -2,12 +2,12 @@
 
 from .explainer import PairExplainer, check_same, mean_of
 from .receipt import Comparison, Line, Link, Receipt, make_comparison, make_receipt
-from .sides import Contributions, DifferentiatedSide, PooledSide, Shown, Side
+from .sides import Contributions, HeldSide, PooledSide, Shown, Side
 
 __all__ = [
     "Comparison",
-    "DifferentiatedSide",
     "Contributions",
+    "HeldSide",
     "Line",
     "Link",
     "PairExplainer",

@@ -13,7 +13,7 @@ from .._checks import as_array, check_outputs, stacked
 from ..errors import EmbeddingError, ImageError, InputError
 from ..explain.queries import query_name
 from .receipt import Comparison, Receipt, make_comparison, make_receipt
-from .sides import DifferentiatedSide, PooledSide, Shown, Side, matrix_of
+from .sides import HeldSide, PooledSide, Shown, Side, matrix_of
 
 if TYPE_CHECKING:
     from ..explain.explainer import Explainer
@@ -136,10 +136,10 @@ class PairExplainer:
 
     def _of_batch(self, head: HeadMatrix | None, batch: Inputs) -> list[Side]:
         if head is None:
-            passed = self.network.head_pass(batch, twice=True)
+            passed = self.network.held_pass(batch)
             features = passed.features
             check_outputs(as_array(features.embedding), as_array(features.activations))
-            return [DifferentiatedSide(passed, self.network.normalize)]
+            return [HeldSide(passed, self.network.normalize)]
         embeddings, norms, (maps,) = self.network.embed(batch)
         check_outputs(embeddings, maps)
         if not self.network.normalize:

@@ -1,21 +1,24 @@
 """Why did *these two* match? Receipts of a query and a result, which add up to the similarity."""
 
-from ..explain.sides import Contributions, DifferentiatedSide, PooledSide, Shown, Side
+from ..explain.sides import Contributions, HeldSide, PooledSide, Shown, Side
 from .explainer import PairExplainer, check_same, mean_of
+from .places import Place, covered
 from .receipt import Comparison, Line, Link, Receipt, make_comparison, make_receipt
 
 __all__ = [
     "Comparison",
-    "DifferentiatedSide",
     "Contributions",
+    "HeldSide",
     "Line",
     "Link",
     "PairExplainer",
+    "Place",
     "PooledSide",
     "Receipt",
     "Shown",
     "Side",
     "check_same",
+    "covered",
     "make_comparison",
     "make_receipt",
     "mean_of",

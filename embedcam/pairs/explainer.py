@@ -12,6 +12,7 @@ from ..errors import EmbeddingError, ImageError, InputError
 from ..explain.queries import query_name
 from ..explain.side_maker import SideMaker
 from ..explain.sides import Shown, Side
+from .places import covered
 from .receipt import Comparison, Receipt, make_comparison, make_receipt
 
 if TYPE_CHECKING:
@@ -73,9 +74,18 @@ class PairExplainer:
         return self.receipts(query, [result], centred=centred)[0]
 
     def receipts(
-        self, query: QueryLike, results: Sequence[QueryLike], *, centred: bool = True
+        self,
+        query: QueryLike,
+        results: Sequence[QueryLike],
+        *,
+        centred: bool = True,
+        box: Sequence[float] | None = None,
     ) -> list[Receipt]:
-        """Return the receipts of one query with several results; arguments as for `receipt`."""
+        """Return the receipts of one query with several results; arguments as for `receipt`.
+
+        With a `box`, (x0, y0, x1, y1) in pixels of the query (upright, or of the network's input
+        where that was given), of what lies in it: what *that part* matches in every result.
+        """
         if isinstance(results, str | bytes | Path):
             raise InputError("expected a list of results, got one; use receipt()")
         index = self.explainer.index
@@ -90,10 +100,21 @@ class PairExplainer:
         for result, side in zip(results, theirs, strict=True):
             if isinstance(result, str):
                 check_same(of.index, result, side)
-        shown = [picture for picture, _ in opened]
+        shown, within = [picture for picture, _ in opened], None
+        if box is not None:
+            picture, (height, width) = shown[0].image, opened[0][1].shape[-2:]
+            size = (width, height) if picture is None else picture.size
+            seen = shown[0].extent or (0, 0, *size)
+            within = covered(box, size, seen, ours.activations.shape[1:])
         return [
             make_receipt(
-                ours, side, mean, centred=centred, query_shown=shown[0], result_shown=picture
+                ours,
+                side,
+                mean,
+                centred=centred,
+                query_shown=shown[0],
+                result_shown=picture,
+                within=within,
             )
             for side, picture in zip(theirs, shown[1:], strict=True)
         ]

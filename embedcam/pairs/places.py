@@ -22,8 +22,9 @@ from typing import Literal
 import numpy as np
 
 from .._checks import one_of, whole
+from ..errors import InputError, short
 from ..explain.explanation import Json
-from .sides import Side
+from ..explain.sides import Side
 
 Box = tuple[float, float, float, float]
 """(x0, y0, x1, y1)."""
@@ -33,6 +34,8 @@ REGION, TOGETHER = 0.15, 0.4
 _BLOCKS = 8
 """Parts that a picture is divided into along a side, at most: regions are joined from them."""
 _TURNS = 4
+_LEAST = 0.1
+"""What a block gives, of what the best of its region does, that it is joined to it."""
 _THIRDS = (
     ("upper left", "top", "upper right"),
     ("left", "middle", "right"),
@@ -75,6 +78,18 @@ class Place:
         row, column = (int(3 * (at.mean() + 0.5) / size) for at, size in middles)
         return _THIRDS[row][column]
 
+    def share(self, beyond: float) -> float | None:
+        """Return the share of `beyond`, what all pairs of positions give; None where it is none."""
+        return self.contribution / beyond if beyond > 0 else None
+
+    def words(self, beyond: float) -> str:
+        """Say what matches what, and how much of what the two share beyond the average."""
+        share = self.share(beyond)
+        told = f"{self.contribution:+.3f}" if share is None else f"{share:.0%}"
+        of = "" if share is None else " of what they share beyond the average"
+        places = f"the {self.where('query')} of the query", f"the {self.where('result')}"
+        return f"{places[0]} matches {places[1]} of the result: {told}{of}"
+
     def to_dict(self, beyond: float) -> Json:
         """Return plain lists and numbers; `beyond` is what all pairs of positions give."""
         sides: tuple[Literal["query", "result"], ...] = ("query", "result")
@@ -85,8 +100,47 @@ class Place:
             }
             for side in sides
         }
-        share = self.contribution / beyond if beyond > 0 else None
-        return told | {"contribution": self.contribution, "share": share}
+        return told | {"contribution": self.contribution, "share": self.share(beyond)}
+
+
+def covered(
+    box: Sequence[float], size: tuple[int, int], extent: Box, grid: Sequence[int]
+) -> np.ndarray:
+    """Return the share of each position that a box covers, `[H W]`, 0 to 1.
+
+    Parameters
+    ----------
+    box
+        (x0, y0, x1, y1) in pixels of the picture
+    size, extent
+        Of the picture (width, height), and of it what the network saw
+    grid
+        H, W
+
+    Raises
+    ------
+    InputError
+        The box has no area, or none of what the network saw.
+    """
+    ends = np.asarray(box, np.float64)
+    if ends.shape != (4,) or not np.isfinite(ends).all() or (ends[2:] <= ends[:2]).any():
+        raise InputError(
+            f"box = {short(box)}; give x0 y0 x1 y1 in pixels of the query, x0 left of x1 and y0 "
+            "above y1"
+        )
+    sides = []
+    for axis, cells in ((0, grid[1]), (1, grid[0])):
+        edges = np.linspace(extent[axis], extent[axis + 2], cells + 1)
+        inside = np.minimum(edges[1:], ends[axis + 2]) - np.maximum(edges[:-1], ends[axis])
+        sides.append(np.maximum(inside, 0) / np.diff(edges))
+    weights = np.outer(sides[1], sides[0])
+    if not weights.any():
+        seen = " x ".join(f"{extent[axis]:.0f} to {extent[axis + 2]:.0f}" for axis in (0, 1))
+        raise InputError(
+            f"box = {short(box)} holds nothing of what the network saw of the query, {seen} of "
+            f"{size[0]} x {size[1]} pixels; give one inside"
+        )
+    return np.asarray(weights)
 
 
 def products(
@@ -131,7 +185,7 @@ def find_places(
     if within is not None:
         ours = ours * within
         boards[0].free &= ours.any((1, 2))
-    found = _best_pairs(products(query, result, mean, ours, theirs), *boards, whole("places", n))
+    found = _best_pairs(products(query, result, mean, ours, theirs), whole("places", n), *boards)
     places = [
         Place(ours[list(one)].any(0), theirs[list(other)].any(0), gain)
         for one, other, gain in found
@@ -180,7 +234,7 @@ class _Board:
             self._left -= sum(self.grid.areas[block] for block in region)
 
     def grown(self, gains: np.ndarray) -> tuple[float, Region]:
-        """Join free blocks from the best on, always the best beside them, while they give more.
+        """Join free blocks from the best on, always the best beside them that gives enough.
 
         Returns what they give, 0 where there is no room, and their numbers.
         """
@@ -190,21 +244,22 @@ class _Board:
         values = np.where(self.free, gains, -1.0).tolist()
         first = max(range(len(values)), key=values.__getitem__)
         region, total, edge = [], 0.0, {first: values[first]}
+        least = max(_LEAST * values[first], 0.0)
         while edge:
             block = max(edge, key=edge.__getitem__)
             gain = edge.pop(block)
-            if gain <= 0 or areas[block] > left:
+            if gain <= least or areas[block] > left:
                 break
             region.append(block)
             left -= areas[block]
             total += gain
             values[block] = -1.0
-            edge |= {other: values[other] for other in beside[block] if values[other] > 0}
+            edge |= {other: values[other] for other in beside[block] if values[other] > least}
         return total, tuple(region)
 
 
 def _best_pairs(
-    matches: np.ndarray, ours: _Board, theirs: _Board, n: int
+    matches: np.ndarray, n: int, ours: _Board, theirs: _Board
 ) -> list[tuple[Region, Region, float]]:
     """Return regions of both and what they give, by sums over `matches` `[blocks blocks']`."""
     found: dict[tuple[Region, Region], float] = {}

@@ -16,6 +16,7 @@ from .._files import NotPlain, read_regular, write_whole
 from ..errors import IndexFormatError
 from . import manifest as manifest_file
 from .arrays import sha256_of
+from .concepts import ARRAYS
 from .manifest import FileEntry, Manifest
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 MOST_BYTES = 1 << 28
 """Of a model: what is fitted once is small, unless somebody made it large on purpose."""
 _AGAIN = "write it again with `embedcam model INDEX -o FILE`"
-DECODE_NO_ROW = ("text_mean", "concept", "exemplar")
+DECODE_NO_ROW = ("text_mean", *sorted(ARRAYS))
 """How the names of fitted arrays begin that rows are not read by."""
 _DIGITS = 16
 

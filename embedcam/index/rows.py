@@ -26,6 +26,7 @@ from .arrays import (
     wrong_scales,
     wrong_values,
 )
+from .concepts import misshapen
 from .encoding import Encoding, TopM, from_spec
 from .manifest import LayerEntry, Manifest, PartEntry
 
@@ -296,6 +297,11 @@ def map_fitted(
             what = f"holds {entry.dtype} {list(entry.shape)}, which is no {match[2]}"
             raise broken(root, place, what)
         arrays[name] = map_array(root, place, entry) if held is None else held[place]
+    whole = {name.split(".")[0]: one for name, one in folder.files.items() if name.count(".") == 1}
+    shapes = {name: (one.dtype, one.shape) for name, one in whole.items()}
+    wrong = misshapen(shapes, manifest.layers[0].channels) if manifest.layers else None
+    if wrong is not None:
+        raise broken(root, folder.directory, wrong)
     return arrays
 
 

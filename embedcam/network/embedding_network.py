@@ -36,7 +36,15 @@ from ..preprocess.probe import probe_inputs
 from .gradients import HeadPass
 from .head import HeadAlone, HeadKind, ask_head, pooled_vjp, tolerance_of
 from .held import HeldPass, held_pass
-from .layers import TOKENS, Images, LayoutName, OutputChoice, describe_choice, find_layer
+from .layers import (
+    TOKENS,
+    Images,
+    LayoutName,
+    OutputChoice,
+    describe_choice,
+    find_layer,
+    split_reading,
+)
 from .module import (
     RandomOperations,
     advice_of,
@@ -47,6 +55,7 @@ from .module import (
     full_float32,
     hash_parameters,
     is_convolutional,
+    lay_out,
     message_of,
     no_gradients,
     one_thread,
@@ -56,6 +65,7 @@ from .module import (
     twin_of,
     uncompiled,
 )
+from .reading import Reading, as_indexed
 from .runner import (
     Features,
     Head,
@@ -403,8 +413,9 @@ class EmbeddingNetwork:
 
     def for_index(self, stored: Identity, layers: Sequence[str] = ()) -> Self:
         """Return this network as the one of an index; `NetworkMismatch` where it is another."""
-        compare(stored, self.identity())
-        return self
+        network = as_indexed(self, stored.layer)
+        compare(stored, network.identity())
+        return network
 
     def require_preprocess(self) -> AnyPreprocess:
         """Return the preprocessing, or an `InputError` where the network was given none."""
@@ -528,8 +539,12 @@ class EmbeddingNetwork:
         )
 
         def run(images: Tensor) -> tuple[Tensor, list[Tensor]]:
-            z, raws, _ = self.runner.call(images, copied, None, named)
-            return z, [layout.to_maps(raw) for layout, raw in zip(layouts, raws, strict=True)]
+            readings = dict[str, Reading]()
+            z, raws, _ = self.runner.call(images, copied, None, named, readings)
+            return z, [
+                readings[name].maps if name in readings else layout.to_maps(raw)
+                for (name, _), layout, raw in zip(named, layouts, raws, strict=True)
+            ]
 
         return run
 
@@ -626,7 +641,7 @@ class EmbeddingNetwork:
         self.runner.channels_last = last
         if self.owns_module:
             # Else the weights are laid out anew in every pass.
-            self.module.to(memory_format=torch.channels_last if last else torch.contiguous_format)
+            lay_out(self.module, last)
 
     # The head
 
@@ -670,6 +685,8 @@ class EmbeddingNetwork:
     def affine_head(self, stored_matrix: Callable[[], np.ndarray]) -> HeadMatrix | None:
         """Return the head where it is pooled and affine; nothing is asked of an index."""
         kind = self.head_kind
+        if split_reading(self.layer)[1]:  # weights follow from it, but activations do not make z
+            return None
         return HeadMatrix(None if kind.identity else kind.matrix) if kind.affine else None
 
     def _probes(self) -> Images:

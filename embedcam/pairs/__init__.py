@@ -2,13 +2,15 @@
 
 from ..explain.sides import Contributions, HeldSide, PooledSide, Shown, Side
 from .explainer import PairExplainer, check_same, mean_of
+from .lines import Known, Line
 from .places import Place, covered
-from .receipt import Comparison, Line, Link, Receipt, make_comparison, make_receipt
+from .receipt import Comparison, Link, Receipt, make_comparison, make_receipt
 
 __all__ = [
     "Comparison",
     "Contributions",
     "HeldSide",
+    "Known",
     "Line",
     "Link",
     "PairExplainer",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +15,9 @@ from ..errors import EmbeddingError, ImageError, InputError
 from ..explain.queries import query_name
 from ..explain.side_maker import SideMaker
 from ..explain.sides import Shown, Side
+from ..index.concepts import Concepts, Exemplar, read_names
+from ..index.in_memory import index_of_rows, listed
+from .lines import N_EXEMPLARS, Kind, Known
 from .places import covered
 from .receipt import Comparison, Receipt, make_comparison, make_receipt
 
@@ -34,14 +40,20 @@ class PairExplainer:
     ----------
     explainer
         With its network; its index says where the results' pictures lie.
+    concept_names
+        What a user calls concepts of the index: a TOML file (`concepts.read_names`), or names by
+        number.
 
     Raises
     ------
     InputError
-        The explainer has no network, or one in an ONNX file whose head is not known.
+        The explainer has no network, or one in an ONNX file whose head is not known; names of
+        concepts that the index does not have.
     """
 
-    def __init__(self, explainer: Explainer) -> None:
+    def __init__(
+        self, explainer: Explainer, *, concept_names: str | Path | Mapping[int, str] | None = None
+    ) -> None:
         if explainer.network is None:
             raise InputError(
                 "receipts need the activations of both pictures, and this Explainer has no "
@@ -50,6 +62,35 @@ class PairExplainer:
         self.explainer, self.maker = explainer, SideMaker(explainer.network)
         if not explainer.network.differentiable:
             self.maker.head(explainer.index)
+        given = concept_names or {}
+        self._names = given if isinstance(given, Mapping) else read_names(given)
+        self._concepts: tuple[weakref.ref[Index], Concepts | None] | None = None
+        self.known(explainer.index)
+
+    def known(self, index: Index) -> Known:
+        """Return what an index of the explainer says of channels and concepts."""
+        if self._concepts is None or self._concepts[0]() is not index:
+            concepts = index.concepts()
+            if self._names and concepts is None:
+                raise InputError(
+                    f"{index.path}: has no concepts, so names of concepts mean nothing; build it "
+                    "again, or leave them out"
+                )
+            named = None if concepts is None else concepts.named(self._names)
+            self._concepts = weakref.ref(index), named
+        # Of this index: the explainer may move on to another version.
+        return Known(self._concepts[1], partial(self._exemplars, index))
+
+    def _exemplars(self, index: Index, kind: Kind, numbers: Sequence[int]) -> list[list[Exemplar]]:
+        there = None
+        if self.explainer.store is not None:  # it knows which pictures are still there
+            names = (index.exemplar_ids(kind, number) for number in numbers)
+            asked = [*dict.fromkeys(chain.from_iterable(names))]
+            rows = listed(self.explainer.store.fetch(asked)) if asked else []
+            if not rows:
+                return [[] for _ in numbers]
+            there = index_of_rows(index, rows)
+        return [index.exemplars(kind, number, N_EXEMPLARS, among=there) for number in numbers]
 
     def receipt(self, query: QueryLike, result: QueryLike, *, centred: bool = True) -> Receipt:
         """Return why the query and one result match.
@@ -96,7 +137,7 @@ class PairExplainer:
         except EmbeddingError as error:
             names = [query_name(one, row) for row, one in enumerate([query, *results])]
             raise error.named(names) from None
-        mean = mean_of(index, centred)
+        mean, known = mean_of(index, centred), self.known(index)
         for result, side in zip(results, theirs, strict=True):
             if isinstance(result, str):
                 check_same(of.index, result, side)
@@ -115,6 +156,7 @@ class PairExplainer:
                 query_shown=shown[0],
                 result_shown=picture,
                 within=within,
+                known=known,
             )
             for side, picture in zip(theirs, shown[1:], strict=True)
         ]

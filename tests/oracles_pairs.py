@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Array = np.ndarray
 
@@ -15,6 +15,80 @@ def jacobian(head: Callable[[Tensor], Tensor], activations: Array) -> Array:
     z = head(maps)[0]
     rows = [torch.autograd.grad(one, maps, retain_graph=True)[0][0].numpy() for one in z]
     return np.stack(rows)
+
+
+def held_bent(head: nn.Sequential, activations: Array) -> Array:
+    """The same of mean, linear, tanh, linear with tanh(h) / h held, `[D K H W]`."""
+    _, first, _, second = head
+    A = activations
+    W1, b1, W2 = (x.detach().numpy() for x in (first.weight, first.bias, second.weight))
+    hidden, n = W1 @ A.mean((1, 2)) + b1, A.shape[1] * A.shape[2]
+    J = np.zeros((len(W2), *A.shape))
+    for d, k, m in np.ndindex(len(W2), len(A), len(W1)):
+        J[d, k] += W2[d, m] * np.tanh(hidden[m]) / hidden[m] * W1[m, k] / n
+    return J
+
+
+def held_power_mean(head: nn.Sequential, activations: Array) -> Array:
+    """The same of clamp c, mean of cubes m, its root r, linear, with c/A, c^2 and r/m held."""
+    A, W = activations, head[1].weight.detach().numpy()
+    J = np.zeros((len(W), *A.shape))
+    for k in range(len(A)):
+        clamped = np.maximum(A[k], 1e-3)
+        m = (clamped**3).mean()
+        for d, i, j in np.ndindex(len(W), *A.shape[1:]):
+            slope = clamped[i, j] / A[k, i, j] if A[k, i, j] else 0.0
+            J[d, k, i, j] = W[d, k] * m ** (1 / 3) / m * clamped[i, j] ** 2 * slope / A[k].size
+    return J
+
+
+def layer_norm_map(norm: nn.LayerNorm, token: Array) -> Array:
+    """g_i (delta_ik - 1/K) / sigma, `[K K]`, with sigma of the token held."""
+    width = len(token)
+    sigma = np.sqrt(((token - token.mean()) ** 2).mean() + norm.eps)
+    gain = norm.weight.detach().numpy()
+    return np.array(
+        [[gain[i] * ((i == k) - 1 / width) / sigma for k in range(width)] for i in range(width)]
+    )
+
+
+def attention_of_first(mix: nn.MultiheadAttention, tokens: Array) -> Array:
+    """The weights with which the first token attends to all, `[heads T]`."""
+    width, heads = tokens.shape[1], mix.num_heads
+    W, b = mix.in_proj_weight.detach().numpy(), mix.in_proj_bias.detach().numpy()
+    q = W[:width] @ tokens[0] + b[:width]
+    weights = np.zeros((heads, len(tokens)))
+    for h in range(heads):
+        part = slice(h * width // heads, (h + 1) * width // heads)
+        for t, token in enumerate(tokens):
+            k = W[width : 2 * width] @ token + b[width : 2 * width]
+            weights[h, t] = np.exp(q[part] @ k[part] / np.sqrt(width // heads))
+    return weights / weights.sum(1, keepdims=True)
+
+
+def held_tokens(patches: nn.Module, head: nn.Module, activations: Array) -> tuple[Array, Array]:
+    """The same of attention of the class token, weights and sigma held; and what that token gives.
+
+    Out: `[D K H W]` and `[D]`.
+    """
+    A, width = activations, len(activations)
+    first = patches.token.detach().numpy()[0]
+    tokens = np.concatenate([first, A.reshape(width, -1).T])
+    norm, bias = head.norm, head.norm.bias.detach().numpy()
+    maps = [layer_norm_map(norm, token) for token in tokens]
+    normed = np.stack([to @ token + bias for to, token in zip(maps, tokens, strict=True)])
+    weights = attention_of_first(head.mix, normed)
+    V, out = head.mix.in_proj_weight.detach().numpy()[2 * width :], head.mix.out_proj.weight
+    linear, out = head.linear.weight.detach().numpy(), out.detach().numpy()
+    each = []
+    for t in range(len(tokens)):
+        mixed = np.zeros((width, width))
+        for h in range(len(weights)):
+            part = slice(h * width // len(weights), (h + 1) * width // len(weights))
+            mixed[part] = weights[h, t] * V[part]
+        each.append(linear @ out @ mixed @ maps[t])
+    J = np.stack(each[1:], -1).reshape(len(linear), *A.shape)
+    return J, (each[0] + linear) @ tokens[0]
 
 
 def cell_vector(J: Array, A: Array, norm: float, row: int, column: int) -> list[float]:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_args
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._checks import check_sides, one_of, whole
 from .._files import ProcessLock
@@ -37,6 +36,7 @@ from ..preprocess.probe import probe_inputs
 from . import open_clip_source, sentence_transformers_source, transformers_source
 from .gradients import HeadPass
 from .head import HeadAlone, HeadKind, ask_head, pooled_vjp, refuse_difference, tolerance_of
+from .held import HeldPass, held_pass
 from .layers import (
     TOKENS,
     Images,
@@ -548,16 +548,20 @@ class EmbeddingNetwork:
         """Return features, z `[B D]` and the input as a leaf, gradients kept: `input_gradient`."""
         return self.runner.run_from_input(images, mode)
 
-    def head_pass(self, images: Images, *, twice: bool = False) -> HeadPass:
+    def head_pass(self, images: Images) -> HeadPass:
         """Return a forward that is differentiable from the layer on; in inference mode too.
 
-        `twice` is for `HeadPass.jvp`: attention is computed by formulas that can be differentiated
-        twice. Raises as `forward`, and where the layer's output, or that of all its patch tokens,
-        never reaches the embedding.
+        Raises as `forward`, and where the layer's output, or that of all its patch tokens, never
+        reaches the embedding.
         """
-        with sdpa_kernel(SDPBackend.MATH) if twice else nullcontext():
-            run = self.runner.run(images, keep=in_graph)
-        return HeadPass(self.runner, run)
+        return HeadPass(self.runner, self.runner.run(images, keep=in_graph))
+
+    def held_pass(self, image: Images) -> HeldPass:
+        """Return a forward of `[1 C H W]` that is a sum from the layer on; raises as `head_pass`.
+
+        Attention weights, norms' statistics and the like are held: see `HeldPass.held`.
+        """
+        return held_pass(self.runner, image)
 
     def traceable(self, layers: Sequence[str]) -> Callable[[Tensor], tuple[Tensor, list[Tensor]]]:
         """Return images -> z `[B D]` and layers' `[B K H W]`, for exporters; nothing is checked."""

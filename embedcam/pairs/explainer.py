@@ -19,6 +19,7 @@ from ..explain.texts import Texts, words_of
 from ..index.concepts import Concepts, Exemplar, read_names
 from ..index.in_memory import index_of_rows, listed
 from .lines import N_EXEMPLARS, Kind, Known
+from .places import covered
 from .receipt import Comparison, Receipt, make_comparison, make_receipt
 from .texts import TextReceipt, make_text_receipt
 
@@ -116,9 +117,18 @@ class PairExplainer:
         return self.receipts(query, [result], centred=centred)[0]
 
     def receipts(
-        self, query: QueryLike, results: Sequence[QueryLike], *, centred: bool = True
+        self,
+        query: QueryLike,
+        results: Sequence[QueryLike],
+        *,
+        centred: bool = True,
+        box: Sequence[float] | None = None,
     ) -> list[Receipt]:
-        """Return the receipts of one query with several results; arguments as for `receipt`."""
+        """Return the receipts of one query with several results; arguments as for `receipt`.
+
+        With a `box`, (x0, y0, x1, y1) in pixels of the query (upright, or of the network's input
+        where that was given), of what lies in it: what *that part* matches in every result.
+        """
         if isinstance(results, str | bytes | Path):
             raise InputError("expected a list of results, got one; use receipt()")
         index = self.explainer.index
@@ -133,7 +143,12 @@ class PairExplainer:
         for result, side in zip(results, theirs, strict=True):
             if isinstance(result, str):
                 check_same(of.index, result, side)
-        shown = [picture for picture, _ in opened]
+        shown, within = [picture for picture, _ in opened], None
+        if box is not None:
+            picture, (height, width) = shown[0].image, opened[0][1].shape[-2:]
+            size = (width, height) if picture is None else picture.size
+            seen = shown[0].extent or (0, 0, *size)
+            within = covered(box, size, seen, ours.activations.shape[1:])
         return [
             make_receipt(
                 ours,
@@ -142,6 +157,7 @@ class PairExplainer:
                 centred=centred,
                 query_shown=shown[0],
                 result_shown=picture,
+                within=within,
                 known=known,
             )
             for side, picture in zip(theirs, shown[1:], strict=True)

@@ -194,8 +194,8 @@ class PairReceipt(Indexed):
     links: list[CellLink] = _says("The cells that match best.")
     pairs: Rows | None = _says(
         "What each cell of the query (rows) has with each cell of the result (columns), both "
-        "counted row by row, to four digits; null where each takes a pass of the head, or where all "
-        "together would be too many numbers: ask with `cell` then."
+        "counted row by row, to four digits; null where each takes a pass of the head, or where "
+        "all together would be too many numbers: ask with `cell` then."
     )
     point: Cells | None = _says(
         "What the cell asked for matches, on the other picture's grid; null where none was asked "

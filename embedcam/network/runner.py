@@ -208,8 +208,9 @@ def with_positions(module: nn.Module, images: Tensor, before: str | None = None)
 class Runner:
     """Runs a module hooked at its layer, or a trunk and a head, and reads what they return.
 
-    Remembers the input's size, layouts, which layers reach the embedding, and in which type a
-    trunk returns one plain tensor.
+    Remembers the input's size, layouts, which layers reach the embedding, in which type a trunk
+    returns one plain tensor, and of `held_pass` which steps were opened (None: nothing is held)
+    and whether the embedding then is a sum over positions.
     """
 
     module: nn.Module
@@ -226,6 +227,8 @@ class Runner:
     layout_options: LayoutOptions = ("auto", None, None)
     example: Tensor | None = None
     plain_dtype: torch.dtype | None = None
+    opened: frozenset[int] | None = frozenset()
+    sums: bool = False
     lock: ProcessLock = field(default_factory=ProcessLock)
     reached: set[str] = field(default_factory=set)
     _layouts: dict[str, tuple[tuple[torch.Size, torch.Size], Layout]] = field(default_factory=dict)

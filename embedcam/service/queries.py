@@ -250,7 +250,7 @@ def router(pipeline: Pipeline) -> APIRouter:
             """Write a receipt, with its `pairs` while there is room."""
             nonlocal left
             numbers = receipt.query.cells.size * receipt.result.cells.size
-            fits = receipt.exact and numbers <= left
+            fits = all(one.direct for one in receipt.sides) and numbers <= left
             left -= numbers * fits
             shown = receipt.to_dict(asked.lines, asked.links)
             pairs = receipt.matrix().reshape(receipt.query.cells.size, -1) if fits else None
@@ -288,12 +288,12 @@ def router(pipeline: Pipeline) -> APIRouter:
                 )
                 if kind == JSON:
                     told.append(tell(picture, receipt))
-                # Others are let go of: of first order, one holds the graph of its picture's head.
+                # Others are let go of: behind attention, one holds the graph of its picture's head.
                 if kind != JSON or rival is not None:
                     kept.append(receipt)
 
             def answer() -> Response:
-                # A pass of the head where receipts are of first order.
+                # A pass of the head behind attention and the like.
                 why, contrast = None, None
                 if rival is not None:
                     why = make_comparison(query_side, kept[0], kept[1], index.metric)

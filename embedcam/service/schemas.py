@@ -191,10 +191,14 @@ class ExplainAnswer(Strict):
     neighbors: list[Neighbor]
 
 
+_PARTS = _says('What is neither of a cell nor of a channel, such as "the MLP", by name.')
+
+
 class Evidence(Strict):
-    """What one picture gives to a score: `cells`, `shared` and `remainder` sum to it."""
+    """What one picture gives to a score: `cells`, `parts`, `shared` and `remainder` sum to it."""
 
     cells: Cells
+    parts: dict[str, float] = _PARTS
     shared: float = _says("What the average image of the index has too.")
     remainder: float = _says("What no cell or channel accounts for.")
 
@@ -215,7 +219,7 @@ class CellLink(Strict):
 
 
 class PairReceipt(Indexed):
-    """Why the query and one result match: `shared`, the channels and `remainder` sum to it."""
+    """Why the query and one result match: `shared`, channels, parts and `remainder` sum to it."""
 
     picture: Size
     extent: Extent
@@ -227,18 +231,20 @@ class PairReceipt(Indexed):
     exact: bool = _says(
         "Contributions are exact; otherwise of first order, and `remainder` holds what is not."
     )
+    held: list[str] = _says("What was held at its values so that all adds up, in words.")
     centred: bool = _says("What both share with the average image was put apart.")
     shared: float = _says("What both share with the average image of the index.")
     remainder: float = _says("What no channel accounts for.")
     channels: list[Channel] = _says("Those that give most, largest first.")
     other_channels: float = _says("What all the others give together.")
+    parts: dict[str, float] = _PARTS
     query: Evidence
     result: Evidence
     links: list[CellLink] = _says("The cells that match best.")
     pairs: Rows | None = _says(
         "What each cell of the query (rows) has with each cell of the result (columns), both "
-        "counted row by row, to four digits; null where the receipt is not exact, or where all "
-        "together would be too many numbers: ask with `cell` then."
+        "counted row by row, to four digits; null where each takes a pass of the head, or where "
+        "all together would be too many numbers: ask with `cell` then."
     )
     point: Cells | None = _says(
         "What the cell asked for matches, on the other picture's grid; null where none was asked "
@@ -247,7 +253,7 @@ class PairReceipt(Indexed):
 
 
 class Contrast(Strict):
-    """Why the first result is nearer than the second: channels and remainder sum to `score`."""
+    """Why the first result is nearer than the second: channels, parts, remainder sum to `score`."""
 
     score: float = _says(
         "Half of the rival's squared distance less the result's; behind embeddings of length 1 the "
@@ -261,6 +267,7 @@ class Contrast(Strict):
     )
     channels: list[Channel]
     other_channels: float
+    parts: dict[str, float] = _PARTS
     query: Cells = _says("Positive where the query speaks for the result, negative for the rival.")
 
 

@@ -187,6 +187,12 @@ def test_a_network_without_attention_says_so() -> None:
         run_method(subject, METHODS["gradeclip"])
 
 
+def test_what_is_read_makes_no_receipt_and_the_layer_that_does_is_named() -> None:
+    network = small("blocks.1.attention@value")
+    with pytest.raises(NetworkError, match=r"no receipt can be made.*at layer 'blocks\.1\.norm1'"):
+        network.held_pass(network.probe_images())
+
+
 def test_other_threads_are_not_seen_and_an_exception_leaves_nothing() -> None:
     case = zoo_attention.made(method="gradeclip")
     case.network.forward(case.image[None])

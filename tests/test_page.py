@@ -182,7 +182,7 @@ def test_a_point_is_clicked(page, explainer):
     assert page.page.is_hidden("#back")
 
 
-def test_a_point_where_receipts_are_of_first_order(look, tmp_path):
+def test_a_point_behind_a_head_with_slopes_held(look, tmp_path):
     why = explainer_of(built(tmp_path, "other"), "other")
     with served(why) as service:
         page = look(service)
@@ -192,7 +192,7 @@ def test_a_point_where_receipts_are_of_first_order(look, tmp_path):
         ids = page.texts(".card .id")
         assert page.ring(5) == ring_of(PairExplainer(why).receipt(QUERY, ids[4]).point(1, 2))
         page.page.hover(".card:nth-child(1) button.frame")
-        assert "first order" in page.text("#panel")
+        assert "slopes of activation functions held" in page.text("#panel")
 
 
 def test_a_result_is_hovered(page, explainer):

@@ -11,7 +11,7 @@ from ..errors import IndexFormatError, short
 from ..images.texts import Texts, first_twice, in_runs, sorted_order
 from . import faiss_build
 from .arrays import Column, blocks, broken, file_name, sha256_of, wrong_values
-from .concepts import wrong_arrays
+from .concepts import ARRAYS, wrong_arrays
 from .faiss_files import REBUILD
 from .reader import Index
 from .rows import Part, order_dtype
@@ -76,16 +76,18 @@ def verify_open(
         "the checksum of every file": _checksums(index, progress),
         "embeddings: finite, and of unit length where promised": embeddings,
         "weights: finite, channels distinct and in range": _weights(index),
-        "concepts and exemplars: parts, ids, positions": _concepts(index),
         "ids, paths and labels: offsets, UTF-8, order": (
             broken(index.path, f"{part.directory}/{name}", what)
             for part in index.parts
             for name, what in _wrong_strings(part)
         ),
+        "concepts and exemplars: parts, ids, positions": _concepts(index),
         "tombstones: rising and in range": (),  # seen when the index was opened
         "ids: not empty, unique among live images": _unique(index),
         "FAISS: size, width, metric, and distances of a sample": _faiss(index),
     }
+    if not ARRAYS & index.shared().keys():
+        del steps["concepts and exemplars: parts, ids, positions"]
     for name, problems in steps.items():
         before = len(report.problems)
         for problem in _yielded(problems):

@@ -93,9 +93,11 @@ def fitted(plan: Plan) -> dict[str, np.ndarray]:
     ids, recipe = plan.source.ids, plan.recipe
     kept = [np.concatenate(plan.columns("embed", f"seen_{n}")) for n in Seen._fields[1:]]
     sample, places, cells = kept
+    n = most_parts(recipe.concepts, sample, len(np.unique(places)))
+    if not n:
+        return arrays_of(best, None, None, ids)
     with plan.stages("concepts", len(sample)) as progressed:
-        n = most_parts(recipe.concepts, sample, len(np.unique(places)))
-        found = fit_parts(sample, n, recipe.seed) if n else None
+        found = fit_parts(sample, n, recipe.seed)
         progressed(len(sample))
     if found is None:
         return arrays_of(best, None, None, ids)

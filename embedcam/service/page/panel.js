@@ -72,6 +72,7 @@ export function showReceipt(card, query, { search, close }) {
     { words: "shared with the average image", value: receipt.shared, apart: true },
     ...channels.lines,
     { words: "other channels", value: channels.others, rest: true },
+    ...parts(receipt),
     ...remainder(receipt),
   ];
   const pair = make("div", { class: "pair" });
@@ -87,7 +88,7 @@ export function showReceipt(card, query, { search, close }) {
     make("p", { class: "quiet", text: "Red speaks for the match, blue against it. Lines join the places that match best." }),
     sum(amounts, { words: "similarity", value: receipt.similarity }, "What adds up to the similarity"),
     spoken(receipt),
-    make("p", { class: "quiet", text: exactness(receipt.exact) }),
+    make("p", { class: "quiet", text: exactness(receipt) }),
     make("p", { class: "buttons" },
       make("button", { type: "button", class: "plain", text: "Search with this result", click: search })),
   );
@@ -101,7 +102,7 @@ export function showReceipt(card, query, { search, close }) {
 export function showContrast(above, below, query, answer, { close, change, stored }) {
   const { contrast } = answer;
   const channels = chosen(contrast);
-  const amounts = [...channels.lines, { words: "other channels", value: channels.others, rest: true }, ...remainder(contrast)];
+  const amounts = [...channels.lines, { words: "other channels", value: channels.others, rest: true }, ...parts(contrast), ...remainder(contrast)];
   const three = make("div", { class: "pair three" });
   const map = mapOf(contrast.query);
   three.append(
@@ -120,7 +121,7 @@ export function showContrast(above, below, query, answer, { close, change, store
       make("b", { class: "against", text: `blue for result ${below.rank}` }),
       ": their own maps show what in them matches your picture."),
     sum(amounts, { words: `result ${above.rank} is more similar by`, value: contrast.score }, "What adds up to the difference"),
-    make("p", { class: "quiet", text: exactness(contrast.exact) }),
+    make("p", { class: "quiet", text: exactness(contrast) }),
     make("p", { class: "buttons" },
       make("button", { type: "button", class: "plain", id: "stored", click: change,
         text: stored ? "Show the map that adds up" : "Show the stored weights’ map" })),
@@ -142,14 +143,19 @@ function chosen({ channels, other_channels: others }) {
   };
 }
 
+/** What is neither of a cell nor of a channel, such as "the MLP". */
+function parts({ parts: named }) {
+  return Object.entries(named).map(([words, value]) => ({ words, value, rest: true }));
+}
+
 function remainder({ exact, remainder: value }) {
   if (exact && Math.abs(value) < SMALL) return [];
   return [{ words: exact ? "the head’s bias" : "not of first order", value }];
 }
 
-function exactness(exact) {
+function exactness({ exact, held = [] }) {
   return exact
-    ? "The amounts are exact. A channel is one of the network’s own features."
+    ? `The amounts are exact${held.length ? `, with ${held.join(", ")} held` : ""}. A channel is one of the network’s own features.`
     : "The amounts are of first order. A channel is one of the network’s own features.";
 }
 

@@ -18,7 +18,7 @@ from ..explain.sides import Shown, Side
 from ..index.concepts import Concepts, Exemplar, read_names
 from ..index.in_memory import index_of_rows, listed
 from .lines import N_EXEMPLARS, Kind, Known
-from .receipt import Comparison, Receipt, make_comparison, make_receipt
+from .receipt import Comparison, Receipt, keep_exemplars, make_comparison, make_receipt
 
 if TYPE_CHECKING:
     from ..explain.explainer import Explainer
@@ -132,7 +132,7 @@ class PairExplainer:
             if isinstance(result, str):
                 check_same(of.index, result, side)
         shown = [picture for picture, _ in opened]
-        return [
+        receipts = [
             make_receipt(
                 ours,
                 side,
@@ -144,6 +144,9 @@ class PairExplainer:
             )
             for side, picture in zip(theirs, shown[1:], strict=True)
         ]
+        if receipts:
+            keep_exemplars(receipts)
+        return receipts
 
     def above(
         self, query: QueryLike, result: QueryLike, rival: QueryLike, *, centred: bool = True
@@ -152,7 +155,9 @@ class PairExplainer:
         if isinstance(result, str) and result == rival:
             raise InputError(f"the result and its rival are both {result!r}; name two images")
         first, second = self.receipts(query, [result, rival], centred=centred)
-        return make_comparison(first.sides[0], first, second, self.explainer.index.metric)
+        why = make_comparison(first.sides[0], first, second, self.explainer.index.metric)
+        keep_exemplars([why])
+        return why
 
     def _open(self, image: QueryLike, of: Explainer | None = None) -> tuple[Shown, Inputs]:
         """Return how a picture is drawn, and the input `[3 H W]`; a text names an image `of`."""

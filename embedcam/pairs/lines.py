@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+from PIL import Image
 
 from .._checks import whole
 from ..explain.explanation import Json
@@ -65,6 +66,8 @@ class Known:
 
     concepts: Concepts | None = None
     find: Find = lambda _, numbers: [()] * len(numbers)
+    crop: Callable[[Exemplar], Image.Image | None] = lambda _: None
+    """Returns what an exemplar shows, cut out; None where its picture cannot be read any more."""
 
     def shown(self, lines: list[Line]) -> list[Line]:
         """Return lines of one kind with their exemplars."""
@@ -73,6 +76,10 @@ class Known:
         found = self.find(lines[0].kind, [line.number for line in lines])
         pairs = zip(lines, found, strict=True)
         return [replace(line, exemplars=tuple(exemplars)) for line, exemplars in pairs]
+
+    def crops(self, exemplars: Sequence[Exemplar]) -> list[Image.Image]:
+        """Return what exemplars show, of those whose pictures can be read."""
+        return [crop for one in exemplars if (crop := self.crop(one)) is not None]
 
 
 NOTHING_KNOWN = Known()

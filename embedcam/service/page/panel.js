@@ -2,6 +2,7 @@
 
 import { draw, find, make } from "./dom.js";
 import { mapOf, strongest } from "./maps.js";
+import { carried, exemplarsOf, outlineAll, placeList } from "./places.js";
 import { Shot } from "./shot.js";
 import { fixed, nameOf, placeOf, sentence, signed } from "./words.js";
 

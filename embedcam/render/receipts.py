@@ -263,6 +263,7 @@ class _Sum:
         top = max((abs(number) for _, number in amounts[self.apart :]), default=0.0)
         beside = max(map(len, self.crops.values()), default=0) * (_SMALL_CROP + 4)
         right, first = self.left + self.width - 6, self.left + self.bar_left
+        beside += 12 * bool(beside)
         # Where nothing speaks against, bars begin at the left.
         both = any(number < -5e-4 for _, number in amounts[self.apart :])
         middle = first + beside + both * self.bar_width // 2

@@ -102,7 +102,9 @@ class Concepts:
             return np.zeros(len(self))
         factor = self._factor
         products = self.parts.astype(np.float64) @ (sums / largest)
-        return np.asarray(nnls(factor.T, np.linalg.solve(factor, products), 50 * len(self))[0])
+        return np.asarray(
+            nnls(factor.T, np.linalg.solve(factor, products), maxiter=50 * len(self))[0]
+        )
 
     def shares(self, activations: np.ndarray) -> np.ndarray:
         """Return the share of each part in each channel of a picture `[K H W]`, `[P K]`.

@@ -218,6 +218,12 @@ class Receipt(Total):
         """
         return find_places(*self.sides, self.mean, n, self.within)
 
+    def in_words(self, n: int = 5) -> list[str]:
+        """Return sentences: what matches what, of n places at most, and what they carry."""
+        found = self.places(n)
+        told = [place.words(self.beyond) for place in found]
+        return told + list(filter(None, [self._said(found)]))
+
     def amounts(self, n: int = 10) -> Amounts:
         """Return what adds up to the similarity: the average, n channels, all that is left."""
         shared = [("shared with the average", self.shared)] if self.centred else []

@@ -283,10 +283,7 @@ def router(pipeline: Pipeline) -> APIRouter:
                 {
                     **shown["result"],
                     **shown,
-                    "channels": schemas.exemplars_of(request, shown["channels"]),
-                    "concepts": schemas.exemplars_of(request, shown.get("concepts", ())),
-                    "other_concepts": shown.get("other_concepts", 0.0),
-                    "no_concept": shown.get("no_concept", 0.0),
+                    **schemas.lines_of(request, shown),
                 },
                 picture=schemas.size_of(picture.size),
                 extent=picture.extent,
@@ -337,6 +334,7 @@ def router(pipeline: Pipeline) -> APIRouter:
                 if why is not None:
                     shown = why.to_dict(asked.lines)
                     cells = shown["query"]["cells"]
+                    shown |= schemas.lines_of(request, shown)
                     contrast = schemas.built(schemas.Contrast, shown, query=cells)
                 box = {"picture": schemas.size_of(query.size), "extent": query.extent}
                 whole = schemas.built(schemas.CompareAnswer, box, receipts=told, contrast=contrast)

@@ -321,6 +321,9 @@ class Contrast(Strict):
     )
     channels: list[Channel]
     other_channels: float
+    concepts: list[Concept]
+    other_concepts: float
+    no_concept: float
     parts: dict[str, float] = _PARTS
     query: Cells = _says("Positive where the query speaks for the result, negative for the rival.")
 
@@ -469,22 +472,22 @@ def size_of(size: tuple[int, int]) -> Size:
     return Size(width=size[0], height=size[1])
 
 
-def exemplars_of(request: Request, lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return lines of a receipt, each exemplar with where its cell can be seen."""
-    return [
-        {
-            **line,
-            "exemplars": [
-                {
-                    **one,
-                    "crop_url": f"{urls_of(request, one['id'])['image_url']}"
-                    f"?cell={one['row']},{one['column']}",
-                }
-                for one in line.get("exemplars", ())
-            ],
-        }
-        for line in lines
-    ]
+def lines_of(request: Request, shown: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a receipt's channels and concepts, each exemplar with where its cell can be seen."""
+
+    def seen(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return [{**line, "exemplars": [*map(placed, line.get("exemplars", ()))]} for line in lines]
+
+    def placed(one: Mapping[str, Any]) -> dict[str, Any]:
+        image = urls_of(request, one["id"])["image_url"]
+        return {**one, "crop_url": f"{image}?cell={one['row']},{one['column']}"}
+
+    return {
+        "channels": seen(shown["channels"]),
+        "concepts": seen(shown.get("concepts", ())),
+        "other_concepts": shown.get("other_concepts", 0.0),
+        "no_concept": shown.get("no_concept", 0.0),
+    }
 
 
 def urls_of(request: Request, name: str) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Receipts of a pair once more, as slow literal loops over the head's whole Jacobian."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -52,18 +53,28 @@ def layer_norm_map(norm: nn.LayerNorm, token: Array) -> Array:
     )
 
 
-def attention_of_first(mix: nn.MultiheadAttention, tokens: Array) -> Array:
-    """The weights with which the first token attends to all, `[heads T]`."""
-    width, heads = tokens.shape[1], mix.num_heads
-    W, b = mix.in_proj_weight.detach().numpy(), mix.in_proj_bias.detach().numpy()
-    q = W[:width] @ tokens[0] + b[:width]
+def attention_of_one(query: Array, tokens: Array, W: Array, b: Array, heads: int) -> Array:
+    """The weights with which a query `[K]` attends to tokens `[T K]`, keys W t + b, `[heads T]`."""
+    width = len(query)
     weights = np.zeros((heads, len(tokens)))
     for h in range(heads):
         part = slice(h * width // heads, (h + 1) * width // heads)
         for t, token in enumerate(tokens):
-            k = W[width : 2 * width] @ token + b[width : 2 * width]
-            weights[h, t] = np.exp(q[part] @ k[part] / np.sqrt(width // heads))
+            weights[h, t] = np.exp(query[part] @ (W @ token + b)[part] / np.sqrt(width // heads))
     return weights / weights.sum(1, keepdims=True)
+
+
+def mixed_values(weights: Array, V: Array, out: Array) -> list[Array]:
+    """out [a_1t V_1; a_2t V_2; ...] of each token t, V_h the rows of head h; `[K K]` each."""
+    heads, width = len(weights), len(V)
+    maps = []
+    for t in range(weights.shape[1]):
+        scaled = np.zeros(V.shape)
+        for h in range(heads):
+            part = slice(h * width // heads, (h + 1) * width // heads)
+            scaled[part] = weights[h, t] * V[part]
+        maps.append(out @ scaled)
+    return maps
 
 
 def held_tokens(patches: nn.Module, head: nn.Module, activations: Array) -> tuple[Array, Array]:
@@ -71,24 +82,65 @@ def held_tokens(patches: nn.Module, head: nn.Module, activations: Array) -> tupl
 
     Out: `[D K H W]` and `[D]`.
     """
-    A, width = activations, len(activations)
+    A, width, mix = activations, len(activations), head.mix
     first = patches.token.detach().numpy()[0]
     tokens = np.concatenate([first, A.reshape(width, -1).T])
-    norm, bias = head.norm, head.norm.bias.detach().numpy()
-    maps = [layer_norm_map(norm, token) for token in tokens]
-    normed = np.stack([to @ token + bias for to, token in zip(maps, tokens, strict=True)])
-    weights = attention_of_first(head.mix, normed)
-    V, out = head.mix.in_proj_weight.detach().numpy()[2 * width :], head.mix.out_proj.weight
-    linear, out = head.linear.weight.detach().numpy(), out.detach().numpy()
-    each = []
-    for t in range(len(tokens)):
-        mixed = np.zeros((width, width))
-        for h in range(len(weights)):
-            part = slice(h * width // len(weights), (h + 1) * width // len(weights))
-            mixed[part] = weights[h, t] * V[part]
-        each.append(linear @ out @ mixed @ maps[t])
+    maps = [layer_norm_map(head.norm, token) for token in tokens]
+    shift = head.norm.bias.detach().numpy()
+    normed = np.stack([to @ token + shift for to, token in zip(maps, tokens, strict=True)])
+    W, b = mix.in_proj_weight.detach().numpy(), mix.in_proj_bias.detach().numpy()
+    query = W[:width] @ normed[0] + b[:width]
+    keys = W[width : 2 * width], b[width : 2 * width]
+    weights = attention_of_one(query, normed, *keys, mix.num_heads)
+    mixed = mixed_values(weights, W[2 * width :], mix.out_proj.weight.detach().numpy())
+    linear = head.linear.weight.detach().numpy()
+    each = [linear @ value @ to for value, to in zip(mixed, maps, strict=True)]
     J = np.stack(each[1:], -1).reshape(len(linear), *A.shape)
     return J, (each[0] + linear) @ tokens[0]
+
+
+def held_block(block: nn.Module, tokens: Array, stream: Array | None) -> dict[str, Array]:
+    """What z is the sum of behind an attention of one query, a perceptron, a norm and a linear map.
+
+    `tokens` `[T K]` are what is attended to, by the first of them, or by `block.latent`; `stream`
+    `[K]` is what the attention's output is added to. Weights and sigmas are held. Out: "tokens"
+    `[T D]`, and `[D]` each "stream", "perceptron", "biases".
+    """
+    array = {name: value.detach().numpy() for name, value in block.named_parameters()}
+    asking = array["latent"] if stream is None else tokens[0]
+    query = array["q.weight"] @ asking + array["q.bias"]
+    keys = array["k.weight"], array["k.bias"]
+    weights = attention_of_one(query, tokens, *keys, block.heads)
+    given = mixed_values(weights, array["v.weight"], array["out.weight"])
+    each = np.stack([value @ token for value, token in zip(given, tokens, strict=True)])
+    constant = array["out.weight"] @ array["v.bias"] + array["out.bias"]
+    y = each.sum(0) + constant + (0 if stream is None else stream)
+    hidden = layer_norm_map(block.norm, y) @ y + array["norm.bias"]
+    hidden = array["up.weight"] @ hidden + array["up.bias"]
+    bent = np.array([h / 2 * (1 + math.erf(h / math.sqrt(2))) for h in hidden])
+    added = array["down.weight"] @ bent
+    y = y + added + array["down.bias"]
+    last = array["last.weight"] @ layer_norm_map(block.end, y)
+    shift = array["last.weight"] @ array["end.bias"] + array["last.bias"]
+    return {
+        "tokens": np.stack([last @ one for one in each]),
+        "stream": last @ (np.zeros(len(y)) if stream is None else stream),
+        "perceptron": last @ added,
+        "biases": last @ (constant + array["down.bias"]) + shift,
+    }
+
+
+def held_pool_norm(activations: Array, gain: Array, eps: float, centred: bool) -> Array:
+    """What each position gives to g (p - mean p) / sigma or g p / rms, sigma held, `[H W K]`."""
+    A, width = activations, len(activations)
+    p = [A[k].mean() for k in range(width)]
+    middle = sum(p) / width if centred else 0.0
+    sigma = np.sqrt(sum((x - middle) ** 2 for x in p) / width + eps)
+    given = np.zeros((*A.shape[1:], width))
+    for i, j, k in np.ndindex(given.shape):
+        own = A[k, i, j] - (A[:, i, j].sum() / width if centred else 0.0)
+        given[i, j, k] = gain[k] * own / A[k].size / sigma
+    return given
 
 
 def cell_vector(J: Array, A: Array, norm: float, row: int, column: int) -> list[float]:

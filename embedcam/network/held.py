@@ -60,19 +60,19 @@ class HeldPass(Graph):
             c = torch.as_tensor(direction, device=z.device).to(z.dtype)[None]
             scale = half_scale(c) if leaf.dtype == torch.float16 else torch.ones_like(c[:, :1])
             slopes = derivatives(z, [leaf, *others], c * scale, f"layer {self._names[0]!r}")
-            amounts = [
-                None if slope is None else _double(slope / scale) * _double(one.detach())
-                for slope, one in zip(slopes, [leaf, *others], strict=True)
-            ]
+        amounts = [
+            None if slope is None else _double(slope / scale) * _double(one.detach())
+            for slope, one in zip(slopes, [leaf, *others], strict=True)
+        ]
         first = torch.zeros_like(_double(leaf)) if amounts[0] is None else amounts[0]
-        cells = as_array(self._layouts[0].to_maps(first))[0]
-        parts = dict.fromkeys([PREFIX] * bool(self._layouts[0].prefix) + names, 0.0)
-        if self._layouts[0].prefix:
+        cells, parts = as_array(self._layouts[0].to_maps(first))[0], dict[str, float]()
+        if self.exact and self._layouts[0].prefix:
             parts[PREFIX] = float(first.sum()) - float(cells.sum())
         for name, amount in zip(names, amounts[1:], strict=True):
-            parts[name] += 0.0 if amount is None else float(amount.sum())
+            if amount is not None:  # such as what only a held divisor is made of
+                parts[name] = parts.get(name, 0.0) + float(amount.sum())
         cells = cells if within is None else cells * within
-        return cells.sum((1, 2)), cells.sum(0), parts if self.exact else {}
+        return cells.sum((1, 2)), cells.sum(0), parts
 
     def vectors(self, masks: np.ndarray) -> np.ndarray:
         """Return what sets of positions give to z, `[n D]`; masks `[n H W]` from 0 to 1."""

@@ -65,6 +65,7 @@ _BENT = _named_so(
 )
 _GATES = {"sigmoid", "hardsigmoid"}
 _SCALES = {"rsqrt", "reciprocal", "rdiv", "rtruediv"}
+_AS_ANOTHER = {"view_as", "expand_as", "reshape_as", "type_as", "to"}
 _AS_IT_IS = {"get", "set", "detach"}  # properties, such as .shape and .T
 
 
@@ -123,6 +124,8 @@ class Holding(TorchFunctionMode):
             return self._constant(func, given, args, kwargs)
         if name.endswith("_like") or name.startswith("new_"):
             return self._constant(func, [], args, kwargs)
+        if name in _AS_ANOTHER and isinstance(args[0], Tensor) and not _is_live(args[0]):
+            return self._constant(func, [args[0]], args, kwargs)
         if name in _RULES:
             return _RULES[name](self, *args, **kwargs)
         if name in _LINEAR:

@@ -5,6 +5,7 @@ from .explainer import PairExplainer, check_same, mean_of
 from .lines import NOTHING_KNOWN, Known, Line
 from .places import Place, covered
 from .receipt import Comparison, Link, Receipt, make_comparison, make_receipt
+from .texts import TextReceipt
 
 __all__ = [
     "NOTHING_KNOWN",
@@ -20,6 +21,7 @@ __all__ = [
     "Receipt",
     "Shown",
     "Side",
+    "TextReceipt",
     "check_same",
     "covered",
     "make_comparison",

@@ -16,12 +16,14 @@ from ..errors import EmbedcamError, EmbeddingError, ImageError, InputError
 from ..explain.queries import query_name
 from ..explain.side_maker import SideMaker
 from ..explain.sides import Shown, Side
+from ..explain.texts import Texts, words_of
 from ..index.concepts import Concepts, Exemplar, read_names
 from ..index.in_memory import index_of_rows, listed
 from ..render import window
 from .lines import N_EXEMPLARS, Kind, Known
 from .places import covered
 from .receipt import Comparison, Receipt, make_comparison, make_receipt
+from .texts import TextReceipt, make_text_receipt
 
 if TYPE_CHECKING:
     from ..explain.explainer import Explainer
@@ -182,6 +184,38 @@ class PairExplainer:
             raise InputError(f"the result and its rival are both {result!r}; name two images")
         first, second = self.receipts(query, [result, rival], centred=centred)
         return make_comparison(first.sides[0], first, second, self.explainer.index.metric)
+
+    def text_receipt(
+        self,
+        text: str,
+        picture: QueryLike,
+        *,
+        texts: Texts | None = None,
+        above: str | None = None,
+    ) -> TextReceipt:
+        """Return why words and one picture match, or why it answers them rather than `above`.
+
+        Parameters
+        ----------
+        text, texts, above
+            As `Explainer.explain_text` takes them.
+        picture
+            Id of an image of the index (a `str`), or a picture as the query of a `receipt`.
+
+        Raises
+        ------
+        ImageError, InputError, NetworkError
+            As `receipt`; words that cannot be used, or a network without a tower for texts.
+        """
+        of = self.explainer.of_ids([picture] if isinstance(picture, str) else [])
+        snapshot = of.snapshot
+        (words,) = words_of(snapshot, [text], above, texts)
+        shown, inputs = self._open(picture, of)
+        (side,) = self.maker.sides(snapshot.index, [inputs])
+        if isinstance(picture, str):
+            check_same(snapshot.index, picture, side)
+        known = self.known(self.explainer.index)
+        return make_text_receipt(snapshot.index, words, side, shown, known)
 
     def _open(self, image: QueryLike, of: Explainer | None = None) -> tuple[Shown, Inputs]:
         """Return how a picture is drawn, and the input `[3 H W]`; a text names an image `of`."""

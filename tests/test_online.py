@@ -134,6 +134,34 @@ def test_a_query_is_explained_and_drawn_without_anything_else(served: Path, tmp_
     assert (tmp_path / "why.png").stat().st_size > 10_000
 
 
+WORDS = """
+from embedcam import Explainer
+
+explainer = Explainer(told["index"], onnx=told["network"])
+why = explainer.explain_text("a red car", texts=told["text"], n_neighbors=3)
+why.save(told["out"])
+print(json.dumps(why.to_dict()))
+try:
+    explainer.explain_text("a red car")
+except Exception as error:
+    print(error, file=sys.stderr)
+assert not {"torch", "scipy", "matplotlib"} & set(sys.modules)
+"""
+
+
+def test_words_are_explained_without_anything_else(served: Path, tmp_path: Path) -> None:
+    text = np.random.default_rng(0).normal(size=5).tolist()
+    told, errors = alone(WORDS, **places(served), text=text, out=str(tmp_path / "why.png"))
+    assert "network.onnx embeds pictures alone; give texts=" in errors
+    with Index.open(served / "my.index") as index:
+        expected = Explainer(index, network_of()).explain_text("a red car", texts=text)
+    results = json.loads(told)["results"]
+    assert [one["id"] for one in results] == expected.ids[:3]
+    for one, cam in zip(results, expected.signed_cams, strict=False):
+        np.testing.assert_allclose(one["signed_cam"], cam, atol=1e-5)
+    assert (tmp_path / "why.png").stat().st_size > 10_000
+
+
 COMMAND = """
 from embedcam.cli import main
 

@@ -14,7 +14,7 @@ from embedcam.recipe.recipe import Recipe, read_toml
 RECIPES = sorted((Path(__file__).parents[1] / "index" / "recipes").glob("*.toml"))
 TABLES = {
     "weights": "method target norm sampling triplets hinge margin seed labels positives negatives",
-    "encoding": "encoding rank m by dtype",
+    "encoding": "encoding rank m by dtype concepts",
     "search": "faiss metric",
 }
 
@@ -72,7 +72,7 @@ def test_a_recipe_survives_toml_and_plain_values(tmp_path_factory, recipe) -> No
 def test_the_digest_tells_every_choice_apart() -> None:
     other = Recipe(
         "gradcam++", "centred", "around", "hard", 7, False, 0.3, 1, (), "mean", {"a": 1},
-        "dense", 9, 8, "magnitude", "float32", "HNSW8", "ip", "numbers", 0.2, 0.3,
+        "dense", 9, 8, "magnitude", "float32", 0, "HNSW8", "ip", "numbers", 0.2, 0.3,
     )  # fmt: skip
     names = [
         entry.name for entry in fields(Recipe) if entry.name not in ("hinge", "layers", "fill")

@@ -38,11 +38,15 @@ def explain(options: Namespace) -> None:
 
     # Whatever can be refused is refused before the network is loaded.
     take_model(options)
+    from .words import asks_words, explain_words
+
+    if asks_words(options):
+        return explain_words(options)
     queries = _report_queries(options)
     if queries is None:
         for query in options.queries:
             _check_query(query)
-    pictures = _plan_pictures(options.output, options.queries)
+    pictures = plan_pictures(options.output, options.queries)
     if options.html is not None:
         check_file(options.html, *options.queries)
     check_folder("--images", options.images)
@@ -344,7 +348,7 @@ def _check_query(query: str, many: bool = False) -> None:
         raise ImageError(f"{query}: {why_missing(query)}")
 
 
-def _plan_pictures(output: str | None, queries: Sequence[str]) -> Sequence[Path | None]:
+def plan_pictures(output: str | None, queries: Sequence[str]) -> Sequence[Path | None]:
     """Return where each query's picture goes: the file named, or one a query in a folder."""
     if output is None:
         return [None] * len(queries)
@@ -492,7 +496,7 @@ def compare(options: Namespace) -> None:
     from ..pairs import Comparison, PairExplainer, Receipt
 
     # Whatever can be refused is refused before the network is loaded.
-    (picture,) = _plan_pictures(options.output, [options.query])
+    (picture,) = plan_pictures(options.output, [options.query])
     check_folder("--images", options.images)
     _check_query(options.query)
     check_rival(options.result, options.above)

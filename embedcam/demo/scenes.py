@@ -58,15 +58,18 @@ class SceneMaker:
         rng = np.random.default_rng([seed, 0])
         self._doodles = [draw_doodle(rng) for _ in range(_N_DOODLES)]
 
-    def scene(self, split: Split, number: int) -> Scene:
-        """Draw scene `number` of `split`; its class is `number % 10`, a pair's is drawn."""
+    def scene(self, split: Split, number: int, two: bool | None = None) -> Scene:
+        """Draw scene `number` of `split`; its class is `number % 10`, those of two are drawn.
+
+        two: whether there are two digits, side by side; None: in a pair only.
+        """
         rng = np.random.default_rng([self.seed, _STREAMS[split], number])
         canvas, digits = (
             _Canvas(rng, self.size),
             self._digits["query" if split == "pair" else split],
         )
         labels, ends = [number % 10], [0, self.size]
-        if split == "pair":
+        if split == "pair" if two is None else two:
             labels, ends = rng.permutation(10)[:2].tolist(), [0, self.size // 2, self.size]
         placed, shapes = [], []
         for label, x0, x1 in zip(labels, ends, ends[1:], strict=False):

@@ -10,9 +10,10 @@ from pathlib import Path
 from PIL import Image
 
 from .._files import write_whole
-from ..errors import InputError
-from ..images import Root, is_url
-from ..images.places import PLACE, is_below
+from ..errors import EmbedcamError, InputError
+from ..images import PLACE, Root, is_url, open_place, read_image
+from ..images.places import is_below
+from ..preprocess import AnyPreprocess, Extent
 
 
 def may_follow(path: str, root: Root | None, only_below: bool) -> bool:
@@ -35,6 +36,28 @@ def may_follow(path: str, root: Root | None, only_below: bool) -> bool:
     if below:
         return True
     return file.is_absolute() and (not only_below or file.is_relative_to(os.path.abspath(root)))
+
+
+def read_shown(
+    path: str,
+    root: Root | None,
+    only_below: bool,
+    max_pixels: int,
+    preprocess: AnyPreprocess | None,
+) -> tuple[Image.Image | None, Extent | None]:
+    """Return an indexed image's picture and what of it the network saw; None where it is not read.
+
+    A map over the wrong part of a picture would be worse than one beside it.
+    """
+    if not may_follow(path, root, only_below):
+        return None, None
+    own = PLACE.match(path) is None  # a file of its own, as most are
+    read: Callable[..., Image.Image] = read_image if own else open_place
+    try:
+        picture = read(path, max_pixels=max_pixels)
+        return picture, None if preprocess is None else preprocess.extent(*picture.size)
+    except EmbedcamError:
+        return None, None
 
 
 def save_picture(draw: Callable[[], Image.Image], path: str | Path) -> Path:

@@ -23,12 +23,14 @@ from .answer import Fallback, RowSource, answers, count_searched, picture_paths
 from .explanation import Explanation
 from .queries import Query, embed, of_features, prepare
 from .snapshot import Snapshot
+from .texts import Texts, explain_texts
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from ..onnx import OnnxNetwork
     from .queries import Features, Inputs, QueryLike
+    from .text_explanation import TextExplanation
 
     Vector = np.ndarray[tuple[int], np.dtype[np.generic]]
     Vectors = np.ndarray[tuple[int, int], np.dtype[np.generic]]
@@ -40,6 +42,12 @@ if TYPE_CHECKING:
         result: str | None
         above: str | None
         detail_activations: Features | None
+
+    class _TextOptions(TypedDict, total=False):
+        texts: Texts | None
+        n_neighbors: int | None
+        above: str | None
+        image: QueryLike | None
 
 
 __all__ = ["Explainer", "Explanation", "Fallback", "RowSource"]
@@ -402,6 +410,60 @@ class Explainer:
         return answers(self, self._now(), [query], n_neighbors, None, result, above)[0]
 
     @overload
+    def explain_text(self, text: str, **options: Unpack[_TextOptions]) -> TextExplanation: ...
+
+    @overload
+    def explain_text(
+        self, text: list[str] | tuple[str, ...], **options: Unpack[_TextOptions]
+    ) -> list[TextExplanation]: ...
+
+    def explain_text(
+        self,
+        text: str | list[str] | tuple[str, ...],
+        *,
+        texts: Texts | None = None,
+        n_neighbors: int | None = None,
+        above: str | None = None,
+        image: QueryLike | None = None,
+    ) -> TextExplanation | list[TextExplanation]:
+        """Explain words: which pictures are nearest to them, and where each answers them.
+
+        Behind average pooling and an affine head maps need no gradient; behind another head each
+        is one derivative of the head. Pictures that cannot be read come without a map.
+
+        Parameters
+        ----------
+        text
+            Words, or several to be explained each.
+        texts
+            Embeds them where the network has no tower for texts: a function of a list of texts, or
+            their embeddings `[n D]` (of one `[D]`), that of `above` last.
+        n_neighbors
+            Pictures returned; None takes the explainer's.
+        above
+            Words that they are held against: *which places speak for the one and which for the
+            other*, on the pictures nearest to `text`.
+        image
+            Explain this picture, as `explain` takes it, in place of those that a search finds.
+
+        Raises
+        ------
+        InputError
+            Words or embeddings that cannot be used, or an explainer without a network.
+        NetworkError
+            A network without a tower for texts, or numbers that cannot be used.
+        """
+        if n_neighbors is not None and image is not None:
+            raise InputError("n_neighbors is of a search; leave it out, or image")
+        wanted = check_wanted(n_neighbors, None, 1, self.n_neighbors)
+        single = not isinstance(text, list | tuple)
+        asked = list(text) if isinstance(text, list | tuple) else [text]
+        if not asked:
+            return []
+        found = explain_texts(self, self._now(), asked, texts, wanted, above, image)
+        return found[0] if single else found
+
+    @overload
     def explain_features(
         self,
         embedding: Vector | Sequence[float],
@@ -518,6 +580,11 @@ class Explainer:
                 + "; give images= (--images), the folder the indexed images lie in now"
             )
         return open_place(path, max_pixels=self.max_pixels)
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """What is served now, for what asks several things of one version."""
+        return self._now()
 
     def _now(self) -> Snapshot:
         """Return what is served now, to be asked once a request; a forked child opens it anew."""

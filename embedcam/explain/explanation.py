@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -10,23 +10,12 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from PIL import Image
 
-from ..errors import EmbedcamError
-from ..images import (
-    MAX_PIXELS,
-    PLACE,
-    FileState,
-    Root,
-    file_state,
-    is_there,
-    open_place,
-    place_state,
-    read_image,
-)
+from ..images import MAX_PIXELS, FileState, Root, is_there, place_state
 from ..ops import area_average
 from ..preprocess import AnyPreprocess, Extent
 from ..render import CHANGED, Tile, draw_on_axes, in_notebook, panel, shrunk
 from ..render.tiles import Scale
-from .drawing import may_follow, save_picture
+from .drawing import may_follow, read_shown, save_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -301,19 +290,9 @@ class Explanation:
         return (query if side is None else shrunk(query, side)), results
 
     def _tile(self, result: Result) -> Tile:
-        picture, extent, changed = None, None, False
-        if may_follow(result.path, self.root, self.only_below):
-            own = PLACE.match(result.path) is None  # a file of its own, as most are
-            state: Callable[..., FileState | None] = file_state if own else place_state
-            read: Callable[..., Image.Image] = read_image if own else open_place
-            changed = result.mark is not None and state(result.path, result.mark) == "changed"
-            try:
-                picture = read(result.path, max_pixels=self.max_pixels)
-                if self.preprocess is not None:
-                    extent = self.preprocess.extent(*picture.size)
-            except EmbedcamError:
-                # A map over the wrong part of a picture would be worse than one beside it.
-                picture = None
+        of = (self.root, self.only_below, self.max_pixels, self.preprocess)
+        picture, extent = read_shown(result.path, *of)
+        changed = self._state(result) == "changed"
         name, words = self._short_name(result.id), []
         if result.label is not None:
             pair = (result.label, name) if self.prototypes else (name, result.label)
@@ -419,7 +398,7 @@ class Explanation:
         if features:
             maps["features"] = self.features
         return {
-            **{name: _rounded(one) for name, one in maps.items()},
+            **{name: rounded(one) for name, one in maps.items()},
             "empty": self.empty,
             "why_empty": self.why_empty,
             "extent": None if self.extent is None else list(self.extent),
@@ -443,7 +422,7 @@ class Explanation:
             "file": self._state(result),
             "distance": result.distance,
             "similarity": result.similarity,
-            "cam": None if result.cam is None else _rounded(result.cam),
+            "cam": None if result.cam is None else rounded(result.cam),
         }
 
 
@@ -453,7 +432,7 @@ def small_size(shape: Sequence[int]) -> tuple[int, int]:
     return min(14, height), min(14, width)
 
 
-def _rounded(cam: np.ndarray) -> list[float] | list[list[float]]:
+def rounded(cam: np.ndarray) -> list[float] | list[list[float]]:
     """Return lists of numbers with the digits a float32 holds, not a double's."""
     shortest: list[list[float]] = np.asarray(cam, np.float32).astype("U").astype(float).tolist()
     return shortest

@@ -16,6 +16,7 @@ from .._files import NotPlain, read_regular, write_whole
 from ..errors import IndexFormatError
 from . import manifest as manifest_file
 from .arrays import sha256_of
+from .concepts import ARRAYS
 from .manifest import FileEntry, Manifest
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 MOST_BYTES = 1 << 28
 """Of a model: what is fitted once is small, unless somebody made it large on purpose."""
 _AGAIN = "write it again with `embedcam model INDEX -o FILE`"
+DECODE_NO_ROW = ("text_mean", *sorted(ARRAYS))
+"""How the names of fitted arrays begin that rows are not read by."""
 _DIGITS = 16
 
 
@@ -90,11 +93,13 @@ def generation_of(manifest: Manifest) -> str:
 
     A digest of the recipe, the network, the encodings and all that was fitted: additions and
     removals leave it, another build changes it. (The manifest's own `generation` counts changes.)
+    What is fitted but decodes no row is left out: see `DECODE_NO_ROW`.
     """
     same = ("recipe_sha256", "embedding", "metric", "method", "target", "norm", "layers")
     network = dict(manifest.raw["network"] or {})
     network.pop("loading", None)  # where it lies does not matter
-    fitted = {name: entry.sha256 for name, entry in manifest.fitted.files.items()}
+    files = manifest.fitted.files.items()
+    fitted = {name: one.sha256 for name, one in files if not name.startswith(DECODE_NO_ROW)}
     said = {**manifest.entries(*same), "network": network, "fitted": fitted}
     return manifest_file.digest(said)[:_DIGITS]
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, NamedTuple, Never, TypeVar, overload
 
@@ -15,6 +16,7 @@ from ..images.texts import hashes_of
 from . import manifest as manifest_file
 from . import search as searching
 from .arrays import Column, broken
+from .concepts import PARTS, Concepts, Exemplar, Exemplars
 from .encoding import Encoding
 from .faiss_files import REBUILD, FaissFile
 from .identity import Identity
@@ -229,6 +231,50 @@ class Index:
     def shared(self) -> dict[str, np.ndarray]:
         """Return the arrays kept once for the whole index, by name."""
         return dict(self._shared)
+
+    @cached_property
+    def _exemplars(self) -> Exemplars:
+        return Exemplars(self._shared, (self.manifest.layers[0].grid or (1, 1))[1])
+
+    def concepts(self) -> Concepts | None:
+        """Return the parts that the activations are made of, or None where none were fitted."""
+        if PARTS not in self._shared:
+            return None
+        parts = self._shared[PARTS]
+        if not (np.isfinite(parts).all() and (parts >= 0).all()):
+            what = "holds a number that is negative or not finite"
+            raise broken(self.path, f"{self.manifest.fitted.directory}/{PARTS}.f32", what)
+        return Concepts(parts, ("",) * len(parts))
+
+    def exemplars(
+        self, kind: str, number: int, n: int = 3, *, among: "Index | None" = None
+    ) -> list[Exemplar]:
+        """Return indexed pictures and positions where a line answers most, best first.
+
+        Of a "channel" or a "concept" by number, n of those that were kept. Pictures that were
+        removed or replaced since are left out, by this index, or `among` rows of a store.
+        """
+        index = self if among is None else among
+        there = (one for one in self._kept_exemplars(kind, number) if index._is_there(one.id))
+        return list(islice(there, whole("n", n)))
+
+    def exemplar_ids(self, kind: str, number: int) -> list[str]:
+        """Return the ids of all exemplars that were kept, of removed pictures too."""
+        return [one.id for one in self._kept_exemplars(kind, number)]
+
+    def _kept_exemplars(self, kind: str, number: int) -> Iterator[Exemplar]:
+        try:
+            yield from self._exemplars.of(kind, number)
+        except ValueError as error:  # also of an id that is not UTF-8
+            if isinstance(error, InputError):
+                raise
+            what = f"the exemplars {error}"
+            raise broken(self.path, self.manifest.fitted.directory, what) from None
+
+    def _is_there(self, id: str) -> bool:
+        # What was added later under the same id is another picture.
+        most = self.manifest.fit.rows if self.is_whole else self.n_rows
+        return any(row < most and self.live([row])[0] for row in self._find(id))
 
     def probe(self) -> dict[str, np.ndarray]:
         """Return the arrays of the network's probe, by name ("probe_...")."""

@@ -26,6 +26,7 @@ from .arrays import (
     wrong_scales,
     wrong_values,
 )
+from .concepts import misshapen
 from .encoding import Encoding, TopM, from_spec
 from .manifest import LayerEntry, Manifest, PartEntry
 
@@ -289,13 +290,18 @@ def map_fitted(
         if not match or not known or match[3] != SUFFIXES[entry.dtype]:
             raise broken(root, place, "is no file of the fitted folder")
         # What belongs to the whole index and is compared with its embeddings; others are free.
-        rows = {"embedding_mean": (width,), "probe_embedding": (width,)}
+        rows = dict.fromkeys(("embedding_mean", "text_mean", "probe_embedding"), (width,))
         rows["probe_pooled"] = (max(1, entry.shape[0]),)
         fits = entry.dtype.startswith("float") and entry.shape == rows.get(match[2])
         if match[1] is None and match[2] in rows and not fits:
             what = f"holds {entry.dtype} {list(entry.shape)}, which is no {match[2]}"
             raise broken(root, place, what)
         arrays[name] = map_array(root, place, entry) if held is None else held[place]
+    whole = {name.split(".")[0]: one for name, one in folder.files.items() if name.count(".") == 1}
+    shapes = {name: (one.dtype, one.shape) for name, one in whole.items()}
+    wrong = misshapen(shapes, manifest.layers[0].channels) if manifest.layers else None
+    if wrong is not None:
+        raise broken(root, folder.directory, wrong)
     return arrays
 
 

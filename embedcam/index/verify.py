@@ -11,6 +11,7 @@ from ..errors import IndexFormatError, short
 from ..images.texts import Texts, first_twice, in_runs, sorted_order
 from . import faiss_build
 from .arrays import Column, blocks, broken, file_name, sha256_of, wrong_values
+from .concepts import ARRAYS, wrong_arrays
 from .faiss_files import REBUILD
 from .reader import Index
 from .rows import Part, order_dtype
@@ -80,10 +81,13 @@ def verify_open(
             for part in index.parts
             for name, what in _wrong_strings(part)
         ),
+        "concepts and exemplars: parts, ids, positions": _concepts(index),
         "tombstones: rising and in range": (),  # seen when the index was opened
         "ids: not empty, unique among live images": _unique(index),
         "FAISS: size, width, metric, and distances of a sample": _faiss(index),
     }
+    if not ARRAYS & index.shared().keys():
+        del steps["concepts and exemplars: parts, ids, positions"]
     for name, problems in steps.items():
         before = len(report.problems)
         for problem in _yielded(problems):
@@ -158,6 +162,12 @@ def _weights(index: Index) -> Iterator[IndexFormatError]:
     for name, array in index.fitted_files.items():
         if (what := wrong_values(array)) is not None:
             yield broken(index.path, f"{index.manifest.fitted.directory}/{name}", what)
+
+
+def _concepts(index: Index) -> Iterator[IndexFormatError]:
+    grid = index.manifest.layers[0].grid if index.manifest.layers else None
+    for name, what in wrong_arrays(index.shared(), grid):
+        yield broken(index.path, f"{index.manifest.fitted.directory}/{name}", what)
 
 
 def _values(index: Index, *columns: Column) -> Iterator[IndexFormatError]:

@@ -36,7 +36,15 @@ from ..preprocess.probe import probe_inputs
 from .gradients import HeadPass
 from .head import HeadAlone, HeadKind, ask_head, pooled_vjp, tolerance_of
 from .held import HeldPass, held_pass
-from .layers import TOKENS, Images, LayoutName, OutputChoice, describe_choice, find_layer
+from .layers import (
+    TOKENS,
+    Images,
+    LayoutName,
+    OutputChoice,
+    describe_choice,
+    find_layer,
+    split_reading,
+)
 from .module import (
     RandomOperations,
     advice_of,
@@ -47,6 +55,7 @@ from .module import (
     full_float32,
     hash_parameters,
     is_convolutional,
+    lay_out,
     message_of,
     no_gradients,
     one_thread,
@@ -56,6 +65,7 @@ from .module import (
     twin_of,
     uncompiled,
 )
+from .reading import Reading, as_indexed
 from .runner import (
     Features,
     Head,
@@ -67,13 +77,14 @@ from .runner import (
     in_graph,
     with_positions,
 )
+from .settings import place_of, refuse_settings
+from .texts import TextTower, embed_texts
 
 if TYPE_CHECKING:
     from ..onnx import OnnxNetwork
 
 Numbers = TypeVar("Numbers", np.ndarray, Tensor)
 DEFAULT_INPUT_SIZE = (224, 224)
-_AUTOCAST = (None, torch.bfloat16, torch.float16)
 # Runs of one picture that show chance which leaves most embeddings as they are.
 _REPEATS = 8
 
@@ -114,6 +125,9 @@ class EmbeddingNetwork:
         torch.bfloat16 or torch.float16 to compute in it; results are float32.
     name
         What to call it in an index.
+    texts
+        Texts -> their embeddings `[n D]` in the images' space, before normalisation: see
+        `embed_texts`.
 
     Raises
     ------
@@ -141,31 +155,20 @@ class EmbeddingNetwork:
         autocast: torch.dtype | None = None,
         channels_last: bool | None = None,
         name: str | None = None,
+        texts: TextTower | None = None,
     ) -> None:
         refuse_parts(trunk, head)
         if trunk is None or not isinstance(module, nn.Module):
             refuse_module(module)
-        chooses = output is None or isinstance(output, str | int) or callable(output)
-        for setting, value, fits, expected in (
-            ("normalize", normalize, isinstance(normalize, bool), "True or False"),
-            (
-                "channels_last",
-                channels_last,
-                isinstance(channels_last, bool | None),
-                "True, False or None",
-            ),
-            ("name", name, isinstance(name, str | None), "a text, or None"),
-            ("autocast", autocast, autocast in _AUTOCAST, "torch.bfloat16, torch.float16 or None"),
-            ("output", output, chooses, "a name, a position or a function"),
-        ):
-            if not fits:
-                raise InputError(f"{setting}={value!r}; give {expected}")
-        try:
-            place = None if device is None else torch.device(device)
-        except (RuntimeError, TypeError) as error:
-            raise InputError(
-                f"device={device!r} is no torch device; give one such as 'cpu' or 'cuda'"
-            ) from error
+        refuse_settings(
+            normalize=normalize,
+            channels_last=channels_last,
+            name=name,
+            autocast=autocast,
+            output=output,
+            texts=texts,
+        )
+        place = place_of(device)
         one_of("layout", layout, get_args(LayoutName))
         grid = None if grid is None else check_sides("grid", grid)
         prefix_tokens = None if prefix_tokens is None else whole("prefix_tokens", prefix_tokens)
@@ -181,7 +184,7 @@ class EmbeddingNetwork:
         refuse_elsewhere(module, place)
         self.module, self.layer, self.name = module, str(layer), name
         self.output, self.normalize = output, normalize
-        self.autocast = autocast
+        self.autocast, self.texts = autocast, texts
         self.runner = Runner(
             module,
             self.layer,
@@ -410,8 +413,9 @@ class EmbeddingNetwork:
 
     def for_index(self, stored: Identity, layers: Sequence[str] = ()) -> Self:
         """Return this network as the one of an index; `NetworkMismatch` where it is another."""
-        compare(stored, self.identity())
-        return self
+        network = as_indexed(self, stored.layer)
+        compare(stored, network.identity())
+        return network
 
     def require_preprocess(self) -> AnyPreprocess:
         """Return the preprocessing, or an `InputError` where the network was given none."""
@@ -481,6 +485,13 @@ class EmbeddingNetwork:
             return self.runner.embed(images, layers)
         return self._by_session(self._session, images)
 
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Return the embeddings of texts, float32 `[n D]`, of length 1 iff the network normalizes.
+
+        `NetworkError` where the network has no tower for texts, or a broken one.
+        """
+        return embed_texts(self.texts, texts, self.normalize)
+
     def _by_session(self, session: "OnnxNetwork", images: Images) -> Embedded:
         """Embed images by the network's ONNX file."""
         embedded = session.embed(images.detach() if isinstance(images, Tensor) else images)
@@ -528,8 +539,12 @@ class EmbeddingNetwork:
         )
 
         def run(images: Tensor) -> tuple[Tensor, list[Tensor]]:
-            z, raws, _ = self.runner.call(images, copied, None, named)
-            return z, [layout.to_maps(raw) for layout, raw in zip(layouts, raws, strict=True)]
+            readings = dict[str, Reading]()
+            z, raws, _ = self.runner.call(images, copied, None, named, readings)
+            return z, [
+                readings[name].maps if name in readings else layout.to_maps(raw)
+                for (name, _), layout, raw in zip(named, layouts, raws, strict=True)
+            ]
 
         return run
 
@@ -626,7 +641,7 @@ class EmbeddingNetwork:
         self.runner.channels_last = last
         if self.owns_module:
             # Else the weights are laid out anew in every pass.
-            self.module.to(memory_format=torch.channels_last if last else torch.contiguous_format)
+            lay_out(self.module, last)
 
     # The head
 
@@ -670,6 +685,8 @@ class EmbeddingNetwork:
     def affine_head(self, stored_matrix: Callable[[], np.ndarray]) -> HeadMatrix | None:
         """Return the head where it is pooled and affine; nothing is asked of an index."""
         kind = self.head_kind
+        if split_reading(self.layer)[1]:  # weights follow from it, but activations do not make z
+            return None
         return HeadMatrix(None if kind.identity else kind.matrix) if kind.affine else None
 
     def _probes(self) -> Images:

@@ -34,7 +34,19 @@ _EMBEDDING = "the embedding, a tensor [B D]"
 # What transformers' models of one tower return.
 _POOLED, _UNPOOLED = "pooler_output", ("last_hidden_state", "hidden_states", "attentions")
 
+READINGS = ("gradeclip", "value")
+"""What can be read inside an attention, as "LAYER@reading"; see `reading`."""
+
 # Finding a layer
+
+
+def split_reading(layer: str) -> tuple[str, str]:
+    """Return the name of a layer, and what is read inside it, "" for its output."""
+    base, mark, reading = layer.partition("@")
+    if mark and reading not in READINGS:
+        known = " or ".join(f"@{one}" for one in READINGS)
+        raise NetworkError(f"layer {layer!r}: '@{reading}' is unknown; write LAYER{known}")
+    return base, reading
 
 
 def near_misses(word: str, known: Iterable[str], count: int = 4) -> str:
@@ -47,7 +59,14 @@ def near_misses(word: str, known: Iterable[str], count: int = 4) -> str:
 
 
 def find_layer(module: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Module]:
-    """Return (dotted name, module) of a layer given either way, wrappers' prefixes optional."""
+    """Return (dotted name, module) of a layer given either way, wrappers' prefixes optional.
+
+    What is read inside an attention stays in the name: "blocks.11.attn@gradeclip".
+    """
+    if isinstance(layer, str) and "@" in layer:
+        base, reading = split_reading(layer)
+        dotted, part = find_layer(module, base)
+        return f"{dotted}@{reading}", part
     named = dict(module.named_modules())
     if isinstance(layer, nn.Module):
         name = next((name for name, part in named.items() if part is layer), None)

@@ -3,7 +3,7 @@
 import importlib
 import inspect
 import json
-from dataclasses import replace
+import logging
 from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
@@ -18,15 +18,19 @@ from ..preprocess import AnyPreprocess, Preprocess, Transform, from_transform
 from ..preprocess.probe import probe_inputs
 from .checkpoints import read_affine
 from .embedding_network import DEFAULT_INPUT_SIZE, EmbeddingNetwork
-from .layers import LayoutName, choose_embedding, near_misses
-from .module import input_channels, module_device, no_gradients, user_code
+from .layers import LayoutName, choose_embedding, near_misses, split_reading
+from .module import input_channels, lay_out, module_device, no_gradients, user_code
+from .reading import read_by
 from .runner import with_positions
 from .source import Loaded, PathLike, Sides, load_weights
 from .timm_source import from_timm
 from .torchvision_source import from_torchvision
+from .transformers_source import from_transformers
+
+log = logging.getLogger(__name__)
 
 _FORMS = "torchvision:NAME, timm:NAME or package.module:factory"
-_SOURCES = {"torchvision": from_torchvision, "timm": from_timm}
+_SOURCES = {"torchvision": from_torchvision, "timm": from_timm, "hf": from_transformers}
 _AUTOCAST = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -65,7 +69,8 @@ def load_network(
         A `.safetensors` file with `weight [D K']` and perhaps `bias [D]`, an affine map to put
         after the embedding.
     layer
-        Dotted name; known for torchvision's common families and timm's.
+        Dotted name; known for torchvision's common families and timm's. "LAYER@gradeclip" or
+        "LAYER@value" reads inside an attention, "@gradeclip" and "@value" inside the last one.
     size, resize
         Of the network's input, H = W or (H, W), and "crop" or "squash", how pictures are brought to
         it; default as it was trained.
@@ -107,6 +112,8 @@ def load_network(
         if isinstance(product, EmbeddingNetwork):
             return _as_made(product, {**arguments, "autocast": autocast})
         loaded = _from_factory(product, network, weights, head, output)
+    base, reading = split_reading(layer or "")
+    layer = layer if base else None
     if layer not in (None, loaded.layer):
         loaded.head = loaded.trunk = None
     layer = layer or loaded.layer
@@ -115,11 +122,13 @@ def load_network(
             f"no default layer is known for {network}; give one with --layer (layer=)"
             f"{_last_layers(loaded, sides)}"
         )
+    elif loaded.said and layer == loaded.layer:
+        log.info("%s: %s", network, loaded.said)
     module = loaded.module.eval()
     if device is not None:
         module = module.to(device)
     if channels_last:
-        module = module.to(memory_format=torch.channels_last)
+        lay_out(module, True)
     transform = from_transform(preprocess) if preprocess is not None else loaded.preprocess
     result = EmbeddingNetwork(
         module,
@@ -136,8 +145,11 @@ def load_network(
         autocast=autocast,
         channels_last=channels_last,
         name=network,
+        texts=loaded.texts,
     )
     result.owns_module = True
+    if reading and not base:
+        result = read_by(result, reading)
     del arguments["preprocess"], arguments["device"]
     cast = next((name for name, kind in _AUTOCAST.items() if kind and kind == autocast), None)
     spec = {**arguments, "layer": result.layer, "size": sides, "autocast": cast}
@@ -170,12 +182,7 @@ def _resized(
             "size and resize change the network's preprocessing, and none is known; give "
             "preprocess=, or let the function for it return (module, Preprocess.imagenet(224))"
         )
-    size, mode = sides or preprocess.size, resize or preprocess.resize
-    if mode == "squash":
-        return replace(preprocess, size=size, resize=mode, resize_to=None)
-    shorter = preprocess.resize_to
-    share = 256 / 224 if shorter is None else shorter / min(preprocess.size)
-    return replace(preprocess, size=size, resize=mode, resize_to=round(min(size) * share))
+    return preprocess.sized(sides or preprocess.size, resize)
 
 
 # A function of the user's

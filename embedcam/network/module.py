@@ -136,6 +136,14 @@ def module_device(module: nn.Module) -> torch.device:
     return next((tensor.device for tensor in _tensors(module)), torch.device("cpu"))
 
 
+def lay_out(module: nn.Module, channels_last: bool) -> None:
+    """Lay a module's weights out anew, those of convolutions over images: 3-D ones stay."""
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    for tensor in _tensors(module):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=form)
+
+
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.parameters()
     yield from module.buffers()

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -13,14 +15,17 @@ from ..preprocess import AnyPreprocess
 from .checkpoints import load_state, read_state
 from .module import message_of, user_code
 from .runner import Head, Trunk
+from .texts import TextTower
 
+Foreign: TypeAlias = Any
+"""An object of a library that says nothing of its types."""
 Sides = tuple[int, int] | None
 PathLike = str | Path | None
 
 
 @dataclass
 class Loaded:
-    """A module in eval mode, and what is known about it."""
+    """A module in eval mode, what is known about it, and what is `said` of a choice made."""
 
     module: nn.Module
     layer: str | None
@@ -28,6 +33,19 @@ class Loaded:
     head: Head | None = None
     trunk: Trunk | None = None
     prefix_tokens: int | None = None
+    said: str = ""
+    texts: TextTower | None = None
+
+
+def imported(package: str, what: str) -> ModuleType:
+    """Return a package that is installed on demand."""
+    try:
+        return import_module(package)
+    except ImportError as error:
+        extra = package.replace("_", "-")
+        raise NetworkError(
+            f"{what} needs {extra}, which is not installed; run pip install 'embedcam[{extra}]'"
+        ) from error
 
 
 def made(build: Callable[[bool], Any], name: str, weights: PathLike, seed: int) -> Any:

@@ -16,14 +16,15 @@ from ..images.sources import Listing
 from ..images.texts import LabelColumn, Texts, in_runs
 from ..index import Index, IndexRows, PartData, writer
 from ..index.encoding import Encoding, from_spec
-from ..network import EmbeddingNetwork
+from ..network import EmbeddingNetwork, as_indexed, read_by
 from ..recipe.recipe import Recipe
-from . import merge, plan, shard
+from . import concepts, merge, plan, shard
 from .checkpoint import Checkpoint, finished_job, remove_checkpoint
 from .cotangents import AnchorCotangents, coded_labels
 from .job import How, Job, job_of
 from .match import LEAST_MATCH, calibrate_match
 from .plan import SCRATCH_GB, Plan
+from .prompts import check_prompts, has_mean_of, read_prompts, text_mean
 from .report import BuildReport, Changes, Stages, changes_since, report_of
 from .strategies import Strategy, is_exact, strategy_for
 from .triplets import pairs_digest
@@ -47,6 +48,7 @@ def build_index(
     workers: int | None = None,
     on_unreadable: str = "fail",
     triplets: np.ndarray | None = None,
+    prompts: Sequence[str] | None = None,
     own_maps: bool = True,
     trust: bool = True,
     scratch_gb: float = SCRATCH_GB,
@@ -75,6 +77,9 @@ def build_index(
         "fail" at an image that cannot be read, or "skip" and report it.
     triplets
         With sampling "given": places in the source of (positive, negative), `[N S 2]`.
+    prompts
+        Captions whose mean embedding stands for text as such, where the network has a text tower;
+        None takes those that come along.
     own_maps
         Keep each image's own coarse map, so that results need no forward pass.
     trust
@@ -104,11 +109,20 @@ def build_index(
     EmbedcamError
         The disk is full or cannot be written; what is finished is used again.
     """
-    path = Path(path)
+    path, recipe = Path(path), recipe or Recipe()
+    network = read_by(network, recipe.entry.reading)
     how = How(batch_size=batch_size, on_unreadable=on_unreadable, scratch_gb=scratch_gb)
     writer.check_target(path, replace=True)
     job, strategy = planned_build(
-        source, network, path, recipe, triplets=triplets, own_maps=own_maps, trust=trust, **how
+        source,
+        network,
+        path,
+        recipe,
+        triplets=triplets,
+        prompts=prompts,
+        own_maps=own_maps,
+        trust=trust,
+        **how,
     )
     with plan.disk_errors(path), writer.lock(path), network.one_thread_each():
         if (done := finished_build(job, path, network, replace=replace)) is not None:
@@ -148,6 +162,7 @@ def planned_build(
     recipe: Recipe | None,
     *,
     triplets: np.ndarray | None,
+    prompts: Sequence[str] | None,
     own_maps: bool,
     trust: bool,
     **how: Unpack[How],
@@ -161,6 +176,9 @@ def planned_build(
         recipe = dataclasses.replace(recipe, labels="numbers")
     amounts = (how["batch_size"], how["on_unreadable"], how["scratch_gb"])
     plan.check_options(source, network, *amounts)
+    if prompts is not None:
+        prompts = check_prompts(prompts)
+        network.embed_texts(prompts[:1])  # refuse a network without a tower for texts
     network.check(gradients=not recipe.entry.scored)
     plan.warn_of_norm(recipe, network.normalize or network.already_normalized, 3)
     exact = is_exact(recipe, network.head_kind.matrix, network.normalize)
@@ -183,6 +201,7 @@ def planned_build(
         own_maps=own_maps,
         trust=trust,
         triplets=triplets,
+        prompts=prompts or (),
         **how,
     )
     return job, strategy
@@ -203,6 +222,11 @@ def finished_build(
         given = None if job.triplets is None else pairs_digest(job.triplets)
         asked = (job.recipe, job.source, job.files, job.choices.own_maps, job.choices.trust)
         skipped = plan.same_index(index, *asked, given, network)
+        if job.prompts and not has_mean_of(index, network, job.prompts):
+            raise InputError(
+                f"{path} holds a finished index of other prompts; choose another folder, or redo "
+                "it with --refit (replace=True)"
+            )
     log.info("%s holds these images already", path)
     return BuildReport(path, 0, skipped, left_out=job.source.left_out)
 
@@ -247,7 +271,9 @@ def write_build(job: Job, work: Plan, path: Path) -> BuildReport:
         about["libraries"]["onnxruntime"] = choices.libraries["onnxruntime"]
     about["trust_calibration"] = merge.plain(made)
     about["match_calibration"] = merge.plain(match)
-    shared = {**job.identity.arrays(), "embedding_mean": embedded.mean}
+    shared = {**job.identity.arrays(), "embedding_mean": embedded.mean, **concepts.fitted(work)}
+    if network.texts is not None:
+        shared["text_mean"] = text_mean(network, job.prompts or read_prompts(), work.stages)
     fitted = [encoding.fitted for encoding in encodings]
     generation = 1
     if (path / "manifest.json").exists():
@@ -318,6 +344,7 @@ def add_images(
         Index.open(path) as index,
         network.one_thread_each(),
     ):
+        network = as_indexed(network, index.layers[0].name)
         stages, changes, gone = Stages(progress), None, list[str]()
         check_additions(index, source, network)
 
@@ -520,6 +547,7 @@ def calibrate_index(
         match = calibrate_match(ids, embeddings, labels, recipe, stages)
         made = {"match": (merge.plain(match), LEAST_MATCH)}
         if network is not None:
+            network = as_indexed(network, index.layers[0].name)
             repeated = network.repeat_run(manifest.run)
             encodings, _ = _encodings(index, recipe, network)
             of_run = plan.run_of(network, repeated if batch_size is None else batch_size)

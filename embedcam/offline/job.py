@@ -23,7 +23,7 @@ from ..images.texts import Texts
 from ..index.identity import Identity
 from ..index.manifest import RunEntry
 from ..index.records import Json, Wrong, of_type, read_as, text, whole
-from ..network import EmbeddingNetwork, load_network
+from ..network import EmbeddingNetwork, as_indexed, load_network
 from ..recipe.recipe import Recipe
 from .checkpoint import Checkpoint, give_name, publish, unfinished_name
 from .plan import (
@@ -97,8 +97,8 @@ class Job:
     """Choices with the images they are about.
 
     `files` are the fingerprints of the source's images when they were listed, `triplets` the user's
-    own `[N S 2]` or None, `gone` ids that an addition removes. Of a job that lives in this process
-    alone `path` is None.
+    own `[N S 2]` or None, `gone` ids that an addition removes, `prompts` the user's own captions.
+    Of a job that lives in this process alone `path` is None.
     """
 
     choices: Choices
@@ -107,6 +107,7 @@ class Job:
     identity: Identity
     triplets: np.ndarray | None = None
     gone: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
     path: Path | None = None
 
     @property
@@ -164,11 +165,12 @@ class Job:
         how = (choices.run, workers, choices.on_unreadable, choices.per_chunk)
         # A job of this process has just listed them.
         files = None if self.path is None else self.files
-        return Plan(network, self.source, self.recipe, strategy, checkpoint, stages, *how, files)
+        about = (network, self.source, self.recipe, strategy, checkpoint, stages)
+        return Plan(*about, *how, files, fits=choices.kind != "add")
 
     def admit(self, network: EmbeddingNetwork | None) -> EmbeddingNetwork:
         """Return the network (None loads it) if it and the libraries are those of the plan."""
-        network = self._load() if network is None else network
+        network = self._load() if network is None else as_indexed(network, self.identity.layer)
         network.repeat_run(self.choices.run)
         if self.choices.run.runtime == "onnx" and network.onnx_file is None:
             network = self._by_onnx(network)
@@ -227,8 +229,9 @@ class Job:
         """
         job, choices = replace(self, path=path), self.choices.plain()
         _files.make_folder(path)
-        key, gone = self.choices.key, Texts.of(self.gone)
-        given = {"gone": gone.blob, "gone_ends": gone.offsets}
+        key, given = self.choices.key, dict[str, np.ndarray]()
+        for name, texts in (("gone", Texts.of(self.gone)), ("prompts", Texts.of(self.prompts))):
+            given |= {name: texts.blob, f"{name}_ends": texts.offsets}
         if self.triplets is not None:
             given["triplets"] = np.asarray(self.triplets)
         images, unfinished = _images_of(path, key), unfinished_name(_images_of(path, key))
@@ -259,13 +262,15 @@ class Job:
                 raise Wrong("its list of files is damaged or missing")
             arrays = listing.read(_stage(choices.key), 0)
             source = _source_of(path, choices.key)
-            files, gone = (_texts_of(arrays, name) for name in ("files", "gone"))
+            names = ("files", "gone", "prompts")
+            files, gone, prompts = (_texts_of(arrays, name) for name in names)
             if not len(source) == len(files) == choices.n_images:
                 raise Wrong(f"its list of images has not {choices.n_images} entries")
             probe = {name: np.array(arrays[name]) for name in _PROBE}
             identity = Identity.from_dict(choices.network, probe)
             triplets = arrays.get("triplets")
-            job = cls(choices, source, files, identity, triplets, tuple(gone), path)
+            lists = (tuple(gone), tuple(prompts))
+            job = cls(choices, source, files, identity, triplets, *lists, path)
             if job._digest() != choices.key:
                 raise Wrong(f"{NAME} and the list of images do not belong together")
         except (Wrong, IndexFormatError, KeyError, ValueError) as error:
@@ -320,7 +325,9 @@ class Job:
         if self.triplets is not None:
             given = pairs_digest(self.triplets)
         of = (self.recipe, self.identity, self.source, self.files, choices.run)
-        return job_digest(*of, choices.libraries, choices.own_maps, given, *sorted(self.gone))
+        prompts = (self.prompts,) if self.prompts else ()
+        more = (choices.own_maps, given, *sorted(self.gone), *prompts)
+        return job_digest(*of, choices.libraries, *more)
 
     def _load(self) -> EmbeddingNetwork:
         loading = self.choices.loading
@@ -361,6 +368,7 @@ def job_of(
     trust: bool,
     triplets: np.ndarray | None = None,
     gone: Sequence[str] = (),
+    prompts: Sequence[str] = (),
     index_sha256: str | None = None,
     **how: Unpack[How],
 ) -> Job:
@@ -369,7 +377,7 @@ def job_of(
     files = source.fingerprints()
     folder = next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
     run = run_of(network, how["batch_size"])
-    per_chunk = chunk_size(run.batch_size, recipe.method)
+    per_chunk = chunk_size(run.batch_size, recipe.entry.formula)
     room = how["scratch_gb"] if own_maps else 0.0
     strategy.caches = caches_within(strategy, network, len(source), folder, room)
     choices = Choices(
@@ -390,7 +398,7 @@ def job_of(
         caches=strategy.caches,
         index_sha256=index_sha256,
     )
-    job = Job(choices, source, files, identity, triplets, tuple(gone))
+    job = Job(choices, source, files, identity, triplets, tuple(gone), tuple(prompts))
     return replace(job, choices=replace(choices, key=job._digest()))
 
 

@@ -38,6 +38,7 @@ from .checkpoint import Checkpoint
 from .cotangents import AnchorCotangents, coded_labels
 from .report import Stages
 from .strategies import POOLED_METHODS, Strategy
+from .triplets import sample_of
 from .trust import LEAST
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,9 @@ SCRATCH_GB = 50.0
 """Activations cached between the passes, at most; beyond it stored maps cost one more forward."""
 CHUNK = 256
 """Images a chunk, at least; a kill loses at most one chunk of work."""
-_CHUNKS = 4
+SAMPLED = 2048
+"""Images that concepts are fitted to, at most."""
+_CHUNKS = 5
 """Version of what the chunks hold: older ones are not used again."""
 _DISK_ERRORS = {
     errno.ENOSPC,
@@ -65,7 +68,8 @@ class Plan:
     """One build's inputs, the checkpoint that keeps its unfinished work, and what shows progress.
 
     `on_unreadable` is "fail" or "skip"; so many `workers` read images, and on a CPU run them; a
-    chunk has `per_chunk` images. Where `files` holds fingerprints of the source's images, one that
+    chunk has `per_chunk` images, and `fits` says whether something is fitted to them, as additions
+    to an index do not. Where `files` holds fingerprints of the source's images, one that
     has another when it is read is an ImageError.
     """
 
@@ -80,6 +84,7 @@ class Plan:
     on_unreadable: str
     per_chunk: int
     files: Texts | None = None
+    fits: bool = True
 
     @property
     def batch_size(self) -> int:
@@ -124,6 +129,14 @@ class Plan:
         alone = partial(torch.set_num_threads, 1)
         n = self._workers
         yield from map_batches(*of, workers=n, on_error=on_error, marked=marked, start=alone)
+
+    @cached_property
+    def sampled(self) -> np.ndarray:
+        """Which images of the source concepts are fitted to, bool `[N]`."""
+        chosen = np.zeros(len(self.source), bool)
+        if self.recipe.concepts:
+            chosen[sample_of(self.source.ids, self.recipe.seed, SAMPLED)] = True
+        return chosen
 
     @cached_property
     def side_by_side(self) -> list[tuple[Strategy, EmbeddingNetwork]]:
@@ -202,7 +215,7 @@ def job_digest(
     files: Texts,
     run: RunEntry,
     libraries: Mapping[str, str],
-    *choices: int | str | np.ndarray | None,
+    *choices: int | str | np.ndarray | tuple[str, ...] | None,
 ) -> str:
     """Return a digest of everything the chunks of a job depend on."""
     digest = hashlib.sha256(recipe.resolved.digest().encode())
@@ -213,7 +226,7 @@ def job_digest(
     # The probe speaks for code that parameters do not show, to the bit: so do the chunks.
     probe = [array for _, array in sorted(identity.arrays().items())]
     # A picture that was skipped for its size may be read by another limit.
-    choices += (chunk_size(run.batch_size, recipe.method), source.max_pixels)
+    choices += (chunk_size(run.batch_size, recipe.entry.formula), source.max_pixels)
     choices += (run.runtime, run.channels_last)
     for choice in (_CHUNKS, *sorted(libraries.items()), *probe, *choices):
         data = choice.tobytes() if isinstance(choice, np.ndarray) else repr(choice).encode()

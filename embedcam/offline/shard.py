@@ -19,6 +19,8 @@ from ..images import Batch, embed
 from ..images.progress import Advance
 from ..network import EmbeddingNetwork
 from ..preprocess import AnyPreprocess, Preprocess
+from . import concepts
+from .concepts import Seen, seen
 from .cotangents import AnchorCotangents
 from .plan import Plan
 from .strategies import Strategy, maps_of, stored_maps, to_numpy
@@ -66,6 +68,7 @@ class _Embedded:
     refused: list[int]
     grid: tuple[int, int] | None
     n_cropped: int
+    seen: Seen | None = None
 
 
 def _embed(plan: Plan, strategy: Strategy, network: EmbeddingNetwork, read: Batch) -> _Embedded:
@@ -83,14 +86,16 @@ def _embed(plan: Plan, strategy: Strategy, network: EmbeddingNetwork, read: Batc
         **strategy.embedded(activations),
     }
     grid = activations.shape[2], activations.shape[3]
-    return _Embedded(rows, batch.errors, refused, grid, n_cropped)
+    kept = seen(plan, batch.positions, activations) if plan.fits else None
+    return _Embedded(rows, batch.errors, refused, grid, n_cropped, kept)
 
 
 def _joined(batches: Iterable[_Embedded], n: int, progressed: Advance) -> dict[str, np.ndarray]:
     """Return the arrays of a chunk of n images."""
     rows, errors, refused = _Buffers(n), list[tuple[int, str]](), list[int]()
-    grid, n_cropped = (0, 0), 0
+    grid, n_cropped, every = (0, 0), 0, list[Seen]()
     for batch in batches:
+        every += [batch.seen] if batch.seen else []
         errors += batch.errors
         refused += batch.refused
         n_cropped += batch.n_cropped
@@ -102,6 +107,7 @@ def _joined(batches: Iterable[_Embedded], n: int, progressed: Advance) -> dict[s
     return {
         "positions": np.empty(0, np.int64),
         **rows.arrays(),
+        **(concepts.joined(every) if every else {}),
         "grid": np.array(grid),
         "errors": np.frombuffer(text.encode(), np.uint8),
         "refused": np.array(refused, np.int64),

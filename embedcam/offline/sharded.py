@@ -5,7 +5,7 @@ killed loses nothing but its own unfinished chunk.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from ..errors import EmbedcamError, InputError, PiecesMissing
 from ..images import ImageSource
 from ..index import Index, writer
 from ..index.encoding import Encoding
-from ..network import EmbeddingNetwork
+from ..network import EmbeddingNetwork, as_indexed, read_by
 from ..recipe.recipe import Recipe
 from . import build, merge, plan, shard
 from .job import NAME, Choices, How, Job
@@ -77,6 +77,7 @@ def plan_job(
     batch_size: int | None = None,
     on_unreadable: str = "fail",
     triplets: np.ndarray | None = None,
+    prompts: Sequence[str] | None = None,
     own_maps: bool = True,
     trust: bool = True,
     scratch_gb: float = SCRATCH_GB,
@@ -97,7 +98,7 @@ def plan_job(
         at most 1,000. Of more pieces than chunks some are empty.
     add_to
         The index that the merge adds the images to, by its own recipe.
-    recipe, batch_size, on_unreadable, triplets, own_maps, trust, scratch_gb
+    recipe, batch_size, on_unreadable, triplets, prompts, own_maps, trust, scratch_gb
         As for `build_index`.
     replace
         The merge replaces the finished index it finds.
@@ -112,13 +113,23 @@ def plan_job(
     source.describe()  # refuse what lives in this process alone
     how = How(batch_size=batch_size, on_unreadable=on_unreadable, scratch_gb=scratch_gb)
     if add_to is None:
+        network = read_by(network, (recipe or Recipe()).entry.reading)
         job, _ = build.planned_build(
-            source, network, path, recipe, triplets=triplets, own_maps=own_maps, trust=trust, **how
+            source,
+            network,
+            path,
+            recipe,
+            triplets=triplets,
+            prompts=prompts,
+            own_maps=own_maps,
+            trust=trust,
+            **how,
         )
         job = _with(job, kind="refit" if replace else "build")
     else:
         plan.check_options(source, network, batch_size, on_unreadable, scratch_gb)
         with Index.open(add_to) as index:
+            network = as_indexed(network, index.layers[0].name)
             build.check_additions(index, source, network)
             plan.check_new(index, source)
             job, _ = build.planned_additions(index, source, network, **how)

@@ -179,6 +179,7 @@ class OnnxNetwork:
 
     differentiable: ClassVar[bool] = False
     autocast: ClassVar[None] = None
+    texts: ClassVar[None] = None
 
     def __init__(
         self,
@@ -255,6 +256,13 @@ class OnnxNetwork:
                 f"asked for {layers!r}"
             )
         return self._run(images, [self._maps[self.layers.index(name)] for name in layers])
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Refuse: a file holds the tower for pictures alone."""
+        raise NetworkError(
+            f"{self.path} embeds pictures alone; give texts=, a function of a list of texts or "
+            "their embeddings (--text-embedding), or the network instead of its ONNX file"
+        )
 
     def warm_up(self) -> None:
         """Do nothing: the file says what its head is."""

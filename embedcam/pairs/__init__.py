@@ -1,13 +1,15 @@
 """Why did *these two* match? Receipts of a query and a result, which add up to the similarity."""
 
+from ..explain.sides import Contributions, HeldSide, PooledSide, Shown, Side
 from .explainer import PairExplainer, check_same, mean_of
-from .receipt import Comparison, Line, Link, Receipt, make_comparison, make_receipt
-from .sides import Contributions, HeldSide, PooledSide, Shown, Side
+from .lines import Known, Line
+from .receipt import Comparison, Link, Receipt, make_comparison, make_receipt
 
 __all__ = [
     "Comparison",
     "Contributions",
     "HeldSide",
+    "Known",
     "Line",
     "Link",
     "PairExplainer",

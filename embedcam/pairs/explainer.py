@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .._checks import as_array, check_outputs, stacked
 from ..errors import EmbeddingError, ImageError, InputError
 from ..explain.queries import query_name
+from ..explain.side_maker import SideMaker
+from ..explain.sides import Shown, Side
+from ..index.concepts import Concepts, Exemplar, read_names
+from ..index.in_memory import index_of_rows, listed
+from .lines import N_EXEMPLARS, Kind, Known
 from .receipt import Comparison, Receipt, make_comparison, make_receipt
-from .sides import HeldSide, PooledSide, Shown, Side, matrix_of
 
 if TYPE_CHECKING:
     from ..explain.explainer import Explainer
     from ..explain.queries import Inputs, QueryLike
     from ..index import Index
-    from ..preprocess import HeadMatrix
 
 _SAME = 0.99
 """Cosine with the stored embedding from which a picture counts as the one that was indexed."""
@@ -35,24 +39,57 @@ class PairExplainer:
     ----------
     explainer
         With its network; its index says where the results' pictures lie.
+    concept_names
+        What a user calls concepts of the index: a TOML file (`concepts.read_names`), or names by
+        number.
 
     Raises
     ------
     InputError
-        The explainer has no network, or one in an ONNX file whose head is not known.
+        The explainer has no network, or one in an ONNX file whose head is not known; names of
+        concepts that the index does not have.
     """
 
-    def __init__(self, explainer: Explainer) -> None:
+    def __init__(
+        self, explainer: Explainer, *, concept_names: str | Path | Mapping[int, str] | None = None
+    ) -> None:
         if explainer.network is None:
             raise InputError(
                 "receipts need the activations of both pictures, and this Explainer has no "
                 "network; give it one: Explainer(index, network)"
             )
-        self.explainer = explainer
-        self.network: Any = explainer.network
-        self._head: tuple[weakref.ref[Index], HeadMatrix | None] | None = None
-        if not self.network.differentiable:
-            self.head(explainer.index)
+        self.explainer, self.maker = explainer, SideMaker(explainer.network)
+        if not explainer.network.differentiable:
+            self.maker.head(explainer.index)
+        given = concept_names or {}
+        self._names = given if isinstance(given, Mapping) else read_names(given)
+        self._concepts: tuple[weakref.ref[Index], Concepts | None] | None = None
+        self.known(explainer.index)
+
+    def known(self, index: Index) -> Known:
+        """Return what an index of the explainer says of channels and concepts."""
+        if self._concepts is None or self._concepts[0]() is not index:
+            concepts = index.concepts()
+            if self._names and concepts is None:
+                raise InputError(
+                    f"{index.path}: has no concepts, so names of concepts mean nothing; build it "
+                    "again, or leave them out"
+                )
+            named = None if concepts is None else concepts.named(self._names)
+            self._concepts = weakref.ref(index), named
+        # Of this index: the explainer may move on to another version.
+        return Known(self._concepts[1], partial(self._exemplars, index))
+
+    def _exemplars(self, index: Index, kind: Kind, numbers: Sequence[int]) -> list[list[Exemplar]]:
+        there = None
+        if self.explainer.store is not None:  # it knows which pictures are still there
+            names = (index.exemplar_ids(kind, number) for number in numbers)
+            asked = [*dict.fromkeys(chain.from_iterable(names))]
+            rows = listed(self.explainer.store.fetch(asked)) if asked else []
+            if not rows:
+                return [[] for _ in numbers]
+            there = index_of_rows(index, rows)
+        return [index.exemplars(kind, number, N_EXEMPLARS, among=there) for number in numbers]
 
     def receipt(self, query: QueryLike, result: QueryLike, *, centred: bool = True) -> Receipt:
         """Return why the query and one result match.
@@ -86,18 +123,24 @@ class PairExplainer:
         of = self.explainer.of_ids([one for one in results if isinstance(one, str)])
         opened = [self._open(query), *(self._open(result, of) for result in results)]
         try:
-            ours, *theirs = self.sides(index, [inputs for _, inputs in opened])
+            ours, *theirs = self.maker.sides(index, [inputs for _, inputs in opened])
         except EmbeddingError as error:
             names = [query_name(one, row) for row, one in enumerate([query, *results])]
             raise error.named(names) from None
-        mean = mean_of(index, centred)
+        mean, known = mean_of(index, centred), self.known(index)
         for result, side in zip(results, theirs, strict=True):
             if isinstance(result, str):
                 check_same(of.index, result, side)
         shown = [picture for picture, _ in opened]
         return [
             make_receipt(
-                ours, side, mean, centred=centred, query_shown=shown[0], result_shown=picture
+                ours,
+                side,
+                mean,
+                centred=centred,
+                query_shown=shown[0],
+                result_shown=picture,
+                known=known,
             )
             for side, picture in zip(theirs, shown[1:], strict=True)
         ]
@@ -110,46 +153,6 @@ class PairExplainer:
             raise InputError(f"the result and its rival are both {result!r}; name two images")
         first, second = self.receipts(query, [result, rival], centred=centred)
         return make_comparison(first.sides[0], first, second, self.explainer.index.metric)
-
-    def head(self, index: Index) -> HeadMatrix | None:
-        """Return the head by an index of the explainer; None where it is not pooled and affine."""
-        known = self._head
-        if known is None or known[0]() is not index:  # Another version may keep it otherwise.
-            head = self.network.affine_head(lambda: matrix_of(index))
-            known = self._head = (weakref.ref(index), head)
-        return known[1]
-
-    def sides(self, index: Index, inputs: Sequence[Inputs]) -> list[Side]:
-        """Return what receipts are made of, of inputs `[3 H W]`; those of one size go together."""
-        head, sides = self.head(index), dict[int, Side]()
-        together: dict[object, list[int]] = {}
-        for place, one in enumerate(inputs):
-            together.setdefault(place if head is None else tuple(one.shape), []).append(place)
-        for places in together.values():
-            try:
-                made = self._of_batch(head, stacked([inputs[place] for place in places]))
-            except EmbeddingError as error:
-                error.rows = [places[row] for row in error.rows]
-                raise
-            sides.update(zip(places, made, strict=True))
-        return [sides[place] for place in range(len(inputs))]
-
-    def _of_batch(self, head: HeadMatrix | None, batch: Inputs) -> list[Side]:
-        if head is None:
-            passed = self.network.held_pass(batch)
-            features = passed.features
-            check_outputs(as_array(features.embedding), as_array(features.activations))
-            return [HeldSide(passed, self.network.normalize)]
-        embeddings, norms, (maps,) = self.network.embed(batch)
-        check_outputs(embeddings, maps)
-        if not self.network.normalize:
-            norms = np.ones(len(maps))
-        elif norms is None:
-            norms = [head.norm(one) for one in maps]
-        return [
-            PooledSide(one, embedding, float(norm), head.matrix)
-            for one, embedding, norm in zip(maps, embeddings, norms, strict=True)
-        ]
 
     def _open(self, image: QueryLike, of: Explainer | None = None) -> tuple[Shown, Inputs]:
         """Return how a picture is drawn, and the input `[3 H W]`; a text names an image `of`."""

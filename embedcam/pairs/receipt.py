@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, overload
 
@@ -23,8 +24,19 @@ from .._checks import one_of, whole
 from ..errors import InputError
 from ..explain.drawing import save_picture
 from ..explain.explanation import Json
+from ..explain.sides import NOT_SHOWN, Contributions, Shown, Side, evidence_of
+from ..index.concepts import Concepts
 from ..render import draw_on_axes, in_notebook, receipt_picture
-from .sides import NOT_SHOWN, Contributions, Shown, Side, evidence_of
+from .lines import (
+    MOST_LINES,
+    N_CONCEPTS,
+    NOTHING_KNOWN,
+    Amounts,
+    Known,
+    Line,
+    in_words,
+    lines_of,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,16 +45,6 @@ _PROBED = 16
 """Positions of the query that links begin at, where each costs a pass through the head."""
 _SMALL = 5e-4
 """Remainders that would be shown as 0.000."""
-Amounts = list[tuple[str, float]]
-"""Words and a number each."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """A channel and what it gives to the score; the mean of what it gives on both sides."""
-
-    channel: int
-    contribution: float
 
 
 @dataclass(frozen=True)
@@ -61,31 +63,52 @@ class Total(ABC):
     query: Contributions
     channels: np.ndarray
     exact: bool
+    known: Known = field(default=NOTHING_KNOWN, kw_only=True)
     _alt: ClassVar[str]
 
     @abstractmethod
     def _draw(self, lines: int, links: int, title: str | None) -> Image.Image: ...
 
+    @abstractmethod
+    def _divided(self, concepts: Concepts) -> tuple[np.ndarray, float]:
+        """Return what each concept gives, `[P]`, and what no concept explains."""
+
+    @cached_property
+    def divided(self) -> tuple[np.ndarray, float] | None:
+        """What each concept gives, `[P]`, and what none explains; None without concepts.
+
+        Both add up to the sum of `channels`.
+        """
+        return None if self.known.concepts is None else self._divided(self.known.concepts)
+
     def lines(self, n: int = 10) -> list[Line]:
         """Return the n channels that give most, by magnitude, largest contribution first."""
-        chosen = np.argsort(-np.abs(self.channels), kind="stable")[: whole("lines", n)]
-        lines = [Line(int(channel), float(self.channels[channel])) for channel in chosen]
-        return sorted(lines, key=lambda line: -line.contribution)
+        return self.known.shown(lines_of("channel", self.channels, n))
 
-    def _lines(self, n: int) -> tuple[list[Line], float]:
-        """Return the lines, and what all other channels give."""
-        lines = self.lines(n)
-        return lines, float(self.channels.sum() - sum(line.contribution for line in lines))
+    def concepts(self, n: int = N_CONCEPTS) -> list[Line]:
+        """Return the n concepts that give most, as `lines`; none where the index has none."""
+        if self.divided is None or self.known.concepts is None:
+            return []
+        of = self.divided[0], n, self.known.concepts.names
+        return self.known.shown(lines_of("concept", *of))
 
-    def _amounts(self, n: int, left: float) -> Amounts:
-        lines, rest = self._lines(n)
-        amounts = [(f"channel {line.channel}", line.contribution) for line in lines]
-        if (others := len(self.channels) - len(lines)) > 0:
-            amounts.append((f"{others} other channels", rest))
-        amounts += self.parts.items()
+    def reasons(self, n: int = N_CONCEPTS) -> list[Line]:
+        """Return the n concepts that give most where the index has concepts, else channels."""
+        return self.lines(n) if self.divided is None else self.concepts(n)
+
+    def _amounts(self, n: int, left: float, besides: int = 0) -> Amounts:
+        """Return amounts with at most n lines of a kind; so many lines `besides` stand apart."""
+        last: Amounts = []
+        if self.divided is not None and abs(self.divided[1]) >= _SMALL:
+            last.append(("what no concept explains", self.divided[1]))
+        last += self.parts.items()
         if not self.exact or abs(left) >= _SMALL:
-            amounts.append(("the head's bias" if self.exact else "not of first order", left))
-        return amounts
+            last.append(("the head's bias" if self.exact else "not of first order", left))
+        # Two more: those that follow, and all others.
+        n = min(n, max(MOST_LINES, n) - besides - len(last) - 2)
+        if self.divided is None or self.known.concepts is None:
+            return in_words("channel", self.channels, n) + last
+        return in_words("concept", self.divided[0], n, self.known.concepts.names) + last
 
     @property
     def parts(self) -> dict[str, float]:
@@ -93,8 +116,16 @@ class Total(ABC):
         return self.query.parts
 
     def _channels(self, n: int) -> Json:
-        lines, rest = self._lines(n)
-        return {"channels": [asdict(line) for line in lines], "other_channels": rest}
+        lines = self.lines(n)
+        rest = float(self.channels.sum() - sum(line.contribution for line in lines))
+        told: Json = {"channels": [line.to_dict() for line in lines], "other_channels": rest}
+        if self.divided is not None:
+            amounts, unexplained = self.divided
+            shown = self.concepts()
+            others = float(amounts.sum() - sum(line.contribution for line in shown))
+            told["concepts"] = [line.to_dict() for line in shown]
+            told |= {"other_concepts": others, "no_concept": unexplained}
+        return told
 
     @overload
     def plot(
@@ -168,7 +199,12 @@ class Receipt(Total):
     def amounts(self, n: int = 10) -> Amounts:
         """Return what adds up to the similarity: the average, n channels, all that is left."""
         shared = [("shared with the average", self.shared)] if self.centred else []
-        return shared + self._amounts(n, self.remainder)
+        return shared + self._amounts(n, self.remainder, len(shared))
+
+    def _divided(self, concepts: Concepts) -> tuple[np.ndarray, float]:
+        of = zip((self.query, self.result), self.sides, strict=True)
+        both = [concepts.divide(one.channels, concepts.shares(s.activations)) for one, s in of]
+        return (both[0][0] + both[1][0]) / 2, (both[0][1] + both[1][1]) / 2
 
     def point(self, row: int, column: int, of: Literal["query", "result"] = "query") -> np.ndarray:
         """Return what one position matches, `[H' W']` on the other picture's grid, signed.
@@ -257,7 +293,7 @@ class Receipt(Total):
         )
 
     def __repr__(self) -> str:
-        first = ", ".join(f"channel {a.channel}: {a.contribution:+.3f}" for a in self.lines(2))
+        first = ", ".join(f"{a.words}: {a.contribution:+.3f}" for a in self.reasons(2))
         return (
             f"<Receipt: similarity {self.similarity:.3f} = {self.shared:.3f} shared with the "
             f"average image + {first}, ... {self.remainder:+.3f} remainder>"
@@ -291,7 +327,11 @@ class Comparison(Total):
     def amounts(self, n: int = 10) -> Amounts:
         """Return what adds up to the score, in words: n channels, and all that is left."""
         lengths = [("the embeddings' lengths", self.lengths)] if abs(self.lengths) >= _SMALL else []
-        return self._amounts(n, self.query.remainder - self.lengths) + lengths
+        left = self.query.remainder - self.lengths
+        return self._amounts(n, left, len(lengths)) + lengths
+
+    def _divided(self, concepts: Concepts) -> tuple[np.ndarray, float]:
+        return concepts.divide(self.channels, concepts.shares(self.result.sides[0].activations))
 
     def to_dict(self, lines: int = 10) -> Json:
         """Return plain lists and numbers, ready for JSON; without pictures."""
@@ -334,8 +374,12 @@ def make_receipt(
     centred: bool = True,
     query_shown: Shown = NOT_SHOWN,
     result_shown: Shown = NOT_SHOWN,
+    known: Known = NOTHING_KNOWN,
 ) -> Receipt:
-    """Return the receipt of a pair behind one head, with the index's mean embedding `[D]`."""
+    """Return the receipt of a pair behind one head, with the index's mean embedding `[D]`.
+
+    `known` is what the index says of channels and concepts.
+    """
     apart = np.asarray(mean, np.float64) if centred else np.zeros(len(mean))
     similarity = float(query.embedding @ result.embedding)
     ours = evidence_of(query, result.embedding, similarity, apart, query_shown)
@@ -351,6 +395,7 @@ def make_receipt(
         centred=centred,
         sides=(query, result),
         mean=apart,
+        known=known,
     )
 
 
@@ -360,4 +405,5 @@ def make_comparison(query: Side, result: Receipt, rival: Receipt, metric: str) -
     lengths = float(theirs @ theirs - ours @ ours) / 2 if metric == "l2" else 0.0
     score = result.similarity - rival.similarity + lengths
     evidence = evidence_of(query, ours - theirs, score, None, result.query.shown)
-    return Comparison(evidence, evidence.channels, result.exact, score, result, rival, lengths)
+    of = score, result, rival, lengths
+    return Comparison(evidence, evidence.channels, result.exact, *of, known=result.known)

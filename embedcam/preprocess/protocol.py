@@ -50,6 +50,10 @@ class Network(Protocol):
     name: str | None
 
     @property
+    def texts(self) -> object:
+        """The tower for texts, as `embed_texts` runs it; None without one."""
+
+    @property
     def autocast(self) -> object:
         """The type it computes in where that is not its parameters'; None for those."""
 
@@ -59,6 +63,9 @@ class Network(Protocol):
 
     def embed(self, images: Array, layers: Sequence[str] | None = None) -> Embedded:
         """Embed preprocessed images `[B C H W]`; activations are its own layer's, or of these."""
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Return embeddings `[n D]` of texts, float32; `NetworkError` without a tower for them."""
 
     def probe_images(self, count: int = 1) -> np.ndarray:
         """Return the synthetic pictures as this network's input, float32 `[count C H W]`."""

@@ -16,6 +16,7 @@ from ..errors import IndexFormatError, InputError
 from ..images.progress import Advance, progress_of
 from ..index import Index, PartData, check_target, create, nearest
 from ..index.arrays import wrong_embeddings
+from ..index.concepts import EXEMPLARS
 from ..index.encoding import Encoding, LowRank, Rows
 from ..index.search import rank, without_itself
 from ..index.verify import check_files
@@ -146,7 +147,9 @@ def compress(
         part = _part(merged, per_class)
         fitted = [encoding.fitted for encoding in merged.encodings]
         # Flat whatever the index had: lists and graphs are for many rows.
-        create(path, header, fitted, index.shared(), part, factory="Flat", replace=replace)
+        # Exemplars are pictures, and no row is one any more.
+        shared = {name: one for name, one in index.shared().items() if name not in EXEMPLARS}
+        create(path, header, fitted, shared, part, factory="Flat", replace=replace)
     with Index.open(path, with_faiss=False) as small:
         n_bytes = small.manifest.named_bytes
     return CompressReport(path, len(live), len(groups), about, n_bytes, time.perf_counter() - began)

@@ -157,6 +157,14 @@ class Choices:
     dtype: str = _stored(
         "float16", "NAME", "float16 (default) or float32", choices=("float16", "float32")
     )
+    concepts: int = _stored(
+        64,
+        "N",
+        "parts that activations are divided into, so that receipts can name them (default 64; 0 "
+        "for none)",
+        least=0,
+        most=64,
+    )
     faiss: str = setting(
         "Flat", "FACTORY", "FAISS factory string (default Flat), auto, or none", table="search"
     )

@@ -63,6 +63,9 @@ class Recipe(Choices):
         Top-m by "signed" value (the paper) or by "magnitude".
     dtype : str
         Of stored weights, "float16" or "float32".
+    concepts : int
+        Parts that the activations of a sample are divided into, at most 64, 0 for none: what
+        receipts name beside channels.
     faiss, metric : str
         FAISS factory string, "auto" chooses one by the number of images (`faiss_build.choose`),
         "none" leaves searching to others; "l2" (squared) or "ip".
@@ -217,8 +220,8 @@ class Recipe(Choices):
         values = asdict(self) | {"options": self.method_options}
         # Left out where they say nothing, so that an older index keeps its digest.
         classes = ("labels", "positives", "negatives") if self.labels == "classes" else ()
-        for name in ("fill", "options", *classes):
-            if not values[name] or values[name] == getattr(Recipe, name):
+        for name in ("fill", "options", "concepts", *classes):
+            if values[name] in ((), {}) or values[name] == getattr(Recipe, name):
                 del values[name]
         return values
 

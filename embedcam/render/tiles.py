@@ -161,8 +161,13 @@ def top_values(query: Tile, results: Sequence[Tile], scale: str) -> tuple[float,
     return top_value([query]), [top_value(results)] * len(results)
 
 
-def scale_note(query_top: float, result_tops: Sequence[float], scale: Scale) -> str:
-    """Say what the colors mean, in one sentence or two."""
+def scale_note(query_top: float | None, result_tops: Sequence[float], scale: Scale) -> str:
+    """Say what the colors mean, in one sentence or two; `query_top` None where words asked."""
+    if query_top is None:
+        return {
+            "each": "Each map on its own scale: strengths cannot be compared between pictures.",
+            "joint": "All maps share one colour scale.",
+        }[scale if len(result_tops) > 1 else "joint"]
     nothing = " There is no positive evidence in the query." if query_top == 0 else ""
     if not result_tops:
         return f"From no evidence to the strongest in this picture.{nothing}"
@@ -346,31 +351,38 @@ def _round_corners(box: tuple[int, int]) -> Image.Image:
 
 
 def panel(
-    query: Tile,
+    query: Tile | None,
     results: Sequence[Tile],
     *,
     scale: Scale = "joint",
     title: str | None = None,
+    ends: tuple[str, str] = ("no evidence", "strongest"),
 ) -> Image.Image:
     """Draw the query in the first column, results beside it; pictures above, their maps below.
 
-    scale "joint" gives the results one color scale, so that weak evidence looks weak beside
-    strong; "each" gives every map its own.
+    Without a query, which words may be, the results stand alone. scale "joint" gives the results
+    one color scale, so that weak evidence looks weak beside strong; "each" gives every map its own.
+    `ends` are what the legend calls the ends of the scale.
     """
     side = _TILE
-    query_top, tops = top_values(query, results, scale)
-    maps = any([tile.cam is not None for tile in (query, *results)])
+    query_top, tops = top_values(query or Tile(None), results, scale)
+    tiles = [*([] if query is None else [query]), *results]
+    maps = any([tile.cam is not None for tile in tiles])
     on_line = min(_COLUMNS, len(results))
-    right = side + (_BETWEEN + on_line * (side + _GAP) - _GAP if on_line else 0)
-    left = _MARGIN + side + _BETWEEN
+    right = on_line * (side + _GAP) - _GAP if on_line else 0
+    left = _MARGIN
+    if query is not None:
+        left += side + _BETWEEN
+        right += side + _BETWEEN * bool(on_line)
 
     canvas = Canvas(2 * _MARGIN + max(right, 2 * side))
     canvas.paragraph(title or "", _TITLE, _INK, 36)
-    if query.warning:
+    if query is not None and query.warning:
         canvas.text(_MARGIN, query.warning, _HEADING, _WARNING, 26)
     if title:
         canvas.y += 14
-    canvas.text(_MARGIN, "Query", _HEADING, _QUIET)
+    if query is not None:
+        canvas.text(_MARGIN, "Query", _HEADING, _QUIET)
     if results:
         canvas.text(left, "Result" if len(results) == 1 else "Results", _HEADING, _QUIET)
     canvas.y += 28
@@ -381,30 +393,33 @@ def panel(
     ]
     starts = range(0, max(len(placed), 1), _COLUMNS)
     lines = [placed[start : start + _COLUMNS] for start in starts]
-    lines[0].insert(0, (_MARGIN, query, query_top))
+    if query is not None:
+        lines[0].insert(0, (_MARGIN, query, query_top))
     for line in lines:
         canvas.tiles(line, side, maps)
         canvas.y += 24
-    if results:
+    if results and query is not None:
         x = left - _BETWEEN // 2
         canvas.stroke(ImageDraw.ImageDraw.line, xy=(x, begun, x, canvas.y - 24), fill=_LINE)
     if maps:
         canvas.y += 8
-        note = scale_note(query_top, tops, scale)
-        if any(map(attrgetter("cropped"), (query, *results))):
+        note = scale_note(None if query is None else query_top, tops, scale)
+        if any(map(attrgetter("cropped"), tiles)):
             note += f" {FRAME_NOTE}"
-        _draw_legend(canvas, note)
+        signed = any(tile.signed for tile in tiles)
+        _draw_legend(canvas, note, ends, signed=signed)
     return canvas.image()
 
 
-def _draw_legend(canvas: Canvas, note: str) -> None:
-    ramp = np.linspace(0, 1, 256, dtype=np.float32)[None]
+def _draw_legend(canvas: Canvas, note: str, ends: tuple[str, str], *, signed: bool) -> None:
+    ramp = np.linspace(-1 if signed else 0, 1, 256, dtype=np.float32)[None]
+    low, high = (shorten(end, 40) for end in ends)
     # Over a light gray, as over a picture: the left end is transparent.
     gray = Image.new("RGB", _BAR, (226, 229, 234))
-    canvas.text(_MARGIN, "no evidence", _TEXT, _QUIET)
-    x = _MARGIN + round(font_of(*_TEXT).getlength("no evidence")) + 12
-    canvas.text(x + _BAR[0] + 12, "strongest", _TEXT, _QUIET, 2)
-    canvas.pictures(x, _BAR, {"": paint(gray, ramp, (0, 0, *_BAR), 1.0)})
+    canvas.text(_MARGIN, low, _TEXT, _QUIET)
+    x = _MARGIN + round(font_of(*_TEXT).getlength(low)) + 12
+    canvas.text(x + _BAR[0] + 12, high, _TEXT, _QUIET, 2)
+    canvas.pictures(x, _BAR, {"": paint(gray, ramp, (0, 0, *_BAR), 1.0, signed=signed)})
     canvas.y += 4
     canvas.paragraph(note, _TEXT, _QUIET, _LEADING)
 

@@ -1,6 +1,7 @@
 """POST /explain, /search and /compare: a picture goes in, what it is like and why comes out."""
 
 import asyncio
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,12 +17,11 @@ from starlette.responses import Response
 from ..errors import EmbedcamError, ImageError, InputError
 from ..explain.explainer import Explainer
 from ..explain.explanation import Explanation, Result
+from ..explain.side_maker import SideMaker
+from ..explain.sides import Shown, Side
 from ..index import Index
 from ..pairs import (
-    PairExplainer,
     Receipt,
-    Shown,
-    Side,
     check_same,
     make_comparison,
     make_receipt,
@@ -29,8 +29,20 @@ from ..pairs import (
 )
 from . import schemas
 from .errors import HTTPProblem, choose
-from .pictures import FORM_TYPE, JSON, PART, PNG, RAW_TYPES, WEBP, Prepared, overlaid, prepare
-from .pipeline import Pipeline, check_names, find_live, given
+from .pictures import (
+    FORM_TYPE,
+    JSON,
+    PART,
+    PNG,
+    RAW_TYPES,
+    WEBP,
+    Prepared,
+    Upload,
+    overlaid,
+    prepare,
+)
+from .pipeline import Pipeline, check_names, find_live, given, listed_results
+from .texts import WordsMaker, read_words, told_of_words
 
 logger = logging.getLogger("embedcam.service")
 
@@ -54,6 +66,10 @@ BODY: schemas.Described = {
         },
     }
 }
+WITH_WORDS = copy.deepcopy(BODY)
+"""The same, or words as JSON."""
+WITH_WORDS["requestBody"]["description"] += " Or words, as JSON."
+WITH_WORDS["requestBody"]["content"][JSON] = {"schema": schemas.TextQuery.model_json_schema()}
 _PROBLEMS = (400, 403, 408, 413, 415, 422, 500, 502, 503)
 MAX_LINES = 50
 MAX_PAIRS = 250_000
@@ -68,6 +84,7 @@ def router(pipeline: Pipeline) -> APIRouter:
     """Return the three endpoints."""
     routes = APIRouter(tags=["queries"])
     maker, most = ReceiptMaker(pipeline), pipeline.limits.n_neighbors
+    words_maker = WordsMaker(pipeline, maker.read)
 
     class SearchParameters(BaseModel):
         n_neighbors: int = Field(
@@ -105,14 +122,14 @@ def router(pipeline: Pipeline) -> APIRouter:
     @routes.post(
         "/explain",
         **schemas.route(
-            "Which images are like this picture, and why",
-            schemas.ExplainAnswer,
-            *(404, 406, *_PROBLEMS),
+            "Which images are like this picture, or answer these words, and why",
+            schemas.ExplainAnswer | schemas.WordsExplained,
+            *(404, 406, 501, *_PROBLEMS),
             parameters=ExplainParameters,
             drawn=(PNG, WEBP),
-            said="The results and the maps as JSON; or the picture with its map over it, where "
-            "`Accept` asks for a picture.",
-            body=BODY,
+            said="The results and the maps as JSON; or the picture with its map over it (of words "
+            "the pictures found, with theirs), where `Accept` asks for a picture.",
+            body=WITH_WORDS,
         ),
     )
     async def explain(request: Request, asked: Annotated[ExplainParameters, Query()]) -> Response:
@@ -126,29 +143,49 @@ def router(pipeline: Pipeline) -> APIRouter:
             told = _explained(request, picture, why, asked.map_size, asked.signed)
             return schemas.response(told, kind, {"Vary": "Accept"})
 
+        async def answer_words(upload: Upload) -> Response:
+            for name in ("result", "rival"):
+                if getattr(asked, name) is not None:
+                    said = f"{name}: is of a picture as the query; leave it out"
+                    raise HTTPProblem(422, "unusable_parameter", said)
+            found = await words_maker.find(read_words(upload), asked.n_neighbors)
+            why, kept = await words_maker.explain(*found)
+
+            def tell() -> Response:
+                if kind != JSON:
+                    return schemas.response(why.plot(), kind, {"Vary": "Accept"})
+                told = told_of_words(request, why, kept, asked.map_size, asked.signed)
+                return schemas.response(told, kind, {"Vary": "Accept"})
+
+            return await pipeline.in_thread(tell)
+
         wanted = (asked.n_neighbors, asked.result, asked.rival, asked.detail)
-        async with pipeline.admitted(request) as upload:
+        async with pipeline.admitted(request, words=True) as upload:
+            if upload.is_json:
+                return await answer_words(upload)
             read = pipeline.reading(upload, side, asked.detail)
             return await pipeline.explain(wanted, read, answer)
 
     @routes.post(
         "/search",
         **schemas.route(
-            "Which images are like this picture, without the why",
-            schemas.SearchAnswer,
-            *_PROBLEMS,
+            "Which images are like this picture, or answer these words, without the why",
+            schemas.SearchAnswer | schemas.WordsFound,
+            *(501, *_PROBLEMS),
             parameters=SearchParameters,
-            body=BODY,
+            body=WITH_WORDS,
         ),
     )
     async def search(request: Request, asked: Annotated[SearchParameters, Query()]) -> Response:
-        async with pipeline.admitted(request) as upload:
+        async with pipeline.admitted(request, words=True) as upload:
+            if upload.is_json:
+                words = read_words(upload)
+                held, _, beside = await words_maker.find(words, asked.n_neighbors)
+                found = matches(request, listed_results(held.index, beside))
+                return schemas.response(schemas.WordsFound(text=words.text, neighbors=found))
             read = pipeline.reading(upload)
             picture, near = await pipeline.search(asked.n_neighbors, read)
-        neighbors = [
-            schemas.built(schemas.Match, vars(one), **schemas.urls_of(request, one.id))
-            for one in near
-        ]
+        neighbors = matches(request, near)
         size = schemas.size_of(picture.size)
         return schemas.response(schemas.SearchAnswer(picture=size, neighbors=neighbors))
 
@@ -285,6 +322,13 @@ def router(pipeline: Pipeline) -> APIRouter:
     return routes
 
 
+def matches(request: Request, near: Sequence[Result]) -> list[schemas.Match]:
+    """Return what came back as JSON."""
+    return [
+        schemas.built(schemas.Match, vars(one), **schemas.urls_of(request, one.id)) for one in near
+    ]
+
+
 def _explained(
     request: Request, picture: Prepared, why: Explanation, map_size: int, signed: bool
 ) -> schemas.ExplainAnswer:
@@ -323,14 +367,12 @@ class ReceiptMaker:
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
-        self._pairs: PairExplainer | None = None
+        self._maker = SideMaker(pipeline.network)
 
     def sides(self, index: Index, pictures: Sequence[Prepared]) -> list[Side]:
         """Return what the network makes of pictures, or raise HTTPProblem 501 without its head."""
         try:
-            if self._pairs is None:
-                self._pairs = PairExplainer(self._pipeline.explainer)
-            self._pairs.head(index)
+            self._maker.head(index)
         except InputError as error:
             # Of a file, or of another version of the index; what is wrong names files.
             logger.warning("no receipts: %s", error)
@@ -339,7 +381,7 @@ class ReceiptMaker:
                 "not tell; serve the network instead"
             )
             raise HTTPProblem(501, "no_receipts", said) from None
-        return self._pairs.sides(index, [one.inputs for one in pictures])
+        return self._maker.sides(index, [one.inputs for one in pictures])
 
     def read(self, explainer: Explainer, name: str, side: int | None) -> Prepared:
         """Return an indexed image's picture, decoded and prepared; what fails names no file."""

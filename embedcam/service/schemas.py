@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import quote
 
@@ -93,6 +94,54 @@ class Neighbor(Match):
     norm: Length | None = _says(
         "Length of its stored weights. Divide maps by it before they share a colour scale.", 0.42
     )
+
+
+class TextQuery(Strict):
+    """Words to search with, in place of a picture."""
+
+    text: str = Field(
+        min_length=1, max_length=1000, pattern=r"\S", description="What to look for.",
+        examples=["a red car"],
+    )  # fmt: skip
+    above: str | SkipJsonSchema[None] = Field(
+        default=None, min_length=1, max_length=1000, pattern=r"\S", examples=["a blue car"],
+        description="Other words: which places speak for the text, and which for these?",
+    )  # fmt: skip
+
+
+class WordsFound(Strict):
+    """The images nearest to words, nearest first."""
+
+    text: str
+    neighbors: list[Match]
+
+
+class Answering(Match):
+    """An image that words found, and where it answers them."""
+
+    file: File
+    rival_similarity: float | None = _says("With `above`: the same with those words.", 0.2)
+    picture: Size | None = _says("null where the picture cannot be read any more.")
+    extent: Extent | None = _says("null where the picture cannot be read any more.")
+    cam: Cam | None = _says("Where it answers; null where the picture cannot be read any more.")
+    signed_cam: Rows | SkipJsonSchema[None] = Field(
+        default=None,
+        description="With `signed=true` or `above`: the map before its ReLU; negative where the "
+        "picture speaks against the text, or for the words it is held against.",
+    )
+
+
+class WordsExplained(Strict):
+    """The images nearest to words, and where each answers them."""
+
+    text: str
+    above: str | None
+    centred: bool = _says(
+        "What any words find in any picture was taken out; false where the index keeps no mean "
+        "embedding of texts."
+    )
+    exact: bool = _says("Maps are exact: behind average pooling and an affine head all adds up.")
+    neighbors: list[Answering]
 
 
 class SearchAnswer(Strict):
@@ -264,6 +313,7 @@ class Readiness(Strict):
     """Whether pictures can be explained, and what of."""
 
     status: str = Field(examples=["ready"])
+    words: bool = _says("Whether a query may be words: the network embeds texts, too.")
     images: Count | None = _says(
         "In the index, or in the store, counted within the last minute; null where a store does "
         "not say.",
@@ -302,7 +352,7 @@ _WHEN = {
     415: "The body is of a type that holds no picture.",
     422: "A parameter or a picture that cannot be used.",
     500: "The service failed.",
-    501: "The network is an ONNX file, of whose pairs there are no receipts.",
+    501: "The network is an ONNX file, of which there are no receipts, or it embeds no words.",
     502: "The store of the images answered with what cannot be read.",
     503: "Too many requests at once, too slow an answer, or a store of images that cannot be asked "
     "now; `Retry-After` says when to retry.",
@@ -311,7 +361,7 @@ _WHEN = {
 
 def route(
     summary: str,
-    answer: type[Strict] | None,
+    answer: type[Strict] | UnionType | None,
     *statuses: int,
     parameters: type[BaseModel] | None = None,
     drawn: Sequence[str] = (),

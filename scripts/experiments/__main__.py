@@ -5,8 +5,11 @@
     python -m scripts.experiments trust DATA/birds20 DATA/objects24 DATA/natural/single --weights FILE
     python -m scripts.experiments match DATA/birds20 DATA/objects24 DATA/natural/single --weights FILE
     python -m scripts.experiments pairs DATA/birds20 DATA/objects24 --weights FILE
+    python -m scripts.experiments concepts DATA/birds20 DATA/objects24 DATA/natural --weights FILE
     python -m scripts.experiments positions [--natural DATA/natural --weights FILE]
     python -m scripts.experiments attended NETWORKS
+    python -m scripts.experiments small_vit TOYS
+    python -m scripts.experiments transformers TOYS
     python -m scripts.experiments unlabelled 10000 40000 1000000
     python -m scripts.experiments shards DATA/objects24 --weights FILE
 
@@ -29,8 +32,11 @@ EXPERIMENTS = (
     "trust",
     "match",
     "pairs",
+    "concepts",
     "positions",
     "attended",
+    "small_vit",
+    "transformers",
     "unlabelled",
     "shards",
 )

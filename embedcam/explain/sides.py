@@ -19,10 +19,10 @@ from PIL import Image
 
 from .._checks import as_array
 from ..errors import InputError, NetworkError
-from ..explain.explanation import Json
 from ..index.encoding import LowRank
 from ..preprocess import Extent
 from ..render import Tile
+from .explanation import Json
 
 if TYPE_CHECKING:
     from ..index import Index

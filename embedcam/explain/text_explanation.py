@@ -1,0 +1,231 @@
+"""What `explain_text` returns: pictures that words find, and where each answers them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, overload
+
+import numpy as np
+from PIL import Image
+
+from ..images import MAX_PIXELS, FileState, Root, is_there, place_state
+from ..preprocess import AnyPreprocess
+from ..render import CHANGED, Tile, draw_on_axes, in_notebook, panel
+from ..render.tiles import Scale
+from .drawing import may_follow, read_shown, save_picture
+from .explanation import Json, rounded
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True, eq=False)
+class TextResult:
+    """A picture and where it answers words.
+
+    `similarity` is f . t, and `rival_similarity` that with the text it is held against, or None;
+    `distance` is squared Euclidean. `signed_cam` `[h w]` float32 is what each position gives, on
+    the layer's grid: None where the picture cannot be read. `id` is empty, and `image` there, for a
+    picture that was given.
+    """
+
+    id: str
+    label: str | None
+    path: str
+    distance: float
+    similarity: float
+    rival_similarity: float | None
+    signed_cam: np.ndarray | None
+    mark: np.ndarray | None = None
+    image: Image.Image | None = None
+
+    @property
+    def cam(self) -> np.ndarray | None:
+        """The map, `[h w]` float32 >= 0: where the picture answers the words."""
+        return None if self.signed_cam is None else np.maximum(self.signed_cam, 0)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TextExplanation:
+    """Words, the pictures nearest to them, and where each picture answers them.
+
+    Attributes
+    ----------
+    text, above
+        The words, and those that they are held against, or None: then positive places speak for
+        `text` and negative ones for `above`.
+    embedding, direction
+        Of the text, `[D]` float32, and what maps follow: the embedding less the mean of all texts,
+        or less the rival's.
+    results
+        The pictures, nearest first; a picture that was given stands alone.
+    centred
+        The mean of all texts was taken out, see `why_not_centred`.
+    exact
+        What positions give adds up to the similarity by itself: behind average pooling and an
+        affine head. Else by the head's derivative.
+    preprocess, root, only_below, max_pixels
+        As an `Explanation` has them.
+    """
+
+    text: str
+    above: str | None
+    embedding: np.ndarray
+    direction: np.ndarray
+    results: list[TextResult]
+    centred: bool
+    exact: bool
+    preprocess: AnyPreprocess | None = field(default=None, repr=False)
+    root: Root | None = None
+    only_below: bool = False
+    max_pixels: int = MAX_PIXELS
+
+    @property
+    def ids(self) -> list[str]:
+        """Of the results, nearest first."""
+        return [one.id for one in self.results]
+
+    @property
+    def labels(self) -> list[str | None]:
+        """Of the results."""
+        return [one.label for one in self.results]
+
+    @property
+    def paths(self) -> list[str]:
+        """Of the results' pictures."""
+        return [one.path for one in self.results]
+
+    @property
+    def similarities(self) -> np.ndarray:
+        """Inner products with the text's embedding, `[n]` float32; larger is nearer."""
+        return np.array([one.similarity for one in self.results], np.float32)
+
+    @property
+    def cams(self) -> list[np.ndarray | None]:
+        """Each result's map, `[h w]` float32 >= 0."""
+        return [one.cam for one in self.results]
+
+    @property
+    def signed_cams(self) -> list[np.ndarray | None]:
+        """The same before the ReLU: what speaks against the words is negative."""
+        return [one.signed_cam for one in self.results]
+
+    @property
+    def why_not_centred(self) -> str | None:
+        """Why texts' mean was not taken out, a sentence without its full stop; None where it was.
+
+        The difference of two texts needs no mean.
+        """
+        if self.centred:
+            return None
+        return (
+            "this index keeps no mean embedding of texts, so maps also show what any words would; "
+            "build it again (--refit) with a network that has a tower for texts"
+        )
+
+    @property
+    def words(self) -> str:
+        """The text in quotes, with what it is held against."""
+        above = "" if self.above is None else f' above "{self.above}"'
+        return f'"{self.text}"{above}'
+
+    def __repr__(self) -> str:
+        near = ", ".join(f"{one.id or 'picture'} {one.similarity:.3f}" for one in self.results[:2])
+        more = ", ..." * (len(self.results) > 2)
+        return f"<TextExplanation: {self.words}; {len(self.results)} pictures: {near}{more}>"
+
+    @overload
+    def plot(
+        self, *, scale: Scale = ..., title: str | None = ..., ax: None = ...
+    ) -> Image.Image: ...
+    @overload
+    def plot(self, *, scale: Scale = ..., title: str | None = ..., ax: Axes) -> Axes: ...
+    def plot(
+        self, *, scale: Scale = "joint", title: str | None = None, ax: Axes | None = None
+    ) -> Image.Image | Axes:
+        """Draw the results, each with its map below it, as one picture.
+
+        Parameters
+        ----------
+        scale
+            "joint" draws all on one color scale; "each" gives every result its own.
+        title
+            Heading; None takes the words.
+        ax
+            Matplotlib axes to draw the first result with its map into; they are returned.
+        """
+        tiles, title = self.tiles(), self.words if title is None else title
+        if ax is not None:
+            return draw_on_axes(ax, tiles[0], title)
+        ends = ("no evidence", "strongest")
+        if self.above is not None:
+            ends = (self.above, self.text)
+        return panel(None, tiles, scale=scale, title=title, ends=ends)
+
+    def save(self, path: str | Path, *, scale: Scale = "joint", title: str | None = None) -> Path:
+        """Write the picture of `plot`; the ending chooses the format, or `InputError`."""
+        return save_picture(lambda: self.plot(scale=scale, title=title), path)
+
+    def _repr_html_(self) -> str:
+        return in_notebook(self.plot(), f"pictures nearest to {self.words}, with their maps")
+
+    def tiles(self) -> list[Tile]:
+        """Return the results' tiles for `render.panel`."""
+        return [self._tile(one) for one in self.results]
+
+    def _tile(self, result: TextResult) -> Tile:
+        picture, extent = result.image, None
+        if picture is None:
+            of = (self.root, self.only_below, self.max_pixels, self.preprocess)
+            picture, extent = read_shown(result.path, *of)
+        elif self.preprocess is not None:
+            extent = self.preprocess.extent(*picture.size)
+        name, words = result.id.rpartition("/")[2], [result.label] if result.label else []
+        similar = f"similarity {result.similarity:.3f}"
+        if result.rival_similarity is not None:
+            similar += f" (above {result.rival_similarity:.3f})"
+        words += [similar] + [CHANGED] * (self.state(result) == "changed")
+        signed = self.above is not None
+        cam = result.signed_cam if signed else result.cam
+        return Tile(picture, cam, extent, name, "\n".join(words), signed=signed)
+
+    def state(self, result: TextResult) -> FileState | None:
+        """Return what became of a result's file since the build; None where unknown."""
+        if result.mark is None or not result.path:
+            return None
+        followed = may_follow(result.path, self.root, self.only_below)
+        return place_state(result.path, result.mark) if followed else "missing"
+
+    def not_found(self) -> list[str]:
+        """Return ids of the results whose pictures are not where the index says."""
+        return [
+            one.id
+            for one in self.results
+            if one.path
+            and not (may_follow(one.path, self.root, self.only_below) and is_there(one.path))
+        ]
+
+    def to_dict(self, *, signed: bool = True) -> Json:
+        """Return plain lists and numbers, ready for JSON; `signed` with the signed maps."""
+        return {
+            "text": self.text,
+            "above": self.above,
+            "centred": self.centred,
+            "why_not_centred": self.why_not_centred,
+            "exact": self.exact,
+            "results": [self._record(one, signed) for one in self.results],
+        }
+
+    def _record(self, result: TextResult, signed: bool) -> Json:
+        maps = {"cam": result.cam} | ({"signed_cam": result.signed_cam} if signed else {})
+        return {
+            "id": result.id,
+            "label": result.label,
+            "path": result.path,
+            "file": self.state(result),
+            "distance": result.distance,
+            "similarity": result.similarity,
+            "rival_similarity": result.rival_similarity,
+            **{name: None if one is None else rounded(one) for name, one in maps.items()},
+        }

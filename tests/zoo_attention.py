@@ -217,7 +217,7 @@ def gradeclip_activations(case: Case) -> np.ndarray:
     run = Run(case)
     last = run.attended[-1]
     q = [last.q[r] / last.q[r].norm() for r in run.rows]
-    cosines = [float(sum((one * k / k.norm()).sum() for one in q) / len(q)) for k in last.k[1:]]
+    cosines = [sum((one * k / k.norm()).sum() for one in q).item() / len(q) for k in last.k[1:]]
     low, high = min(cosines), max(cosines)
     tokens = [(c - low) / (high - low) * v for c, v in zip(cosines, last.v[1:], strict=True)]
     return torch.stack(tokens, -1).detach().numpy().reshape(DIM, *GRID)

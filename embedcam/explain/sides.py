@@ -10,7 +10,7 @@ where the head has no bias.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -60,12 +60,16 @@ class PooledSide:
         self._flat = self.activations.reshape(shape[1], -1)
         self._scale = self.norm * self._flat.shape[1]
 
-    def products(self, direction: np.ndarray) -> Products:
-        """Return what channels `[K]`, positions `[H W]` and other parts give to f . direction."""
+    def products(self, direction: np.ndarray, within: np.ndarray | None = None) -> Products:
+        """Return what channels `[K]`, positions `[H W]` and other parts give to f . direction.
+
+        `within`, weights `[H W]` from 0 to 1, tells what of the positions is counted.
+        """
+        flat = self._flat if within is None else self._flat * within.ravel().astype(np.float32)
         slopes = direction if self._matrix is None else direction.astype("f4") @ self._matrix
         slopes = (slopes / self._scale).astype(np.float64)
-        channels = slopes * self._flat.sum(1, dtype=np.float64)
-        cells = slopes.astype(np.float32) @ self._flat
+        channels = slopes * flat.sum(1, dtype=np.float64)
+        cells = slopes.astype(np.float32) @ flat
         return channels, cells.astype(np.float64).reshape(self.activations.shape[1:]), {}
 
     def vectors(self, masks: np.ndarray) -> np.ndarray:
@@ -95,9 +99,12 @@ class HeldSide:
         self._passed = passed
         self._alone: dict[int, np.ndarray] = {}
 
-    def products(self, direction: np.ndarray) -> Products:
-        """Return what channels `[K]`, positions `[H W]` and other parts give to f . direction."""
-        return self._passed.products(direction / self.norm)
+    def products(self, direction: np.ndarray, within: np.ndarray | None = None) -> Products:
+        """Return what channels `[K]`, positions `[H W]` and other parts give to f . direction.
+
+        `within`, weights `[H W]` from 0 to 1, tells what of the positions is counted.
+        """
+        return self._passed.products(direction / self.norm, within)
 
     def vectors(self, masks: np.ndarray) -> np.ndarray:
         """Return what sets of positions give to f, `[n D]`; masks `[n H W]` from 0 to 1."""
@@ -140,7 +147,8 @@ class Contributions:
     Of each position `cells` `[H W]`, of each channel `channels` `[K]`, signed; `parts` are what is
     neither, such as "the MLP", by name; `shared` is what it has with the average image too,
     `remainder` biases, and where the side is not exact what is not of first order.
-    `cells.sum()` (or `channels.sum()`), the parts, `shared` and `remainder` add up to the score.
+    `cells.sum()` (or `channels.sum()`), the parts, `shared` and `remainder` add up to the score;
+    of a part of the query `outside`, what all else gives, with them.
     """
 
     cells: np.ndarray
@@ -149,6 +157,13 @@ class Contributions:
     shared: float
     remainder: float
     shown: Shown = NOT_SHOWN
+    outside: float = 0.0
+
+    def restricted(self, products: Products) -> Contributions:
+        """Return the same where only what `products` says of channels and positions counts."""
+        channels, cells, _ = products
+        outside = float(self.channels.sum() - channels.sum())
+        return replace(self, cells=cells, channels=channels, outside=outside)
 
     def tile(self, rival: bool = False) -> Tile:
         """Return the picture with its map; of a `rival` evidence is the other way round."""
@@ -175,6 +190,7 @@ class Contributions:
             "cells": self.cells.astype(np.float32).tolist(),
             "parts": self.parts,
             "shared": self.shared,
+            "outside": self.outside,
             "remainder": self.remainder,
             "extent": None if shown.extent is None else list(shown.extent),
         }

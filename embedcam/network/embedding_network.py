@@ -33,8 +33,9 @@ from ..preprocess import (
     usual_passes,
 )
 from ..preprocess.probe import probe_inputs
+from . import open_clip_source, sentence_transformers_source, transformers_source
 from .gradients import HeadPass
-from .head import HeadAlone, HeadKind, ask_head, pooled_vjp, tolerance_of
+from .head import HeadAlone, HeadKind, ask_head, pooled_vjp, refuse_difference, tolerance_of
 from .held import HeldPass, held_pass
 from .layers import (
     TOKENS,
@@ -78,6 +79,7 @@ from .runner import (
     with_positions,
 )
 from .settings import place_of, refuse_settings
+from .source import Foreign
 from .texts import TextTower, embed_texts
 
 if TYPE_CHECKING:
@@ -226,6 +228,36 @@ class EmbeddingNetwork:
             module = nn.ModuleDict({n: p for n, p in parts.items() if isinstance(p, nn.Module)})
             module.training = False
         return cls(module, layer, trunk=trunk, head=head, **settings)
+
+    @classmethod
+    def from_transformers(cls, model: nn.Module, processor: Foreign, **settings: Foreign) -> Self:
+        """Return a model of transformers and its processor, or image processor, as a network.
+
+        Layer, output, prefix tokens, preprocessing and the tower for texts are found; settings are
+        the constructor's. The model stays as it is.
+        """
+        return cls(**{**transformers_source.wrapped(model, processor).settings(), **settings})
+
+    @classmethod
+    def from_open_clip(
+        cls,
+        model: nn.Module,
+        preprocess: Transform,
+        tokenizer: Callable[..., Foreign] | None = None,
+        **settings: Foreign,
+    ) -> Self:
+        """Return a model of open_clip as a network; as `from_transformers`.
+
+        `preprocess` is the last that `create_model_and_transforms` returns, `tokenizer` what
+        `get_tokenizer` does; without it, texts cannot be embedded.
+        """
+        loaded = open_clip_source.wrapped(model, preprocess, tokenizer)
+        return cls(**{**loaded.settings(), **settings})
+
+    @classmethod
+    def from_sentence_transformers(cls, model: nn.Module, **settings: Foreign) -> Self:
+        """Return a SentenceTransformer that embeds images as a network; as `from_transformers`."""
+        return cls(**{**sentence_transformers_source.wrapped(model).settings(), **settings})
 
     def without_autocast(self) -> Self:
         """Return this network computing in the precision of its parameters."""
@@ -605,7 +637,7 @@ class EmbeddingNetwork:
                 with uncompiled(), random:
                     again = self.forward(probes[:1])
                 how = "the same picture run twice"
-                _refuse_difference(alone, again, allowed, how, by_chance(random.names))
+                refuse_difference(alone, again, allowed, how, by_chance(random.names))
 
             run_again()
             # What is drawn may change an embedding only now and then.
@@ -617,7 +649,7 @@ class EmbeddingNetwork:
                 return  # a network of one picture at a time has no batch to depend on
             how, cause = "a picture alone and beside another", by_batch(self.module)
             try:
-                _refuse_difference(alone, beside, allowed, how, cause)
+                refuse_difference(alone, beside, allowed, how, cause)
             except NetworkError:
                 for _ in range(_REPEATS):  # chance that torch knows nothing of
                     run_again()
@@ -633,7 +665,7 @@ class EmbeddingNetwork:
             return
         self._put_channels_last(True)
         try:
-            _refuse_difference(expected, self.forward(probe), allowed, "", "")
+            refuse_difference(expected, self.forward(probe), allowed, "", "")
         except NetworkError:  # such as of a module that takes views of contiguous memory only
             self._put_channels_last(False)
 
@@ -699,19 +731,3 @@ class EmbeddingNetwork:
                 "a network over positions has no probe of its own; run forward() on an input first"
             )
         return torch.cat([example, example.flip(-1)])
-
-
-def _refuse_difference(
-    one: Features, other: Features, allowed: float, how: str, cause: str
-) -> None:
-    """Refuse first embeddings or pooled activations that differ by more than |a - b| / |a|."""
-    off = 0.0
-    for a, b in (
-        (one.embedding[0].double(), other.embedding[0].double()),
-        (one.activations[0].double().mean((1, 2)), other.activations[0].double().mean((1, 2))),
-    ):
-        off = max(off, float((a - b).norm()) / (float(a.norm()) or 1.0))
-    if off > allowed:
-        raise NetworkError(
-            f"{how} gives embeddings that differ by {off:.2g} (allowed: {allowed:g}): {cause}"
-        )

@@ -46,10 +46,13 @@ class HeldPass(Graph):
             self._parts = [(entered, one) for one in holding.entered]
             self._parts += [(bent, one) for one in holding.bent.values()]
 
-    def products(self, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+    def products(
+        self, direction: np.ndarray, within: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
         """Return what gives how much to z . direction, direction `[D]`.
 
-        By channel `[K]` and position `[H W]`, and what is neither, by its name.
+        By channel `[K]` and position `[H W]`, of which `within`, weights `[H W]`, tells what is
+        counted; and what is neither, by its name.
         """
         z, (leaf,) = self._open()
         names, others = [name for name, _ in self._parts], [one for _, one in self._parts]
@@ -68,6 +71,7 @@ class HeldPass(Graph):
         for name, amount in zip(names, amounts[1:], strict=True):
             if amount is not None:  # such as what only a held divisor is made of
                 parts[name] = parts.get(name, 0.0) + float(amount.sum())
+        cells = cells if within is None else cells * within
         return cells.sum((1, 2)), cells.sum(0), parts
 
     def vectors(self, masks: np.ndarray) -> np.ndarray:

@@ -199,8 +199,8 @@ def resolve(
         )
     if kind == "auto":
         # Of four dimensions the channels are last where only the middle two have the aspect.
-        last = raw.ndim == 4 and _same_aspect(shape[1:3], size)
-        kind = "bhwk" if last and not _same_aspect(shape[2:4], size) else "bkhw"
+        last = raw.ndim == 4 and same_aspect(shape[1:3], size)
+        kind = "bhwk" if last and not same_aspect(shape[2:4], size) else "bkhw"
         kind = "btk" if raw.ndim == 3 else kind
     if (kind in ORDERS) != (raw.ndim == 3):
         raise wrong(
@@ -241,7 +241,7 @@ def axes_told(
         kinds = [told[len(first), place] for place in moved if (len(first), place) in told]
         if 0 in batch and len(kinds) == 1:
             return kinds[0]
-    if len(first) == 4 and _same_aspect(first[1:3], size) and _same_aspect(first[2:4], size):
+    if len(first) == 4 and same_aspect(first[1:3], size) and same_aspect(first[2:4], size):
         raise NetworkError(
             f"layer {layer!r} returned {list(first)} for an input {_by(size)} and takes no other "
             "size, so its channels cannot be told from its positions; say layout='bkhw' or 'bhwk'"
@@ -257,7 +257,7 @@ def smaller(size: tuple[int, int]) -> list[tuple[int, int]]:
     return [half for half in dict.fromkeys(halves) if half != tuple(size)]
 
 
-def _same_aspect(grid: Sequence[int], size: tuple[int, int]) -> bool:
+def same_aspect(grid: Sequence[int], size: tuple[int, int]) -> bool:
     """Return whether the grid is the input's, divided by one stride, give or take a position."""
     (h, w), (height, width) = grid, size
     if h > height or w > width:

@@ -20,8 +20,10 @@ from .checkpoints import read_affine
 from .embedding_network import DEFAULT_INPUT_SIZE, EmbeddingNetwork
 from .layers import LayoutName, choose_embedding, near_misses, split_reading
 from .module import input_channels, lay_out, module_device, no_gradients, user_code
+from .open_clip_source import from_open_clip
 from .reading import read_by
 from .runner import with_positions
+from .sentence_transformers_source import from_sentence_transformers
 from .source import Loaded, PathLike, Sides, load_weights
 from .timm_source import from_timm
 from .torchvision_source import from_torchvision
@@ -29,8 +31,14 @@ from .transformers_source import from_transformers
 
 log = logging.getLogger(__name__)
 
-_FORMS = "torchvision:NAME, timm:NAME or package.module:factory"
-_SOURCES = {"torchvision": from_torchvision, "timm": from_timm, "hf": from_transformers}
+_FORMS = "torchvision:, timm:, hf:, open_clip: or st: and a name, or package.module:factory"
+_SOURCES = {
+    "torchvision": from_torchvision,
+    "timm": from_timm,
+    "hf": from_transformers,
+    "open_clip": from_open_clip,
+    "st": from_sentence_transformers,
+}
 _AUTOCAST = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -60,8 +68,10 @@ def load_network(
     Parameters
     ----------
     network
-        "torchvision:NAME", "timm:NAME", or "package.module:factory", a function without arguments
-        that returns a module, (module, preprocess), or an `EmbeddingNetwork`.
+        "torchvision:NAME", "timm:NAME", "hf:NAME" of transformers, "open_clip:NAME:PRETRAINED",
+        "st:NAME" of sentence-transformers, of which the last three may be folders; or
+        "package.module:factory", a function without arguments that returns a module, (module,
+        preprocess), or an `EmbeddingNetwork`.
     weights
         None for the library's pretrained ones (a factory: as it made them), a file (.safetensors,
         or a PyTorch checkpoint that loads with `weights_only=True`), or "random".
@@ -69,7 +79,7 @@ def load_network(
         A `.safetensors` file with `weight [D K']` and perhaps `bias [D]`, an affine map to put
         after the embedding.
     layer
-        Dotted name; known for torchvision's common families and timm's. "LAYER@gradeclip" or
+        Dotted name; found by itself but for a factory's module. "LAYER@gradeclip" or
         "LAYER@value" reads inside an attention, "@gradeclip" and "@value" inside the last one.
     size, resize
         Of the network's input, H = W or (H, W), and "crop" or "squash", how pictures are brought to
@@ -127,6 +137,8 @@ def load_network(
     module = loaded.module.eval()
     if device is not None:
         module = module.to(device)
+        if isinstance(loaded.texts, nn.Module):
+            loaded.texts.to(device)
     if channels_last:
         lay_out(module, True)
     transform = from_transform(preprocess) if preprocess is not None else loaded.preprocess

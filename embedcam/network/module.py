@@ -49,10 +49,13 @@ def refuse_module(module: object) -> None:
         step = "the one it was made from, or its halves as EmbeddingNetwork.from_parts(trunk, head)"
     elif "SentenceTransformer" in bases:
         why = "takes a dict of features, not images"
-        step = "the vision model in it, such as model[0].model.vision_model, with preprocess="
+        step = "EmbeddingNetwork.from_sentence_transformers(model)"
     elif main != "pixel_values":
         why = f"takes {main!r} first, not images"
-        step = "its vision part, such as CLIPVisionModelWithProjection or model.vision_model"
+        step = "EmbeddingNetwork.from_transformers(model, processor), or a model for images"
+    elif hasattr(module, "encode_image"):
+        why = "takes images and texts, not images alone"
+        step = "EmbeddingNetwork.from_open_clip(model, preprocess)"
     elif others:
         why = f"also asks for {', '.join(one.name for one in others)}, not images alone"
         step = "a module whose forward takes nothing else, such as one around it"

@@ -10,8 +10,8 @@ from ..errors import NetworkError
 from ..preprocess import AnyPreprocess
 from ..preprocess.probe import probe_inputs
 from .checkpoints import read_affine
+from .finding import find_explained
 from .module import calls_of, input_channels, module_device, no_gradients
-from .probing import find_explained
 from .source import Loaded, PathLike
 
 Images = Callable[[nn.Module, Tensor], Tensor]
@@ -88,17 +88,16 @@ def _dtype(model: nn.Module) -> torch.dtype:
 def _only(module: nn.Module, called: Sequence[str], prefix: str = "") -> nn.Module:
     """Return a module without the parts that were not called, such as a tower for texts.
 
-    Parts are left out of what was not called itself, but by a method of another name; the others
-    may use their parts without a call. What loses a part is a copy that shares all others.
+    Parts are left out of what was not called itself, but by a method of another name; others may
+    use a part without calling it. What loses a part is a copy that shares all that is left.
     """
-    if prefix.rstrip(".") in called and prefix:
-        return module
-    kept = {
-        name: _only(child, called, f"{prefix}{name}.")
-        for name, child in module.named_children()
-        if any(f"{one}.".startswith(f"{prefix}{name}.") for one in called)
-    }
-    if not kept or all(kept.get(name) is child for name, child in module.named_children()):
+    whole, kept = prefix.rstrip(".") in called and prefix != "", dict[str, nn.Module]()
+    for name, child in module.named_children():
+        if any(f"{one}.".startswith(f"{prefix}{name}.") for one in called):
+            kept[name] = _only(child, called, f"{prefix}{name}.")
+        elif whole:
+            kept[name] = child
+    if all(kept.get(name) is child for name, child in module.named_children()):
         return module
     part = copy.copy(module)
     part._modules = dict(kept)

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +13,10 @@ from torch import Tensor, nn
 from ..errors import NetworkError
 from ..preprocess import AnyPreprocess, Preprocess, from_transform
 from ..preprocess.recognizing import recognized
-from .module import message_of, module_device
-from .source import Foreign, Loaded, PathLike, Sides, imported, load_weights, made
+from .module import module_device
+from .source import Foreign, Loaded, PathLike, Sides, fetched, imported, load_weights, made
 from .towers import Words, assembled
 
-Fetched = TypeVar("Fetched")
 _IMAGES = "get_image_features"
 _TEXTS = "get_text_features"
 # How far a text's embedding moves by padding that its tower does not read: rounding.
@@ -34,46 +32,46 @@ def from_transformers(
     """
     library, full = imported("transformers", f"hf:{name}"), f"hf:{name}"
     place = _place_of(name)
-    config = fetched(partial(library.AutoConfig.from_pretrained, place), full, "its config.json")
+    config = fetched(_loading(library.AutoConfig.from_pretrained, place), full, "the config.json")
     missing = list[str]()
 
     def build(pretrained: bool) -> Foreign:
         special = _special(library, config)
         if not pretrained:
             return special(config) if special else library.AutoModel.from_config(config)
-        load = partial(
+        load = _loading(
             (special or library.AutoModel).from_pretrained,
             place,
             config=config,
-            dtype=torch.float32,
             weights_only=True,
             output_loading_info=True,
         )
-        model, loading = fetched(load, full, "its weights")
+        model, loading = fetched(load, full, "the whole")
         missing.extend(loading["missing_keys"])
         return model
 
-    model = made(build, full, weights, seed).eval()
+    model = made(build, full, weights, seed).eval().float()
     _refuse_blind(model, full)
     _without_untrained(model, missing, full)
     load_weights(model, weights, [])
     try:
-        processor = fetched(partial(library.AutoImageProcessor.from_pretrained, place), full, "")
-        preprocess: AnyPreprocess | None = _preprocess_of(processor)
+        load = _loading(library.AutoImageProcessor.from_pretrained, place)
+        processor = fetched(load, full, "the preprocessor_config.json")
+        preprocess: AnyPreprocess | None = preprocess_of(processor)
     except NetworkError:
         # Pretrained ones without it are told so where a picture comes; random ones see anything.
         preprocess = Preprocess(size=_side(model)) if weights == "random" else None
     if sides is not None and isinstance(preprocess, Preprocess):
         preprocess = preprocess.sized(sides)
-    tokens = partial(library.AutoProcessor.from_pretrained, place)
-    words = words_of(model, partial(fetched, tokens, full, "its tokenizer"))
+    tokens = _loading(library.AutoProcessor.from_pretrained, place)
+    words = words_of(model, partial(fetched, tokens, full, "the tokenizer"))
     return assembled(model, images_of(model, preprocess), words, preprocess, head, _side(model))
 
 
 def wrapped(model: nn.Module, processor: Foreign) -> Loaded:
     """Return a model of transformers and its processor, or image processor alone, as a network."""
     _refuse_blind(model, f"the {type(model).__name__}")
-    preprocess = _preprocess_of(processor)
+    preprocess = preprocess_of(processor)
     has_tokens = getattr(processor, "tokenizer", None) is not None
     words = words_of(model, lambda: processor) if has_tokens else None
     return assembled(model, images_of(model, preprocess), words, preprocess)
@@ -90,20 +88,13 @@ def _place_of(name: str) -> str:
     raise NetworkError(f"hf:{name} names a folder that is not there; give one that holds a model")
 
 
-def fetched(load: Callable[..., Fetched], full: str, what: str) -> Fetched:
-    """Return what a library loads from its cache or a folder, or else from the hub."""
-    problems = list[str]()
-    for local in (True, False):
-        try:
-            return load(local_files_only=local, trust_remote_code=False)
-        # What is missing or damaged decides what is raised: OSError, ValueError, KeyError, ...
-        except Exception as error:
-            problems.append(f"{type(error).__name__}: {message_of(error)}")
-            cause = error
-    raise NetworkError(
-        f"{what} of {full} is neither here nor could it be fetched ({problems[0]}); give the "
-        "folder that save_pretrained wrote, or a name on the hub while there is a connection"
-    ) from cause
+def _loading(load: Callable[..., Foreign], *given: object, **more: object) -> Foreign:
+    """Return a `from_pretrained` as what `fetched` takes; no code of the model's own is run."""
+
+    def run(local: bool) -> Foreign:
+        return load(*given, **more, local_files_only=local, trust_remote_code=False)
+
+    return run
 
 
 def _special(library: ModuleType, config: Foreign) -> Foreign:
@@ -135,7 +126,8 @@ def _without_untrained(model: nn.Module, missing: Sequence[str], full: str) -> N
         setattr(model.get_submodule(parent), child, None)
 
 
-def _preprocess_of(processor: Foreign) -> AnyPreprocess:
+def preprocess_of(processor: Foreign) -> AnyPreprocess:
+    """Return what a processor, or the image processor in it, amounts to."""
     images: Foreign = getattr(processor, "image_processor", processor)
     most: int | None = getattr(images, "max_num_patches", None)
     if most is None:

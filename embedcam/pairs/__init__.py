@@ -3,7 +3,9 @@
 from ..explain.sides import Contributions, HeldSide, PooledSide, Shown, Side
 from .explainer import PairExplainer, check_same, mean_of
 from .lines import Known, Line
+from .places import Place, covered
 from .receipt import Comparison, Link, Receipt, make_comparison, make_receipt
+from .texts import TextReceipt
 
 __all__ = [
     "Comparison",
@@ -13,11 +15,14 @@ __all__ = [
     "Line",
     "Link",
     "PairExplainer",
+    "Place",
     "PooledSide",
     "Receipt",
     "Shown",
     "Side",
+    "TextReceipt",
     "check_same",
+    "covered",
     "make_comparison",
     "make_receipt",
     "mean_of",

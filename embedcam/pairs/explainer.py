@@ -15,10 +15,13 @@ from ..errors import EmbeddingError, ImageError, InputError
 from ..explain.queries import query_name
 from ..explain.side_maker import SideMaker
 from ..explain.sides import Shown, Side
+from ..explain.texts import Texts, words_of
 from ..index.concepts import Concepts, Exemplar, read_names
 from ..index.in_memory import index_of_rows, listed
 from .lines import N_EXEMPLARS, Kind, Known
+from .places import covered
 from .receipt import Comparison, Receipt, make_comparison, make_receipt
+from .texts import TextReceipt, make_text_receipt
 
 if TYPE_CHECKING:
     from ..explain.explainer import Explainer
@@ -114,9 +117,18 @@ class PairExplainer:
         return self.receipts(query, [result], centred=centred)[0]
 
     def receipts(
-        self, query: QueryLike, results: Sequence[QueryLike], *, centred: bool = True
+        self,
+        query: QueryLike,
+        results: Sequence[QueryLike],
+        *,
+        centred: bool = True,
+        box: Sequence[float] | None = None,
     ) -> list[Receipt]:
-        """Return the receipts of one query with several results; arguments as for `receipt`."""
+        """Return the receipts of one query with several results; arguments as for `receipt`.
+
+        With a `box`, (x0, y0, x1, y1) in pixels of the query (upright, or of the network's input
+        where that was given), of what lies in it: what *that part* matches in every result.
+        """
         if isinstance(results, str | bytes | Path):
             raise InputError("expected a list of results, got one; use receipt()")
         index = self.explainer.index
@@ -131,7 +143,12 @@ class PairExplainer:
         for result, side in zip(results, theirs, strict=True):
             if isinstance(result, str):
                 check_same(of.index, result, side)
-        shown = [picture for picture, _ in opened]
+        shown, within = [picture for picture, _ in opened], None
+        if box is not None:
+            picture, (height, width) = shown[0].image, opened[0][1].shape[-2:]
+            size = (width, height) if picture is None else picture.size
+            seen = shown[0].extent or (0, 0, *size)
+            within = covered(box, size, seen, ours.activations.shape[1:])
         return [
             make_receipt(
                 ours,
@@ -140,6 +157,7 @@ class PairExplainer:
                 centred=centred,
                 query_shown=shown[0],
                 result_shown=picture,
+                within=within,
                 known=known,
             )
             for side, picture in zip(theirs, shown[1:], strict=True)
@@ -153,6 +171,38 @@ class PairExplainer:
             raise InputError(f"the result and its rival are both {result!r}; name two images")
         first, second = self.receipts(query, [result, rival], centred=centred)
         return make_comparison(first.sides[0], first, second, self.explainer.index.metric)
+
+    def text_receipt(
+        self,
+        text: str,
+        picture: QueryLike,
+        *,
+        texts: Texts | None = None,
+        above: str | None = None,
+    ) -> TextReceipt:
+        """Return why words and one picture match, or why it answers them rather than `above`.
+
+        Parameters
+        ----------
+        text, texts, above
+            As `Explainer.explain_text` takes them.
+        picture
+            Id of an image of the index (a `str`), or a picture as the query of a `receipt`.
+
+        Raises
+        ------
+        ImageError, InputError, NetworkError
+            As `receipt`; words that cannot be used, or a network without a tower for texts.
+        """
+        of = self.explainer.of_ids([picture] if isinstance(picture, str) else [])
+        snapshot = of.snapshot
+        (words,) = words_of(snapshot, [text], above, texts)
+        shown, inputs = self._open(picture, of)
+        (side,) = self.maker.sides(snapshot.index, [inputs])
+        if isinstance(picture, str):
+            check_same(snapshot.index, picture, side)
+        known = self.known(self.explainer.index)
+        return make_text_receipt(snapshot.index, words, side, shown, known)
 
     def _open(self, image: QueryLike, of: Explainer | None = None) -> tuple[Shown, Inputs]:
         """Return how a picture is drawn, and the input `[3 H W]`; a text names an image `of`."""

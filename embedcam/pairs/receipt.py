@@ -37,6 +37,7 @@ from .lines import (
     in_words,
     lines_of,
 )
+from .places import Place, find_places
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -98,14 +99,13 @@ class Total(ABC):
 
     def _amounts(self, n: int, left: float, besides: int = 0) -> Amounts:
         """Return amounts with at most n lines of a kind; so many lines `besides` stand apart."""
-        last: Amounts = []
+        last: Amounts = list(self.parts.items())
         if self.divided is not None and abs(self.divided[1]) >= _SMALL:
             last.append(("what no concept explains", self.divided[1]))
-        last += self.parts.items()
         if not self.exact or abs(left) >= _SMALL:
             last.append(("the head's bias" if self.exact else "not of first order", left))
         # Two more: those that follow, and all others.
-        n = min(n, max(MOST_LINES, n) - besides - len(last) - 2)
+        n = max(0, min(n, max(MOST_LINES, n) - besides - len(last) - 2))
         if self.divided is None or self.known.concepts is None:
             return in_words("channel", self.channels, n) + last
         return in_words("concept", self.divided[0], n, self.known.concepts.names) + last
@@ -165,7 +165,8 @@ class Receipt(Total):
     similarity. Where `exact`, the remainder is the head's biases, and `held` says what was held at
     its values for that; else it holds what is not of first order. `centred` is whether what the
     average image shares, `mean` `[D]`, was put apart. `channels`, `parts`, `shared` and `remainder`
-    are means of both sides.
+    are means of both sides. Of a part of the query, `within` `[H W]` is how much of each position
+    counts, and `outside` what all the others give.
     """
 
     similarity: float
@@ -175,6 +176,7 @@ class Receipt(Total):
     centred: bool
     sides: tuple[Side, Side]
     mean: np.ndarray
+    within: np.ndarray | None = None
     _alt = "query and result, and what their similarity is made of"
 
     @property
@@ -196,10 +198,30 @@ class Receipt(Total):
         held = " and ".join(filter(None, [", ".join(self.held[:-1]), *self.held[-1:]]))
         return f"Contributions are exact{', with ' * bool(held)}{held}{' held' * bool(held)}."
 
+    @property
+    def outside(self) -> float:
+        """What the query gives outside of the part that was asked about; mean of both sides."""
+        return (self.query.outside + self.result.outside) / 2
+
+    @property
+    def beyond(self) -> float:
+        """What all pairs of positions give, of which places are a part; the channels' sum."""
+        return float(self.channels.sum())
+
+    def places(self, n: int = 5) -> list[Place]:
+        """Return the pairs of regions that match and give most, at most n, most first.
+
+        Each region takes at most 15% of its picture, all together at most 40% of either. What all
+        pairs of positions give is `beyond`; see `embedcam.pairs.places`.
+        """
+        return find_places(*self.sides, self.mean, n, self.within)
+
     def amounts(self, n: int = 10) -> Amounts:
         """Return what adds up to the similarity: the average, n channels, all that is left."""
         shared = [("shared with the average", self.shared)] if self.centred else []
-        return shared + self._amounts(n, self.remainder, len(shared))
+        outside = [] if self.within is None else [("outside the box", self.outside)]
+        amounts = self._amounts(n, self.remainder, len(shared) + len(outside))
+        return shared + amounts + outside
 
     def _divided(self, concepts: Concepts) -> tuple[np.ndarray, float]:
         of = zip((self.query, self.result), self.sides, strict=True)
@@ -246,6 +268,8 @@ class Receipt(Total):
             cells = np.argsort(-self.query.cells, axis=None, kind="stable")[:_PROBED]
             vectors = self._vectors(query, cells.tolist())
             pairs = np.array([self._matched(result, v).ravel() for v in vectors])
+        if self.within is not None:
+            pairs = pairs * self.within.ravel()[cells, None]
         links: list[Link] = []
         starts = np.stack(np.divmod(cells, query.activations.shape[2]), -1)
         ends = np.stack(np.divmod(np.arange(pairs.shape[1]), result.activations.shape[2]), -1)
@@ -261,10 +285,12 @@ class Receipt(Total):
             pairs[row], pairs[:, column] = 0, 0
         return links
 
-    def to_dict(self, lines: int = 10, links: int = 5) -> Json:
+    def to_dict(self, lines: int = 10, links: int = 5, places: int = 5) -> Json:
         """Return plain lists and numbers, ready for JSON; without pictures."""
-        names = ("similarity", "exact", "centred", "shared", "remainder")
+        names = ("similarity", "exact", "centred", "shared", "outside", "remainder")
+        found = self.places(places) if places else []
         return {name: getattr(self, name) for name in names} | {
+            "places": [place.to_dict(self.beyond) for place in found],
             "held": list(self.held),
             "parts": self.parts,
             **self._channels(lines),
@@ -374,16 +400,24 @@ def make_receipt(
     centred: bool = True,
     query_shown: Shown = NOT_SHOWN,
     result_shown: Shown = NOT_SHOWN,
+    within: np.ndarray | None = None,
     known: Known = NOTHING_KNOWN,
 ) -> Receipt:
     """Return the receipt of a pair behind one head, with the index's mean embedding `[D]`.
 
-    `known` is what the index says of channels and concepts.
+    With `within`, weights `[H W]` from 0 to 1, of that part of the query's positions; `known` is
+    what the index says of channels and concepts.
     """
     apart = np.asarray(mean, np.float64) if centred else np.zeros(len(mean))
     similarity = float(query.embedding @ result.embedding)
     ours = evidence_of(query, result.embedding, similarity, apart, query_shown)
     theirs = evidence_of(result, query.embedding, similarity, apart, result_shown)
+    if within is not None:
+        ours = ours.restricted(query.products(result.embedding - apart, within))
+        # What the part gives, with its share of what lies nowhere; see `places`.
+        part, whole_query = query.vectors(np.stack([within, np.ones_like(within)]))
+        direction = part + within.mean() * (query.embedding - whole_query - apart)
+        theirs = theirs.restricted(result.products(direction))
     return Receipt(
         query=ours,
         channels=(ours.channels + theirs.channels) / 2,
@@ -395,6 +429,7 @@ def make_receipt(
         centred=centred,
         sides=(query, result),
         mean=apart,
+        within=within,
         known=known,
     )
 

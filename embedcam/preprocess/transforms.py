@@ -45,7 +45,7 @@ RESAMPLING: Final = {
 _KIND: Final = "standard"
 
 
-def _offsets(lengths: tuple[int, int], windows: tuple[int, int], center: str) -> list[int]:
+def offsets(lengths: tuple[int, int], windows: tuple[int, int], center: str) -> list[int]:
     """Return where a center crop begins; negative where it pads a short side."""
     offsets = []
     for length, window in zip(lengths, windows, strict=True):
@@ -153,7 +153,7 @@ class Preprocess:
         if image.size != resized:
             pixels = pixels.resize(resized, RESAMPLING[self.interpolation])
         if self.resize == "crop":
-            left, top = _offsets(resized, (width, height), self.center)
+            left, top = offsets(resized, (width, height), self.center)
             # Pillow fills what lies outside the picture with black, as torchvision's padding does.
             pixels = pixels.crop((left, top, left + width, top + height))
         levels = np.asarray(pixels, dtype=np.uint8).reshape(height, width, len(self.mean))
@@ -175,7 +175,7 @@ class Preprocess:
         if self.resize == "squash":
             return 0.0, 0.0, float(width), float(height)
         resized, (down, across) = self._resized(width, height), self.size
-        left, top = _offsets(resized, (across, down), self.center)
+        left, top = offsets(resized, (across, down), self.center)
         # One division each, last: an edge that is the picture's own comes out exactly.
         x, y = (left * width, (left + across) * width), (top * height, (top + down) * height)
         return x[0] / resized[0], y[0] / resized[1], x[1] / resized[0], y[1] / resized[1]

@@ -9,7 +9,8 @@ import { mapOf } from "./maps.js";
 import { showContrast, showGuide, showPicked, showReceipt, showState } from "./panel.js";
 import { QueryView, showMatch, showTrust } from "./query.js";
 import { Card, drawOwn, drawPoint, drawSome, loadAll, showCards, showWaiting } from "./results.js";
-import { about, compare, examples, explain, picture, pictureAddress } from "./service.js";
+import { about, compare, examples, explain, explainWords, picture, pictureAddress } from "./service.js";
+import { WordsCard, drawAnswers, noteAnswers, offerText, showAsked, startText } from "./text.js";
 import { startTheme } from "./theme.js";
 import { counted, described, fixed, nameOf, placeOf, sentence, shortened, signed } from "./words.js";
 
@@ -19,7 +20,7 @@ const PICTURE_SIDE = 1024; // Of an indexed image that is searched with.
 const LEAVING = 180; // Milliseconds that a result stays in view after the mouse has left it.
 
 const query = new QueryView(choosePoint);
-const known = { blob: null, id: null, retry: null, answer: null, cards: [], usual: 5, count: null, detail: {} };
+const known = { blob: null, id: null, words: null, retry: null, answer: null, cards: [], usual: 5, count: null, detail: {} };
 const at = { hovered: null, last: null, pinned: null, point: null, picked: [], contrast: null };
 let work = new AbortController();
 let leaving = 0;
@@ -29,9 +30,9 @@ let returning = false;
 
 /** @param id of the indexed image that it is; null for a picture of the visitor's own */
 async function begin(blob, id = null) {
-  Object.assign(known, { blob, id, retry: lookUp });
+  Object.assign(known, { blob, id, words: null, retry: lookUp });
   find("query-title").textContent = id === null ? "Your picture" : `From the index: ${shortened(id)}`;
-  showAddress(id);
+  showAddress(id === null ? {} : { id });
   known.cards.forEach((card) => card.forget());
   Object.assign(known, { answer: null, cards: [] });
   query.begin(blob);
@@ -43,13 +44,44 @@ async function beginWith(id) {
   work.abort();
   work = new AbortController();
   const { signal } = work;
-  Object.assign(known, { id, answer: null, retry: () => beginWith(id) });
-  showAddress(id);
+  Object.assign(known, { id, words: null, answer: null, retry: () => beginWith(id) });
+  showAddress({ id });
   try {
     await begin(await picture(pictureAddress(id), PICTURE_SIDE, signal), id);
   } catch (error) {
     if (!signal.aborted) fail(error);
   }
+}
+
+/** Begins with words; `above` are those that they are held against, or null. */
+async function beginWords(text, above = null) {
+  work.abort();
+  work = new AbortController();
+  const { signal } = work;
+  known.cards.forEach((card) => card.forget());
+  const words = above === null ? { text } : { text, above };
+  Object.assign(known, { blob: null, id: null, words, answer: null, cards: [], retry: () => beginWords(text, above) });
+  showAddress(words);
+  showAsked(text, above);
+  stage("asking");
+  find("ask-again").elements.text.focus({ preventScroll: true });
+  announce("Looking it up");
+  showWaiting(known.count ?? known.usual);
+  let answer;
+  try {
+    answer = await explainWords(text, above, known.count, signal);
+  } catch (error) {
+    if (!signal.aborted) fail(error);
+    return;
+  }
+  const cards = answer.neighbors.map((one, place) => new WordsCard(one, place + 1, searchWith));
+  known.cards = cards;
+  noteAnswers(answer);
+  showCards(cards);
+  drawAnswers(cards, above !== null);
+  stage("answered");
+  announce(`${counted(cards.length, "result")}. Nearest: ${cards[0].told()}. ${find("words-note").textContent}`);
+  await loadAll(cards, signal, () => {});
 }
 
 /** Asks, of the picture that there is, for as many results as are wanted. */
@@ -115,12 +147,16 @@ function fail(error) {
 }
 
 function stage(name) {
+  const words = known.words !== null && name !== "empty";
   document.body.dataset.stage = name;
+  document.body.dataset.asked = words ? "words" : "picture";
   find("intake").hidden = name !== "empty";
-  find("query").hidden = name === "empty" || name === "failed";
+  find("query").hidden = words || name === "empty" || name === "failed";
+  find("words").hidden = !words;
   find("results").hidden = name === "empty";
   find("again").hidden = name === "empty";
-  find("panel").hidden = name !== "answered";
+  find("panel").hidden = words || name !== "answered";
+  find("picture-hint").hidden = words;
   find("problem").hidden = name !== "failed";
   find("legend").hidden = name !== "answered";
   find("grid").hidden = name === "failed";
@@ -172,7 +208,7 @@ function lookAtResult(card) {
 function lookAtPanel(card) {
   if (at.picked.length === 1) showPicked(at.picked[0], back);
   else if (card === null) showGuide(known.cards.every((one) => one.receipt !== null || one.trouble !== null));
-  else showReceipt(card, query, { search: () => searchWith(card), close: back });
+  else showReceipt(card, query, { search: () => searchWith(card.result.id), close: back });
 }
 
 function lookAtPoint({ row, column }) {
@@ -363,8 +399,8 @@ function sayPoint(row, column) {
   announce(`${placeOf(row, column)}. ${found}`);
 }
 
-async function searchWith(card) {
-  await beginWith(card.result.id);
+async function searchWith(id) {
+  await beginWith(id);
   find("results").focus();
 }
 
@@ -380,26 +416,29 @@ function back() {
   returning = false;
 }
 
-// The address: #id=... is an indexed image, and can be handed on
+// The address: #id=... is an indexed image, #text=... words, and can be handed on
 
 function addressed() {
-  return new URLSearchParams(location.hash.slice(1)).get("id") || null;
+  return new URLSearchParams(location.hash.slice(1));
 }
 
-function showAddress(id) {
-  if (addressed() === id) return;
-  const hash = id === null ? "" : `#${new URLSearchParams({ id })}`;
+function showAddress(named) {
+  const wanted = new URLSearchParams(named).toString();
+  if (addressed().toString() === wanted) return;
+  const hash = wanted === "" ? "" : `#${wanted}`;
   history.pushState(null, "", `${location.pathname}${location.search}${hash}`);
 }
 
 function startAddress() {
   const follow = () => {
-    const id = addressed();
-    if (id === known.id || (id === null && location.hash !== "")) return;
+    const [id, text, above] = ["id", "text", "above"].map((name) => addressed().get(name) || null);
+    const same = id === known.id && text === (known.words?.text ?? null) && above === (known.words?.above ?? null);
+    if (same || (id === null && text === null && location.hash !== "")) return;
     if (id !== null) beginWith(id);
+    else if (text !== null) beginWords(text, above);
     else {
       work.abort();
-      known.id = null;
+      Object.assign(known, { id: null, words: null });
       stage("empty");
     }
   };
@@ -445,7 +484,8 @@ function startControls() {
 }
 
 async function startAbout() {
-  const { images, most, usual } = await about();
+  const { images, most, usual, words } = await about();
+  offerText(words);
   if (images !== null) find("about").textContent = counted(images, "image");
   known.usual = usual ?? known.usual;
   const limit = Math.min(most ?? 100, images ?? Infinity);
@@ -457,6 +497,7 @@ async function startAbout() {
 startTheme();
 startControls();
 startIntake(begin);
+startText(beginWords);
 startAbout();
 startTries();
 startAddress();

@@ -149,6 +149,7 @@ def router(pipeline: Pipeline) -> APIRouter:
             return schemas.response(told, kind, {"Vary": "Accept"})
 
         async def answer_words(upload: Upload) -> Response:
+            await pipeline.holding(given(asked.result, asked.rival))
             for name in ("result", "rival"):
                 if getattr(asked, name) is not None:
                     said = f"{name}: is of a picture as the query; leave it out"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from embedcam import Explainer, Index, Preprocess, Recipe, Similarity, build_index, cam_for
 from embedcam.errors import NetworkError
 from embedcam.methods import Subject, run_method
-from embedcam.network import EmbeddingNetwork, read_by
+from embedcam.network import EmbeddingNetwork, load_network, read_by
 from embedcam.network.attention import AttentionWatch, watching
 from embedcam.recipe.registry import METHODS
 from embedcam.targets import Direction
@@ -187,6 +187,12 @@ def test_a_network_without_attention_says_so() -> None:
         run_method(subject, METHODS["gradeclip"])
 
 
+def test_what_is_read_makes_no_receipt_and_the_layer_that_does_is_named() -> None:
+    network = small("blocks.1.attention@value")
+    with pytest.raises(NetworkError, match=r"no receipt can be made.*at layer 'blocks\.1\.norm1'"):
+        network.held_pass(network.probe_images())
+
+
 def test_other_threads_are_not_seen_and_an_exception_leaves_nothing() -> None:
     case = zoo_attention.made(method="gradeclip")
     case.network.forward(case.image[None])
@@ -252,3 +258,47 @@ def test_an_index_by_a_reading_is_transferred_and_opened_by_any_layer(
             np.testing.assert_allclose(
                 found.cam, own.cam, atol=5e-3 * np.abs(found.signed_cam).max()
             )
+
+
+def made_network() -> EmbeddingNetwork:
+    """What a factory of a user's returns."""
+    return small()
+
+
+def test_a_network_is_loaded_by_name_at_a_reading(tmp_path) -> None:
+    expected = read_by(small(), "gradeclip")
+    images = expected.probe_images(2)
+    for layer in ("@gradeclip", "blocks.1.attention@gradeclip"):
+        loaded = load_network("test_attention:made_network", layer=layer)
+        assert loaded.layer == "blocks.1.attention@gradeclip"
+        again = load_network(**loaded.spec)
+        torch.testing.assert_close(
+            again.forward(images).activations, expected.forward(images).activations
+        )
+        loaded.for_index(again.identity())
+    # Side by side on two threads, each its own copy.
+    first, second = expected.side_by_side(2)
+    assert second.module is not first.module
+    torch.testing.assert_close(
+        second.forward(images).activations, expected.forward(images).activations
+    )
+    timm = pytest.importorskip("timm")
+    del timm
+    network = load_network("timm:test_vit", weights="random", layer="@value")
+    assert network.layer.endswith("attn@value")
+    assert network.forward(network.probe_images()).activations.ndim == 4
+    assert network.spec["layer"] == network.layer
+
+
+@pytest.mark.parametrize("reading", ["gradeclip", "value"])
+def test_a_reading_is_exported(reading: str, tmp_path) -> None:
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name)
+    from embedcam.export import through_onnx
+
+    network = read_by(small(), reading)
+    by_file = through_onnx(network, tmp_path / "network.onnx", progress=False)
+    images = network.probe_images(3)
+    expected, found = network.forward(images), by_file.forward(images)
+    torch.testing.assert_close(found.activations, expected.activations, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.embedding, expected.embedding, rtol=1e-4, atol=1e-5)

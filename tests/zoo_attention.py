@@ -32,7 +32,7 @@ class Attention(nn.Module):
         self.fused = fused
 
     def forward(self, x: Tensor) -> Tensor:
-        asking = x if self.latent is None else self.latent.expand(len(x), -1, -1)
+        asking = x if self.latent is None else self.latent.expand(x.shape[0], -1, -1)
         heads = [
             part.unflatten(-1, (HEADS, -1)).transpose(1, 2)
             for part in (self.qkv(asking)[..., :DIM], *self.qkv(x)[..., DIM:].chunk(2, -1))
@@ -83,7 +83,7 @@ class Transformer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.patch(images).flatten(2).mT
-        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.places
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.places
         x = self.blocks(x)
         if self.readout == "latent":
             return self.head(self.norm(self.pool(x)))

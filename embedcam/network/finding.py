@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EmbedcamError
-from .layers import Output, OutputChoice, choose_embedding, first_tensor, replace_first, smaller
+from .layers import (
+    Output,
+    OutputChoice,
+    choose_embedding,
+    first_tensor,
+    replace_first,
+    same_aspect,
+    smaller,
+)
 from .module import bare_name, no_gradients, uncompiled
 from .probing import Probe, Visit, count
 from .runner import run_part
@@ -93,8 +101,14 @@ class _Finder:
         return f"{bare_name(visit.name)} ({self._positions(visit)} positions)"
 
     def _positions(self, visit: Visit) -> int:
-        tokens = 0 if visit.onward is None else count(visit.onward)
-        return tokens - (self.probe.prefix(visit) or 0)
+        raw = visit.onward
+        if raw is None:
+            return 0
+        if raw.ndim == 4:
+            last = same_aspect(raw.shape[1:3], self.probe.size)
+            last = last and not same_aspect(raw.shape[2:], self.probe.size)
+            return int(raw[0, :, :, 0].numel() if last else raw[0, 0].numel())
+        return count(raw) - (self.probe.prefix(visit) or 0)
 
     # All of the picture
 

@@ -18,7 +18,7 @@ from .._checks import as_array
 from ..errors import InputError, NetworkError
 from .gradients import Graph, derivatives, half_scale
 from .holding import Holding
-from .layers import TOKENS, Images
+from .layers import TOKENS, Images, before_attention, split_reading
 from .module import no_gradients
 from .runner import Run, Runner, in_graph
 
@@ -117,6 +117,13 @@ def held_pass(network: Runner, image: Images) -> HeldPass:
 
     What has to be held beside attention and norms is found out by the first pictures, and kept.
     """
+    if split_reading(network.layer)[1]:
+        other = before_attention(network.module)
+        raise NetworkError(
+            f"layer {network.layer!r} is read inside an attention, and what is read does not add "
+            "up to the embedding, so that no receipt can be made of it; build an index at "
+            f"layer {other or 'before it'!r} (--layer) for receipts"
+        )
     if len(image) != 1:
         raise InputError(f"a held pass is of one picture; given {len(image)}")
     while network.opened is not None:

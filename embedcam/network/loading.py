@@ -21,7 +21,7 @@ from .embedding_network import DEFAULT_INPUT_SIZE, EmbeddingNetwork
 from .layers import LayoutName, choose_embedding, near_misses, split_reading
 from .module import input_channels, lay_out, module_device, no_gradients, user_code
 from .open_clip_source import from_open_clip
-from .reading import read_by
+from .reading import at_layer, read_by
 from .runner import with_positions
 from .sentence_transformers_source import from_sentence_transformers
 from .source import Loaded, PathLike, Sides, load_weights
@@ -240,7 +240,11 @@ def _call_factory(source: str, name: str) -> Any:
 
 def _as_made(product: EmbeddingNetwork, arguments: dict[str, Any]) -> EmbeddingNetwork:
     """Return a factory's own `EmbeddingNetwork`, which settles everything by itself."""
-    network, device = arguments.pop("network"), arguments["device"]
+    network, device, layer = arguments.pop("network"), arguments["device"], arguments["layer"]
+    if "@" in str(layer):  # what is read inside an attention of it is another question
+        arguments["layer"] = None
+        base, reading = split_reading(str(layer))
+        product = at_layer(product, str(layer)) if base else read_by(product, reading)
     if device is not None and torch.device(device) == product.device:
         arguments["device"] = None
     defaults = inspect.signature(load_network).parameters
@@ -251,6 +255,8 @@ def _as_made(product: EmbeddingNetwork, arguments: dict[str, Any]) -> EmbeddingN
             "set it there, or return the module"
         )
     product.spec = {"network": network}
+    if split_reading(product.layer)[1]:
+        product.spec["layer"] = product.layer
     return product
 
 

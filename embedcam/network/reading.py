@@ -187,7 +187,8 @@ def attentions_of(
     """
     if network.runner.attentions:
         return network.runner.attentions
-    if isinstance(network.module, nn.ModuleDict):
+    # The module of parts that a user gave need not be the network.
+    if not network.hooked and network.spec is None:
         raise NetworkError(
             "this network was given as trunk and head, so no attention can be found in it; give it "
             "as a module and a layer"

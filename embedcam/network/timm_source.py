@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EmbedcamError, NetworkError
-from ..preprocess import AnyPreprocess, Preprocess
+from ..preprocess import Preprocess
 from ..preprocess.probe import probe_inputs
 from .checkpoints import read_affine
 from .finding import Found, find_explained
@@ -69,11 +69,13 @@ def from_timm(name: str, weights: PathLike, head: PathLike, sides: Sides, seed: 
     load_weights(module, weights, [f"{name}." for name in names])
     affine = None if head is None else read_affine(head, module.head_hidden_size)
     whole, prefix = _TimmNetwork(module, affine), getattr(module, "num_prefix_tokens", None)
-    loaded = Loaded(whole, PARTS_LAYER, _timm_preprocess(config), prefix_tokens=prefix)
+    preprocess = _timm_preprocess(config)
+    preprocess = preprocess if sides is None else preprocess.sized(sides)
+    loaded = Loaded(whole, PARTS_LAYER, preprocess, prefix_tokens=prefix)
     if _by_class_token(module):
         # Only the class token is read: after the last attention the patches count no more.
         loaded.layer = f"blocks.{len(module.blocks) - 1}.norm1"
-    elif found := _found(whole, loaded.preprocess):
+    elif found := _found(whole, preprocess):
         loaded.layer, loaded.said = found.layer, found.said
         loaded.prefix_tokens = found.prefix_tokens
     else:
@@ -98,9 +100,9 @@ def _reads_token(module: Any) -> bool:
     return getattr(module, "global_pool", "") == "token"
 
 
-def _found(whole: _TimmNetwork, preprocess: AnyPreprocess | None) -> Found | None:
+def _found(whole: _TimmNetwork, preprocess: Preprocess) -> Found | None:
     """Return the layer where the trunk's output is not what explains; None where it is."""
-    picture = torch.from_numpy(probe_inputs(1, preprocess, (224, 224), input_channels(whole)))
+    picture = torch.from_numpy(probe_inputs(1, preprocess, preprocess.size, input_channels(whole)))
     if not _reads_token(whole.module):
         with no_gradients(), suppress(EmbedcamError):
             output = run_part(whole.eval().trunk, "trunk", picture)

@@ -22,7 +22,7 @@ from ..index.in_memory import index_of_rows, listed
 from ..render import window
 from .lines import N_EXEMPLARS, Kind, Known
 from .places import covered
-from .receipt import Comparison, Receipt, make_comparison, make_receipt
+from .receipt import Comparison, Receipt, keep_exemplars, make_comparison, make_receipt
 from .texts import TextReceipt, make_text_receipt
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class PairExplainer:
             size = (width, height) if picture is None else picture.size
             seen = shown[0].extent or (0, 0, *size)
             within = covered(box, size, seen, ours.activations.shape[1:])
-        return [
+        receipts = [
             make_receipt(
                 ours,
                 side,
@@ -175,6 +175,9 @@ class PairExplainer:
             )
             for side, picture in zip(theirs, shown[1:], strict=True)
         ]
+        if receipts:
+            keep_exemplars(receipts)
+        return receipts
 
     def above(
         self, query: QueryLike, result: QueryLike, rival: QueryLike, *, centred: bool = True
@@ -183,7 +186,9 @@ class PairExplainer:
         if isinstance(result, str) and result == rival:
             raise InputError(f"the result and its rival are both {result!r}; name two images")
         first, second = self.receipts(query, [result, rival], centred=centred)
-        return make_comparison(first.sides[0], first, second, self.explainer.index.metric)
+        why = make_comparison(first.sides[0], first, second, self.explainer.index.metric)
+        keep_exemplars([why])
+        return why
 
     def text_receipt(
         self,

@@ -29,6 +29,7 @@ from ..index.concepts import Concepts
 from ..render import Matched, draw_on_axes, in_notebook, receipt_picture
 from .lines import (
     MOST_LINES,
+    N_CHANNELS,
     N_CONCEPTS,
     NOTHING_KNOWN,
     Amounts,
@@ -82,7 +83,7 @@ class Total(ABC):
         """
         return None if self.known.concepts is None else self._divided(self.known.concepts)
 
-    def lines(self, n: int = 10) -> list[Line]:
+    def lines(self, n: int = N_CHANNELS) -> list[Line]:
         """Return the n channels that give most, by magnitude, largest contribution first."""
         return self.known.shown(lines_of("channel", self.channels, n))
 
@@ -119,6 +120,8 @@ class Total(ABC):
         lines = self.lines(n)
         rest = float(self.channels.sum() - sum(line.contribution for line in lines))
         told: Json = {"channels": [line.to_dict() for line in lines], "other_channels": rest}
+        if any(line.exemplars for line in lines):
+            told["channel_exemplars"] = [line.shown for line in lines]
         if self.divided is not None:
             amounts, unexplained = self.divided
             shown = self.concepts()
@@ -459,6 +462,16 @@ def make_receipt(
         within=within,
         known=known,
     )
+
+
+def keep_exemplars(receipts: Sequence[Total]) -> None:
+    """Find the exemplars of the lines that receipts of one index show, all at once."""
+    known = receipts[0].known
+    channels = (lines_of("channel", one.channels, N_CHANNELS) for one in receipts)
+    known.keep("channel", [line.number for lines in channels for line in lines])
+    divided = (one.divided for one in receipts)
+    concepts = (lines_of("concept", one[0], N_CONCEPTS) for one in divided if one is not None)
+    known.keep("concept", [line.number for lines in concepts for line in lines])
 
 
 def make_comparison(query: Side, result: Receipt, rival: Receipt, metric: str) -> Comparison:

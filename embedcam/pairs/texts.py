@@ -34,7 +34,7 @@ class TextReceipt(Total):
 
     `score` is f . t, of two texts f . t - f . t'. `query` is what the picture gives to it:
     `cells.sum()`, its parts, `shared` and `remainder` add up to the score. `centred` is whether
-    what any text shares was put apart.
+    what any text shares was put apart, and `held` says what was held, as of a `Receipt`.
     """
 
     text: str
@@ -50,6 +50,11 @@ class TextReceipt(Total):
         return self.query.shared
 
     @property
+    def held(self) -> tuple[str, ...]:
+        """What was held at its values so that all adds up, in words."""
+        return self.side.held
+
+    @property
     def words(self) -> str:
         """The text in quotes, with what it is held against."""
         return f'"{self.text}"' + ("" if self.above is None else f' above "{self.above}"')
@@ -63,6 +68,7 @@ class TextReceipt(Total):
         """Return plain lists and numbers, ready for JSON; without pictures."""
         names = ("text", "above", "score", "exact", "centred", "shared")
         told = {name: getattr(self, name) for name in names}
+        told |= {"held": list(self.held), "parts": self.parts}
         return {**told, **self._channels(lines), "picture": self.query.to_dict()}
 
     def _divided(self, concepts: Concepts) -> tuple[np.ndarray, float]:

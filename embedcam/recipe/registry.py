@@ -39,6 +39,11 @@ class Method(NamedTuple):
         return not isinstance(self, MapMethod)
 
     @property
+    def attends(self) -> bool:
+        """Return whether it is of transformers alone."""
+        return self.where.startswith("attention:")
+
+    @property
     def formula(self) -> str:
         """Return the method whose weights it takes: Grad-CAM's, where it reads an attention."""
         return "gradcam" if self.reading else self.name

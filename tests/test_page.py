@@ -194,6 +194,7 @@ def test_a_point_behind_a_head_with_slopes_held(look, tmp_path):
         assert page.ring(5) == ring_of(PairExplainer(why).receipt(QUERY, ids[4]).point(1, 2))
         page.page.hover(".card:nth-child(1) button.frame")
         assert "slopes of activation functions held" in page.text("#panel")
+        page.page.wait_for_load_state("networkidle")  # or pictures are asked for in vain
 
 
 def test_a_result_is_hovered(page, explainer):

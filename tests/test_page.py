@@ -194,6 +194,7 @@ def test_a_point_behind_a_head_with_slopes_held(look, tmp_path):
         assert page.ring(5) == ring_of(PairExplainer(why).receipt(QUERY, ids[4]).point(1, 2))
         page.page.hover(".card:nth-child(1) button.frame")
         assert "slopes of activation functions held" in page.text("#panel")
+        page.page.wait_for_load_state("networkidle")  # or pictures are asked for in vain
 
 
 def test_a_result_is_hovered(page, explainer):
@@ -252,8 +253,8 @@ def boxed(page, explainer, box):
     return PairExplainer(explainer).receipts(QUERY, page.texts(".card .id"), box=ends)
 
 
-def assert_answers_the_box(page, receipts):
-    page.until(lambda: "has most of it" in page.text("#status"))
+def assert_answers_the_box(page, label, receipts):
+    page.until(lambda: page.text("#status").startswith(f"{label}. Result"))
     assert page.text("#note") == "Red in the results matches what is in the box."
     top = max(np.abs(one.result.cells).max() for one in receipts)
     for place, one in enumerate(receipts, 1):
@@ -272,9 +273,8 @@ def test_a_part_is_asked_about_by_keyboard(page, explainer):
     for key in ("ArrowRight", "ArrowRight", "ArrowUp", "Shift+ArrowLeft", "Shift+ArrowDown"):
         page.page.keyboard.press(key)
     assert page.page.evaluate(label) == "Box from 35% to 80% across and 20% to 75% down"
-    page.until(lambda: page.text("#status").startswith("Box from 35% to 80%"))
     receipts = boxed(page, explainer, (0.35, 0.2, 0.8, 0.75))
-    assert_answers_the_box(page, receipts)
+    assert_answers_the_box(page, page.page.evaluate(label), receipts)
     assert page.problems() == []
     page.page.hover(".card:nth-child(2) button.frame")
     assert page.text("#panel-title") == "What result 2 has of the box"
@@ -290,9 +290,7 @@ def test_a_part_is_asked_about_by_keyboard(page, explainer):
     np.testing.assert_array_equal(page.pixels(".card:nth-child(1) canvas"), before)
 
 
-def test_a_part_is_asked_about_by_mouse(look, explainer):
-    page = look(refused=True)
-    page.ask(QUERY)
+def test_a_part_is_asked_about_by_mouse(page, explainer):
     page.page.click("#box-button")
     frame = page.page.locator("#query-shot .shot").bounding_box()
 
@@ -309,12 +307,9 @@ def test_a_part_is_asked_about_by_mouse(look, explainer):
     drag(0.7, 0.9, 0.3, 0.5)
     label = page.page.locator(".box").get_attribute("aria-label")
     assert label == "Box from 30% to 70% across and 50% to 90% down"
-    page.until(lambda: page.text("#status").startswith(label))
-    assert_answers_the_box(page, boxed(page, explainer, (0.3, 0.5, 0.7, 0.9)))
+    assert_answers_the_box(page, label, boxed(page, explainer, (0.3, 0.5, 0.7, 0.9)))
     drag(0.5, 0.6, 0.5, 0.6)  # A click is no box.
     assert page.page.locator(".box").get_attribute("aria-label") == label
-    drag(0.01, 0.1, 0.1, 0.9)  # What the network did not see.
-    page.until(lambda: "holds nothing of what the network saw" in page.text("#note"))
     page.page.click("#box-button")
     assert page.page.is_hidden(".box")
     page.page.locator(".cells [role=gridcell]").nth(2).click()

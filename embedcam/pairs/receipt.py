@@ -230,9 +230,9 @@ class Receipt(Total):
     def amounts(self, n: int = 10) -> Amounts:
         """Return what adds up to the similarity: the average, n channels, all that is left."""
         shared = [("shared with the average", self.shared)] if self.centred else []
-        outside = [] if self.within is None else [("outside the box", self.outside)]
-        amounts = self._amounts(n, self.remainder, len(shared) + len(outside))
-        return shared + amounts + outside
+        if self.within is not None:
+            shared.append(("outside the box", self.outside))
+        return shared + self._amounts(n, self.remainder, len(shared))
 
     def _divided(self, concepts: Concepts) -> tuple[np.ndarray, float]:
         of = zip((self.query, self.result), self.sides, strict=True)
@@ -321,7 +321,7 @@ class Receipt(Total):
             [self.query.tile(), self.result.tile()],
             amounts,
             ("similarity", self.similarity),
-            apart=int(self.centred),
+            apart=self.centred + (self.within is not None),
             headings=["Query", "Result"],
             places=[
                 Matched((one.query, one.result), one.told(self.beyond), f"{one.contribution:+.3f}")

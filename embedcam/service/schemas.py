@@ -482,8 +482,11 @@ def lines_of(request: Request, shown: Mapping[str, Any]) -> dict[str, Any]:
         image = urls_of(request, one["id"])["image_url"]
         return {**one, "crop_url": f"{image}?cell={one['row']},{one['column']}"}
 
+    channels = shown["channels"]
+    kept = shown.get("channel_exemplars", [()] * len(channels))
+    lines = [{**line, "exemplars": some} for line, some in zip(channels, kept, strict=True)]
     return {
-        "channels": seen(shown["channels"]),
+        "channels": seen(lines),
         "concepts": seen(shown.get("concepts", ())),
         "other_concepts": shown.get("other_concepts", 0.0),
         "no_concept": shown.get("no_concept", 0.0),

@@ -15,12 +15,10 @@ the indexed pictures.
 - *on the object*: the share of the regions' area in the boxes of the object, weighted by what each
   pair gives; of natural's queries in the boxes of the result's class, where it has any. *area*: the
   share of the picture that those boxes take.
-- *ms*: to find the places, one thread.
 """
 
 import argparse
 import csv
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,7 +43,7 @@ def measure(options: argparse.Namespace) -> Iterator[str]:
         read = [frozen_features(part, network, options.cache)[:2] for part in parts]
         rows.append([folder.name, *_row(*map(_Set, parts, *zip(*read, strict=True)))])
     columns = ("five", "three", "best", "above 1", "both centred")
-    yield table(("", *columns, "on the query's object (area)", "the result's (area)", "ms"), rows)
+    yield table(("", *columns, "on the query's object (area)", "the result's (area)"), rows)
 
 
 class _Set:
@@ -84,9 +82,7 @@ def _row(queries: _Set, index: _Set) -> list[str]:
         other = int(near.argmax())
         query, result = queries.side(number), index.side(other)
         receipt = make_receipt(query, result, mean)
-        begun = time.perf_counter()
         places = receipt.places()
-        found["ms"].append(1e3 * (time.perf_counter() - begun))
         gains = np.array([place.contribution for place in places])
         beyond = receipt.similarity - receipt.shared
         for name, n in (("five", 5), ("three", 3), ("best", 1)):
@@ -110,7 +106,6 @@ def _row(queries: _Set, index: _Set) -> list[str]:
             f"{np.mean(found[of]):.2f} ({np.mean(found[f'area of {of}']):.2f})"
             for of in ("query", "result")
         ),
-        f"{np.median(found['ms']):.1f}",
     ]
 
 

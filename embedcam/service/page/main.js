@@ -400,6 +400,7 @@ async function chooseBox(ends) {
   if (mine === null) return;
   const { signal } = work;
   const { width, height } = query.shot.size;
+  const words = boxed.words(); // Of this box, wherever it is moved to meanwhile.
   const box = ends.map((end, axis) => (end * (axis % 2 === 0 ? width : height)).toFixed(1)).join(",");
   const cards = known.cards.filter((card) => card.receipt !== null);
   for (let start = 0; start < cards.length; start += TOGETHER) {
@@ -417,7 +418,7 @@ async function chooseBox(ends) {
   const best = [...mine.receipts]
     .map(([card, { queryMap }]) => ({ card, value: queryMap.values.reduce((total, value) => total + value, 0) }))
     .sort((one, other) => other.value - one.value)[0];
-  announce(`${boxed.words()}. Result ${best.card.rank} has most of it, ${signed(best.value)}.`);
+  announce(`${words}. Result ${best.card.rank} has most of it, ${signed(best.value)}.`);
 }
 
 function noBox() {

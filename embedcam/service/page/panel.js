@@ -71,10 +71,10 @@ export function showReceipt(card, query, { search, close, receipt = card.receipt
   }
   const amounts = [
     { words: "shared with the average image", value: receipt.shared, apart: true },
+    ...(boxed ? [{ words: "outside the box", value: receipt.outside, apart: true }] : []),
     ...chosen(receipt),
     ...parts(receipt),
     ...remainder(receipt),
-    ...(boxed ? [{ words: "outside the box", value: receipt.outside, rest: true }] : []),
   ];
   const placed = receipt.places.length > 0;
   const pair = make("div", { class: "pair" });

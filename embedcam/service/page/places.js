@@ -1,7 +1,7 @@
 /* Places that match: outlines in both pictures, and the regions cut out side by side. */
 
 import { draw, make } from "./dom.js";
-import { signed, whereOf } from "./words.js";
+import { shortened, signed, whereOf } from "./words.js";
 
 const MARGIN = 1.1; // Of a region's longer side, what is shown around it too.
 
@@ -59,7 +59,7 @@ function disc(number) {
 }
 
 /** The square around a region of a picture. */
-function cutOut(shot, address, region, map, number) {
+function cutOut(shot, address, region, map, number, alt) {
   const { width, height } = shot.size;
   const [x0, y0, x1, y1] = shot.extent;
   const box = region.box.map((end, at) => (at % 2 === 0 ? x0 + end * (x1 - x0) : y0 + end * (y1 - y0)));
@@ -70,7 +70,7 @@ function cutOut(shot, address, region, map, number) {
   });
   const frame = make("span", { class: "crop" });
   if (address !== null) {
-    const image = make("img", { src: address, alt: "", draggable: "false" });
+    const image = make("img", { src: address, alt, draggable: "false" });
     Object.assign(image.style, {
       width: `${(100 * width) / side}%`,
       height: `${(100 * height) / side}%`,
@@ -96,8 +96,8 @@ export function placeList(receipt, mine, theirs) {
       make("span", { class: "unseen", text: words }),
       make("span", { class: "shown", "aria-hidden": "true" },
         disc(number),
-        cutOut(mine.shot, mine.address, place.query, receipt.queryMap, number),
-        cutOut(theirs.shot, theirs.address, place.result, receipt.resultMap, number),
+        cutOut(mine.shot, mine.address, place.query, receipt.queryMap, number, `${ours} of your picture`),
+        cutOut(theirs.shot, theirs.address, place.result, receipt.resultMap, number, `${other} of the result`),
         make("span", { class: "share" }, make("b", { text: share }), make("span", { text: signed(place.contribution) }))));
   });
   return make("ol", { class: "places", "aria-label": "Places that match, most first" }, ...rows);
@@ -114,9 +114,9 @@ export function carried({ places }, boxed) {
 /** Small pictures of where a channel or concept answers most. */
 export function exemplarsOf(line) {
   const shown = (line.exemplars ?? []).map((one) => {
-    const image = make("img", { src: `${one.crop_url}&size=96`, alt: "", loading: "lazy", draggable: "false" });
+    const image = make("img", { src: `${one.crop_url}&size=96`, alt: `it answers in ${shortened(one.id)}`, loading: "lazy", draggable: "false" });
     image.addEventListener("error", () => image.remove());
     return image;
   });
-  return shown.length === 0 ? null : make("span", { class: "exemplars", "aria-hidden": "true" }, ...shown);
+  return shown.length === 0 ? null : make("span", { class: "exemplars" }, ...shown);
 }

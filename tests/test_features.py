@@ -10,8 +10,9 @@ from embedcam.errors import InputError, NetworkError, RecipeError
 from embedcam.explain.explainer import Explainer
 from embedcam.images import ImageSource
 from embedcam.index import verify
+from embedcam.index.arrays import read_array
 from embedcam.offline import add_images, build_index
-from embedcam.offline.features import AffineHead, build_from_features, read_array, read_head
+from embedcam.offline.features import AffineHead, build_from_features, read_head
 from embedcam.recipe.recipe import Recipe, RecipeWarning
 
 pytestmark = pytest.mark.usefixtures("quick")

@@ -181,25 +181,40 @@ def test_torchvision_transforms_as_preprocess() -> None:
 
 def test_hugging_face_processors_as_preprocess() -> None:
     class Processor:
+        """What its settings say, and what it does, which need not be the same."""
+
         image_mean, image_std, resample = [0.5] * 3, [0.25] * 3, 3
         do_resize, do_rescale, do_normalize, rescale_factor = True, True, True, 1 / 255
 
-        def __init__(self, size: Any, crop: Any = None, **more: Any) -> None:
+        def __init__(self, does: Any, size: Any, crop: Any = None, **more: Any) -> None:
             vars(self).update(size=size, crop_size=crop, do_center_crop=crop is not None, **more)
+            self.does = does
 
         def __call__(self, images: Any, return_tensors: str) -> dict[str, Any]:
-            return {"pixel_values": np.ones((1, 3, 8, 8))}
+            return {"pixel_values": self.does(images)[None]}
 
     side, rest = {"height": 8, "width": 8}, ("bicubic", (0.5,) * 3, (0.25,) * 3)
-    squashed = from_transform(Processor({"height": 8, "width": 6}))
-    assert squashed == Preprocess((8, 6), "squash", None, *rest)
-    cropped = from_transform(Processor({"shortest_edge": 10}, side))
-    assert cropped == Preprocess((8, 8), "crop", 10, *rest)
-    more = from_transform(Processor(side, do_pad=True))
-    assert isinstance(more, CustomPreprocess)
-    assert more(Image.new("RGB", (5, 4))).shape == (3, 8, 8)
+    both = {"height": 10, "width": 12}
+    for does, settings in (
+        (Preprocess((8, 6), "squash", None, *rest), [{"height": 8, "width": 6}]),
+        (Preprocess((8, 8), "crop", 10, *rest, "floor"), [{"shortest_edge": 10}, side]),
+        (Preprocess((8, 8), "crop", (10, 12), *rest, "floor"), [both, side]),
+        (Preprocess((14, 14), "crop", 16, *rest, "floor"), [{"shortest_edge": 14}, 14]),  # LeViT's
+    ):
+        assert from_transform(Processor(does, *settings)) == does
+    # Numbers in [0, 255] taken to [-1, 1] first, as EfficientNet may.
+    shifted = Preprocess((8, 8), "squash", None, "bicubic", (0.75,) * 3, (0.125,) * 3)
+    found = from_transform(Processor(shifted, side, rescale_factor=1 / 127.5, rescale_offset=True))
+    assert found == shifted
+    # What is said is not what is done.
+    other = from_transform(Processor(shifted, side))
+    assert isinstance(other, CustomPreprocess)
+    assert other.extent(5, 4) == (0, 0, 5, 4)
+    np.testing.assert_array_equal(
+        other(Image.new("RGB", (5, 4))), shifted(Image.new("RGB", (5, 4)))
+    )
     with pytest.raises(InputError, match="crops pictures in a way"):
-        from_transform(Processor({"shortest_edge": 10}, crop_pct=0.9))
+        from_transform(Processor(shifted, {"shortest_edge": 10}, crop_pct=0.9))
 
 
 class Block(nn.Module):

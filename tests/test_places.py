@@ -1,192 +1,239 @@
-"""Where pictures lie: the syntax of places, what is followed, and lists kept for workers."""
+"""Places that match: literal sums over pairs of positions, caps, and parts of a query."""
 
 import json
-import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from build_samples import WIDTH, pictures, quicken, toy
+from hypothesis import given
 from hypothesis import strategies as st
-from input_samples import grays, labelled, png, shard
+from oracles_pairs import cell_vector, contributions
+from oracles_places import is_connected, pair_of_positions
+from test_pairs import KINDS, inputs, side_of
 
+from embedcam import Explainer, build_index
 from embedcam.errors import InputError
-from embedcam.explain.drawing import may_follow
-from embedcam.images import ImageSource, Item, find_images, from_dataset, load_source, places
-from embedcam.images.places import Inside, inside, member_path, row_path
+from embedcam.pairs import PairExplainer, Place, PooledSide, covered, make_receipt
+from embedcam.pairs.places import REGION, TOGETHER, find_places, products
+
+GRIDS = st.tuples(st.integers(1, 11), st.integers(1, 11))
 
 
-@settings(max_examples=40)
-@given(st.text(min_size=1, max_size=20), st.integers(0, 10**15 - 1), st.integers(0, 10**12 - 1))
-def test_a_member_s_path_says_where_it_is(name: str, start: int, size: int) -> None:
-    for file in ("a.tar", "s3://b/c d.tar", "/x/y.TAR"):
-        path = member_path(file, name, start, size)
-        assert inside(path) == Inside(file, name, start, size)
-        assert places.PLACE.match(path)
-    assert inside(row_path("x/ä.parquet", size)) == Inside("x/ä.parquet", row=size)
+def pooled(rng: np.random.Generator, shape: tuple[int, int], W: np.ndarray, bias: np.ndarray):
+    A = rng.random((W.shape[1], *shape)).astype(np.float32) ** 3
+    z = W.astype(np.float64) @ A.astype(np.float64).mean((1, 2)) + bias
+    return PooledSide(A, z / np.linalg.norm(z), np.linalg.norm(z), W)
 
 
-@pytest.mark.parametrize(
-    "path", ["a.tar", "a.tar?b.png", "a.tar?b@1", "a.parquet", "a.parquet#x", "a.csv#3", "b#3.png"]
-)
-def test_other_names_are_files(path: str) -> None:
-    assert inside(path) is None
-    assert places.PLACE.match(path) is None
+@pytest.mark.parametrize("kind", ["affine", "other", "tokens"])
+def test_pairs_of_regions_are_the_literal_loop(kind: str) -> None:
+    made = toy(kind)
+    query, (J, A, norm, f) = side_of(made, inputs(1))
+    result, (J2, A2, norm2, f2) = side_of(made, inputs(2))
+    rng = np.random.default_rng(0)
+    mean = rng.normal(size=WIDTH) * 0.2
+    ours, theirs = rng.random((2, *A.shape[1:])), rng.random((3, *A2.shape[1:]))
+    each = [cell_vector(J, A, norm, *at) for at in np.ndindex(A.shape[1:])]
+    other = [cell_vector(J2, A2, norm2, *at) for at in np.ndindex(A2.shape[1:])]
+    expected = np.zeros((2, 3))
+    for one, two in np.ndindex(2, 3):
+        for i, j in np.ndindex(len(each), len(other)):
+            weight = ours[one].ravel()[i] * theirs[two].ravel()[j]
+            expected[one, two] += weight * pair_of_positions(each, other, f, f2, mean, i, j)
+    found = products(query, result, mean, ours, theirs)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("path", "root", "followed"),
-    [
-        ("s3://b/p/a.jpg", "s3://b/p", True),
-        ("s3://b/p/x/000.tar?a.png@512+3", "s3://b/p", True),
-        ("s3://b/p2/a.jpg", "s3://b/p", False),
-        ("s3://b/p", "s3://b/p", False),
-        ("s3://b/p/../q/a.jpg", "s3://b/p", False),
-        ("https://h/p/%2e%2E/a.jpg", "https://h/p", False),
-        ("https://h/p/..%2fa.jpg", "https://h/p", False),
-        ("https://h/p/..\\a.jpg", "https://h/p", False),
-        ("https://h/p/a.jpg::file:///etc/passwd", "https://h/p", False),
-        ("https://h/p/a\n.jpg", "https://h/p", False),
-        ("https://h.evil/p/a.jpg", "https://h", False),
-        ("https://h@evil/p/a.jpg", "https://h", False),
-        ("http://169.254.169.254/latest", "/data", False),
-        ("http://169.254.169.254/latest", "s3://b/p", False),
-        ("http:/169.254.169.254/latest", None, False),
-        ("file:///etc/passwd", "/etc", False),
-        ("/etc/a.jpg", "s3://b/p", False),
-        ("/data/000.tar?a.png@512+3", "/data", True),
-        ("/data/../000.tar?a.png@512+3", "/data", False),
-        ("/else/000.tar?a.png@512+3", "/data", False),
-        ("/data/x.parquet#3", "/data", True),
-    ],
-)
-def test_addresses_are_followed_below_a_root_that_was_named(path, root, followed) -> None:
-    folder = Path(root) if root and root.startswith("/") else root
-    assert may_follow(path, folder, only_below=True) is followed
-    freely = path.startswith(("/data/0", "/data/x", "/else", "/etc"))
-    assert may_follow(path, folder, only_below=False) is freely
+@pytest.mark.parametrize("kind", KINDS)
+def test_regions_that_cover_all_add_up_to_the_receipt(kind: str) -> None:
+    made = toy(kind)
+    (query, _), (result, _) = side_of(made, inputs(3)), side_of(made, inputs(4))
+    rng = np.random.default_rng(1)
+    mean = rng.normal(size=len(query.embedding)) * 0.3
+    receipt = make_receipt(query, result, mean)
+    covers = [
+        (rng.integers(0, 3, side.activations.shape[1:]) == np.arange(3)[:, None, None]) * 1.0
+        for side in (query, result)
+    ]
+    total = products(query, result, mean, *covers).sum()
+    assert total == pytest.approx(receipt.beyond, abs=1e-5)
+    left = receipt.shared + receipt.remainder + sum(receipt.parts.values())
+    assert total + left == pytest.approx(receipt.similarity, abs=1e-5)
 
 
-def test_paths_as_an_index_keeps_them() -> None:
-    stored = places.stored_path
-    assert stored("a.jpg", "/p", "/p") == "a.jpg"
-    assert stored("", None, "/p") == ""
-    assert stored("a.jpg", "/p/q", "/p") == "q/a.jpg"
-    assert stored("x.tar?a/b.png@512+9", "/p/q", "/p") == "q/x.tar?a/b.png@512+9"
-    assert stored("a.jpg", "s3://b/p/q", "s3://b/p") == "q/a.jpg"
-    assert stored("a.jpg", "s3://b/p", None) == "s3://b/p/a.jpg"
-    assert stored("a.jpg", "s3://b/p", "/p") == "s3://b/p/a.jpg"
-    assert stored("a.jpg", "/p", "s3://b/p") == "/p/a.jpg"
-    assert stored("https://h/a.jpg", "/p", "/q") == "https://h/a.jpg"
-
-
-@settings(max_examples=30)
-@given(
-    st.lists(
-        st.tuples(st.text(min_size=1, max_size=9), st.sampled_from([None, "x", "y", ""])),
-        max_size=8,
-        unique_by=lambda one: one[0].encode("utf-8", "replace"),
+@given(st.integers(0, 2**32 - 1), GRIDS, GRIDS, st.booleans())
+def test_regions_keep_to_their_caps(seed, shape, other, part) -> None:
+    rng = np.random.default_rng(seed)
+    W, bias = rng.normal(size=(4, 6)).astype(np.float32), rng.normal(size=4) * 0.1
+    query, result = pooled(rng, shape, W, bias), pooled(rng, other, W, bias)
+    height, width = shape
+    box = np.sort(rng.random((2, 2)), axis=0) * (width, height)
+    mean, within = (
+        rng.normal(size=4) * 0.3,
+        covered(box.ravel(), shape, (0, 0, width, height), shape),
     )
-)
-def test_a_list_of_images_is_kept_for_workers(tmp_path_factory, quick_disk, listed) -> None:
-    folder = tmp_path_factory.mktemp("list")
-    listed = [one for one in listed if max(one[0]) < "\ud800"]
-    items = [Item(name, f"{name}.png", label) for name, label in listed]
-    source = ImageSource(items, folder, max_pixels=99, numbers=True)
-    source.save(folder / "job")
-    loaded = load_source(folder / "job")
-    assert list(loaded.items) == items
-    assert (loaded.root, loaded.max_pixels, loaded.numbers) == (folder, 99, True)
-    assert loaded.describe() == source.describe()
+    places = find_places(query, result, mean, 5, within if part else None)
+    assert len(places) <= 5
+    for of, grid in (("query", shape), ("result", other)):
+        regions = [place.region(of) for place in places]
+        for region in regions:
+            assert region.shape == grid
+            assert 0 < region.sum() <= REGION * region.size
+            assert is_connected(region)
+            for one in regions:
+                assert (region == one).all() or not (region & one).any()
+        assert np.any([np.zeros(grid, bool), *regions], axis=0).mean() <= TOGETHER
+    if part:
+        assert not any(place.query[within == 0].any() for place in places)
+    given_ = [place.contribution for place in places]
+    assert given_ == sorted(given_, reverse=True)
+    assert all(one > 0 for one in given_)
+    assert len({(p.query.tobytes(), p.result.tobytes()) for p in places}) == len(places)
+    for place in places:
+        mine = place.query * (within if part else 1.0)
+        literal = products(query, result, mean, mine[None], place.result[None] * 1.0)
+        assert place.contribution == pytest.approx(float(literal[0, 0]), abs=1e-6)
 
 
-def test_kept_lists_read_the_same_pictures(tmp_path: Path) -> None:
-    shard(tmp_path / "s/0.tar", labelled({"a": (1, "x"), "b": (2, "y")}))
-    source = find_images(tmp_path / "s")
-    source.save(tmp_path / "job")
-    loaded = load_source(tmp_path / "job")
-    assert grays(loaded) == [1, 2]
-    assert loaded.fingerprints() == source.fingerprints()
-    assert loaded.only([1]).ids == ["b"]
+def planted(*spots: tuple[tuple[int, int], int], shape=(7, 7)) -> PooledSide:
+    """Channel k shines on 2 x 2 positions from a spot on; channel 0 a little everywhere."""
+    A = np.zeros((6, *shape), np.float32)
+    A[0] = 0.3
+    for (row, column), channel in spots:
+        A[channel, row : row + 2, column : column + 2] = 4
+    z = A.mean((1, 2)).astype(np.float64)
+    return PooledSide(A, z / np.linalg.norm(z), np.linalg.norm(z), None)
 
 
-def test_what_a_process_holds_is_not_kept(tmp_path: Path) -> None:
-    source = from_dataset([np.zeros((2, 2), np.uint8)])
-    with pytest.raises(InputError, match="list: lives in this process, so another cannot read"):
-        source.save(tmp_path / "job")
-    assert not (tmp_path / "job").exists()
+def test_what_matches_is_found() -> None:
+    query = planted(((0, 0), 1), ((5, 4), 2), ((0, 5), 3))
+    result = planted(((4, 5), 1), ((0, 0), 2), ((5, 0), 4))
+    receipt = make_receipt(query, result, np.eye(6)[0] * 0.3)
+    first, second, *rest = receipt.places()
+    assert all(one.contribution < second.contribution / 5 for one in rest)
+    boxes = {(first.box("query"), first.box("result")), (second.box("query"), second.box("result"))}
+    in_sevenths = {tuple(tuple(round(7 * end) for end in box) for box in pair) for pair in boxes}
+    assert in_sevenths == {((0, 0, 2, 2), (5, 4, 7, 6)), ((4, 5, 6, 7), (0, 0, 2, 2))}
+    words = {place.words(receipt.beyond).partition(":")[0] for place in (first, second)}
+    assert words == {
+        "the upper left of the query matches the lower right of the result",
+        "the lower right of the query matches the upper left of the result",
+    }
+    body = json.loads(json.dumps(receipt.to_dict()))["places"]
+    assert body[0]["query"]["box"] == list(first.box("query"))
+    assert [tuple(cell) for cell in body[0]["result"]["cells"]] == list(
+        zip(*map(list, np.nonzero(first.result)), strict=True)
+    )
+    assert body[0]["share"] == pytest.approx(first.contribution / receipt.beyond)
+    assert receipt.to_dict(places=0)["places"] == []
 
 
-def damaged(name: str, data: bytes):
-    return lambda folder: (folder / name).write_bytes(data)
+def test_where_a_region_lies() -> None:
+    region = np.zeros((7, 7), bool)
+    words = []
+    for row, column in np.ndindex(3, 3):
+        region[:] = False
+        region[3 * row, 3 * column] = True
+        words.append(Place(region, region, 0.1).where("query"))
+    above, below = ["upper left", "top", "upper right"], ["lower left", "bottom", "lower right"]
+    assert words == [*above, "left", "middle", "right", *below]
+    told = Place(region, region, 0.1)
+    assert told.words(0.4) == (
+        "the lower right of the query matches the lower right of the result: "
+        "25% of what they share beyond the average"
+    )
+    assert told.words(-0.1).endswith("of the result: +0.100")
 
 
-def with_about(**changes: object):
-    def change(folder: Path) -> None:
-        about = json.loads((folder / "images.json").read_text())
-        (folder / "images.json").write_text(json.dumps({**about, **changes}))
+# Parts of a query
 
-    return change
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_box_of_all_is_the_receipt_without_one(kind: str) -> None:
+    made = toy(kind)
+    (query, _), (result, _) = side_of(made, inputs(1)), side_of(made, inputs(2))
+    mean = np.random.default_rng(0).normal(size=len(query.embedding)) * 0.2
+    plain = make_receipt(query, result, mean)
+    boxed = make_receipt(query, result, mean, within=np.ones(query.activations.shape[1:]))
+    for side in ("query", "result"):
+        one, other = getattr(plain, side), getattr(boxed, side)
+        np.testing.assert_allclose(other.cells, one.cells, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(other.channels, one.channels, rtol=1e-4, atol=1e-6)
+        assert other.outside == pytest.approx(0, abs=1e-6)
+    for place, other in zip(plain.places(), boxed.places(), strict=True):
+        np.testing.assert_array_equal(place.query, other.query)
+        np.testing.assert_array_equal(place.result, other.result)
+        assert other.contribution == pytest.approx(place.contribution, abs=1e-6)
+    assert boxed.links(3) == plain.links(3)
+
+
+@pytest.mark.parametrize("kind", ["affine", "tokens"])
+def test_a_part_is_the_literal_loop_and_still_adds_up(kind: str) -> None:
+    made = toy(kind)
+    query, (J, A, norm, f) = side_of(made, inputs(1))
+    result, (J2, A2, norm2, f2) = side_of(made, inputs(2))
+    rng = np.random.default_rng(0)
+    mean, within = rng.normal(size=WIDTH) * 0.2, rng.random(A.shape[1:])
+    receipt = make_receipt(query, result, mean, within=within)
+    ours = contributions(J, A, norm, f2 - mean) * within
+    np.testing.assert_allclose(receipt.query.cells, ours.sum(0), rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(receipt.query.channels, ours.sum((1, 2)), rtol=1e-3, atol=1e-6)
+    vectors = {at: np.array(cell_vector(J, A, norm, *at)) for at in np.ndindex(A.shape[1:])}
+    part = sum(within[at] * vector for at, vector in vectors.items())
+    apart = f - sum(vectors.values()) - mean
+    theirs = contributions(J2, A2, norm2, part + within.mean() * apart)
+    np.testing.assert_allclose(receipt.result.cells, theirs.sum(0), rtol=1e-3, atol=1e-6)
+    for one in (receipt.query, receipt.result):
+        total = one.cells.sum() + one.shared + one.outside + one.remainder
+        assert total + sum(one.parts.values()) == pytest.approx(receipt.similarity, abs=1e-5)
+    told = dict(receipt.amounts(3))
+    assert told["outside the box"] == pytest.approx(receipt.outside)
+    assert sum(told.values()) == pytest.approx(receipt.similarity, abs=2e-3)
+    ones = np.ones((1, *A2.shape[1:]))
+    total = products(query, result, mean, within[None], ones).sum()
+    assert receipt.beyond == pytest.approx(total, abs=1e-6)
+
+
+def test_a_position_counts_by_the_share_that_is_covered() -> None:
+    # Positions of 10 x 5 pixels from (20, 10) on.
+    weights = covered((25, 0, 45, 12), (100, 80), (20, 10, 60, 25), (3, 4))
+    np.testing.assert_allclose(weights, np.outer([0.4, 0, 0], [0.5, 1, 0.5, 0]))
+    np.testing.assert_allclose(covered((-9, -9, 999, 999), (8, 6), (0, 0, 8, 6), (2, 2)), 1)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("box", "says"),
     [
-        (damaged("images.json", b"{"), "Expecting property name"),
-        (damaged("images.json", b"[]"), "says not how many images there are"),
-        (damaged("images.json", b" " * (1 << 17)), "has 131072 bytes, and at most"),
-        (lambda folder: (folder / "ids.utf8").unlink(), "No such file"),
-        (damaged("ids.utf8", b"abc"), "ids.utf8 has 3 bytes, and 2 are told"),
-        (damaged("ids.offsets.u64", b"abc"), "has 3 bytes, no multiple of 8"),
-        (damaged("labels.codes.i32", b"\x09\0\0\0" * 2), "labels names one of 2 names that is"),
-        (damaged("labels.codes.i32", b"\0\0\0\0"), "labels has 1 entries, and 2 are told"),
-        (with_about(images=10**12), "ids has 2 entries, and 1000000000000 are told"),
-        (with_about(images=True), "says not how many"),
-        (with_about(root=3), "names no root"),
-        (with_about(numbers=None), "names no root"),
-        (with_about(max_pixels="all"), "max_pixels = 'all'"),
+        ((10, 10, 10, 40), r"box = \(10, 10, 10, 40\); give x0 y0 x1 y1 in pixels of the query"),
+        ((40, 10, 10, 40), "x0 left of x1"),
+        ((0, 0, float("nan"), 4), "give x0 y0 x1 y1"),
+        ((1, 2, 3), "give x0 y0 x1 y1"),
+        (
+            (0, 0, 19, 80),
+            "nothing of what the network saw of the query, 20 to 60 x 10 to 25 of 100",
+        ),
     ],
 )
-def test_lists_that_cannot_be_used(tmp_path: Path, change, message: str) -> None:
-    folder = tmp_path / "job"
-    ImageSource([Item("a", "a.png", "x"), Item("b", "b.png", "y")], tmp_path).save(folder)
-    change(folder)
-    with pytest.raises(InputError, match=message):
-        load_source(folder)
+def test_a_box_that_holds_nothing(box, says) -> None:
+    with pytest.raises(InputError, match=says):
+        covered(box, (100, 80), (20, 10, 60, 25), (3, 4))
 
 
-def test_offsets_that_lead_elsewhere_are_refused_when_used(tmp_path: Path) -> None:
-    folder = tmp_path / "job"
-    ImageSource([Item("a", "a.png"), Item("b", "b.png")], tmp_path).save(folder)
-    offsets = np.array([0, 1 << 60, 2], np.uint64)
-    (folder / "ids.offsets.u64").write_bytes(offsets.tobytes())
-    with pytest.raises(ValueError, match="lead outside the text"):
-        list(load_source(folder).ids)
-
-
-def test_a_listing_keeps_no_object_an_image(tmp_path: Path) -> None:
-    for folder in range(10):
-        (tmp_path / f"class{folder:04d}").mkdir()
-        for number in range(1000):
-            (tmp_path / f"class{folder:04d}/image{number:06d}.jpg").touch()
-    tracemalloc.start()
-    try:
-        source = find_images(tmp_path)
-        kept, most = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert len(source) == 10_000
-    assert kept / len(source) < 60
-    assert most / len(source) < 300  # meanwhile: one folder's names, and hashes of the ids
-
-
-def test_a_folder_is_listed_in_the_order_of_whole_paths(tmp_path: Path) -> None:
-    for folder in "ba":
-        (tmp_path / folder).mkdir()
-        for name in ("2.png", "10.png", "x-1.png"):
-            (tmp_path / folder / name).write_bytes(png(1))
-    (tmp_path / "a-b").mkdir()
-    (tmp_path / "a-b/0.png").write_bytes(png(1))
-    source = find_images(tmp_path)
-    assert source.ids == sorted(source.ids)
-    assert source.items.paths is source.items.ids
+def test_a_box_is_asked_of_every_result(tmp_path, monkeypatch) -> None:
+    quicken(monkeypatch)
+    made = toy("affine")
+    build_index(pictures(tmp_path / "pictures"), made.network, tmp_path / "index", progress=False)
+    pairs = PairExplainer(Explainer(tmp_path / "index", made.network))
+    ids = pairs.explainer.index.ids[1:4]
+    query = tmp_path / "pictures" / "c0" / "000.png"
+    plain, boxed = pairs.receipts(query, ids), pairs.receipts(query, ids, box=(0, 0, 12, 24))
+    for one, part in zip(plain, boxed, strict=True):
+        left = one.query.cells * ([1, 1, 0, 0])
+        np.testing.assert_allclose(part.query.cells, left, rtol=1e-5, atol=1e-7)
+        assert all(not place.query[:, 2:].any() for place in part.places())
+        assert all(link.query[1] < 2 for link in part.links())
+    raw = np.random.default_rng(0).random((3, 16, 16), np.float32)
+    (whole,) = pairs.receipts(raw, ids[:1], box=(0, 0, 16, 16))
+    assert whole.outside == pytest.approx(0, abs=1e-6)
+    with pytest.raises(InputError, match="holds nothing of what the network saw"):
+        pairs.receipts(query, ids, box=(30, 0, 40, 9))

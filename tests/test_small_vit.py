@@ -32,7 +32,9 @@ def test_training_gives_one_result_and_leaves_the_random_state(vit) -> None:
 def test_towers_are_trained_from_the_vit_on_and_read_back(vit, tmp_path) -> None:
     towers = small_vit.train_towers(vit, SIZES, seed=1, progress=False)
     again = small_vit.train_towers(vit, SIZES, seed=1, progress=False)
-    assert all(torch.equal(*pair) for pair in zip(towers.parameters(), again.parameters()))
+    assert all(
+        torch.equal(*pair) for pair in zip(towers.parameters(), again.parameters(), strict=True)
+    )
     assert not torch.equal(towers.pictures.head.weight, vit.head.weight)
     save_weights(towers, tmp_path / "two-towers.safetensors")
     network = small_vit.two_towers(tmp_path / "two-towers.safetensors")
@@ -64,30 +66,35 @@ def test_training_sees_no_handwriting_of_queries() -> None:
         maker.scene("pair", 3)
 
 
-def test_a_window_holds_the_digit_and_all_tokens_are_the_network(vit) -> None:
-    scenes = Scenes(0, 20, False, progress=False)
-    images, numbers = scenes.draw(12)
-    chosen = scenes.window(numbers, 6)
-    for tokens, number in zip(chosen.numpy(), numbers, strict=True):
+def test_a_window_holds_a_digit_and_is_of_the_classes_it_shows(vit) -> None:
+    scenes = Scenes(0, 40, progress=False)
+    images, numbers = scenes.draw(30)
+    chosen, classes = scenes.window(numbers, 6)
+    for tokens, shares, number in zip(chosen.numpy(), classes, numbers, strict=True):
         rows, columns = np.divmod(tokens, GRID)
         assert len(set(tokens)) == 36
-        x0, y0, x1, y1 = np.array(scenes.boxes[number]) * GRID / SIDE
-        assert rows.min() <= y0
-        assert columns.min() <= x0
-        assert rows.max() + 1 >= y1
-        assert columns.max() + 1 >= x1
-    assert scenes.window(numbers, GRID) is None
+        visible = {}
+        for digit, (x0, y0, x1, y1) in zip(
+            scenes.digits[number], scenes.boxes[number], strict=True
+        ):
+            across = min(x1, columns.max() + 1) - max(x0, columns.min())
+            down = min(y1, rows.max() + 1) - max(y0, rows.min())
+            visible[digit] = max(across, 0) * max(down, 0) / ((x1 - x0) * (y1 - y0))
+        assert max(visible.values()) == pytest.approx(1)
+        shown = [digit for digit, share in visible.items() if share > 0.6]
+        expected = [(digit in shown) / len(shown) for digit in range(10)]
+        np.testing.assert_allclose(shares, expected)
+    every, classes = scenes.window(numbers, GRID)
+    assert {tuple(sorted(one[one > 0].tolist())) for one in classes} == {(1.0,), (0.5, 0.5)}
     with torch.no_grad():
-        every = torch.arange(GRID * GRID).expand(12, -1)
-        torch.testing.assert_close(small_vit.through(vit, images, every), vit(images))
+        torch.testing.assert_close(vit(images, every), vit(images))
 
 
 def test_captions_name_digits_that_are_there() -> None:
-    scenes = Scenes(0, 20, True, progress=False)
+    scenes = Scenes(0, 20, progress=False)
     named = [scenes.caption(number) for number in range(20) for _ in range(5)]
     for number, (text, digits) in enumerate(named):
-        shown = scenes.digits[number // 5]
-        assert digits <= set(shown)
+        assert digits <= set(scenes.digits[number // 5])
         words = {small_vit.NUMBERS.index(one) for one in text.split() if one in small_vit.NUMBERS}
         assert words | {int(one) for one in text.split() if one.isdigit()} == digits
     assert {len(digits) for _, digits in named[50:]} == {1, 2}

@@ -130,6 +130,7 @@ def plan(options: Namespace) -> None:
                 recipe,
                 pieces=options.pieces,
                 triplets=_given_triplets(options),
+                prompts=_prompts(options),
                 own_maps=own_maps,
                 trust=not options.no_trust,
                 replace=again,
@@ -157,7 +158,9 @@ def _refuse_unused(options: Namespace) -> None:
             raise InputError("--skip-existing goes with --add INDEX; give both, or neither")
         return
     flags = [settings_of(Recipe)[name].flag or name for name in chosen(options, Recipe)]
-    flags += [name for name in ("recipe", "no_own_maps", "no_trust") if getattr(options, name)]
+    flags += [
+        name for name in ("recipe", "no_own_maps", "no_trust", "prompts") if getattr(options, name)
+    ]
     if flags:
         named = ", ".join(f"--{flag.replace('_', '-')}" for flag in flags)
         raise InputError(
@@ -404,10 +407,12 @@ def _build_images(
     again: bool,
     engine: "RayEngine | None",
 ) -> "BuildReport":
+    from ..network import read_by
     from ..offline import build_index
 
     source, loaded, own_maps, earlier = _inputs(options, images, network, again)
     work = _work(options, images.get("on_unreadable", "fail"))
+    loaded = read_by(loaded, recipe.entry.reading)
     with run_by(options, loaded, earlier) as run:
         work["batch_size"] = work["batch_size"] or run.repeat_run(earlier)
         return build_index(
@@ -416,6 +421,7 @@ def _build_images(
             options.index,
             recipe,
             triplets=_given_triplets(options),
+            prompts=_prompts(options),
             own_maps=own_maps,
             trust=not options.no_trust,
             replace=options.refit,
@@ -467,7 +473,8 @@ def _inputs(
 
 
 def _build_features(options: Namespace, recipe: Recipe, network: Values) -> "BuildReport":
-    from ..offline.features import build_from_features, read_array, read_head
+    from ..index.arrays import read_array
+    from ..offline.features import build_from_features, read_head
 
     if not (options.embeddings and options.pooled and options.grid):
         raise InputError(
@@ -495,6 +502,7 @@ def _build_features(options: Namespace, recipe: Recipe, network: Values) -> "Bui
         labels=labels,
         positive_pooled=None if positive is None else read_array(positive),
         triplets=_given_triplets(options),
+        prompts=_prompts(options),
         network=load_named(network) if network.get("network") else None,
         replace=options.refit,
         progress=options.progress,
@@ -504,9 +512,17 @@ def _build_features(options: Namespace, recipe: Recipe, network: Values) -> "Bui
 def _given_triplets(options: Namespace) -> "np.ndarray | None":
     if not isinstance(options.triplets, str):
         return None
-    from ..offline.features import read_array
+    from ..index.arrays import read_array
 
     return read_array(options.triplets)
+
+
+def _prompts(options: Namespace) -> list[str] | None:
+    if options.prompts is None:
+        return None
+    from ..offline.prompts import read_prompts
+
+    return read_prompts(options.prompts)
 
 
 def _ids_of(path: str, progressed: Advance) -> "tuple[Texts, LabelColumn]":

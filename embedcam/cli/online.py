@@ -38,11 +38,15 @@ def explain(options: Namespace) -> None:
 
     # Whatever can be refused is refused before the network is loaded.
     take_model(options)
+    from .words import asks_words, explain_words
+
+    if asks_words(options):
+        return explain_words(options)
     queries = _report_queries(options)
     if queries is None:
         for query in options.queries:
             _check_query(query)
-    pictures = _plan_pictures(options.output, options.queries)
+    pictures = plan_pictures(options.output, options.queries)
     if options.html is not None:
         check_file(options.html, *options.queries)
     check_folder("--images", options.images)
@@ -344,7 +348,7 @@ def _check_query(query: str, many: bool = False) -> None:
         raise ImageError(f"{query}: {why_missing(query)}")
 
 
-def _plan_pictures(output: str | None, queries: Sequence[str]) -> Sequence[Path | None]:
+def plan_pictures(output: str | None, queries: Sequence[str]) -> Sequence[Path | None]:
     """Return where each query's picture goes: the file named, or one a query in a folder."""
     if output is None:
         return [None] * len(queries)
@@ -492,10 +496,12 @@ def compare(options: Namespace) -> None:
     from ..pairs import Comparison, PairExplainer, Receipt
 
     # Whatever can be refused is refused before the network is loaded.
-    (picture,) = _plan_pictures(options.output, [options.query])
+    (picture,) = plan_pictures(options.output, [options.query])
     check_folder("--images", options.images)
     _check_query(options.query)
     check_rival(options.result, options.above)
+    if options.box is not None and options.above is not None:
+        raise InputError("--box asks what a part matches in one result; leave out it or --above")
     ids = [name for name in (options.result, options.above) if name is not None]
     options.model = None
     take_model(options)
@@ -510,8 +516,12 @@ def compare(options: Namespace) -> None:
         pairs, centred = PairExplainer(explainer), not options.not_centred
         head = f"{options.query} and {options.result}"
         pair: Receipt | Comparison
+        places: list[str] = []
         if options.above is None:
-            pair = pairs.receipt(options.query, options.result, centred=centred)
+            (pair,) = pairs.receipts(
+                options.query, [options.result], centred=centred, box=options.box
+            )
+            places = pair.in_words()
             total = ["similarity", f"{pair.similarity:+.3f}"]
         else:
             pair = pairs.above(options.query, options.result, options.above, centred=centred)
@@ -534,6 +544,7 @@ def compare(options: Namespace) -> None:
         show_json({"query": options.query, **saved, "pair": pair.to_dict(options.lines)})
         return
     rows = [[words, f"{number:+.3f}"] for words, number in pair.amounts(options.lines)]
-    show(head, *(f"  {line}" for line in columns([*rows, total], right=(1,))))
+    lines = [*places, *[""] * bool(places), *columns([*rows, total], right=(1,))]
+    show(head, *(f"  {line}".rstrip() for line in lines))
     if picture is not None:
         note(options, f"picture: {picture}")

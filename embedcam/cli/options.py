@@ -128,6 +128,8 @@ def _built(command: ArgumentParser, *more: tuple[str, str]) -> None:
     text = "default, paper, unlabelled, or a TOML file; other options win over it"
     add("--recipe NAME|FILE", text)
     add_options(command, ImageSettings, "labels", "exclude", "max_pixels")
+    text = "captions, one a line, whose mean stands for any text, of a network that embeds words"
+    add("--prompts FILE", f"{text} (default 221 that come along)")
     for option in more:
         add(*option)
     _network(command)
@@ -220,6 +222,9 @@ def compare(command: ArgumentParser) -> None:
     add("result RESULT", "id of an image of the index")
     add("--above ID", "why the result came above this image")
     add("-o --output PNG", "picture")
+    text = "what this part of the query matches, in its pixels: left, top, right, bottom"
+    ends = ("X0", "Y0", "X1", "Y1")
+    command.add_argument("--box", help=text, type=float, nargs=4, metavar=ends)
     add("--lines N", "channels listed (default 10)", POSITIVE, default=10)
     add("--not-centred", "do not put apart what the average image of the index shares")
     add("--store URL", "where the rows are, INDEX being the file of their model")
@@ -262,6 +267,12 @@ def explain(command: ArgumentParser) -> None:
     add("--batch-size N", "of a report: queries a pass (default by the device)", POSITIVE)
     text = "of a report, which begins with results of another label: {}"
     add_options(command, ImageSettings, "labels", help=text)
+    text = "ask with words in place of a picture, or of IMAGE where they are; may be repeated"
+    add("--text TEXT", text, action="append")
+    text = "with --text: which places speak for that, and which for these words"
+    add("--above-text TEXT", text)
+    text = ".npy [n D]: the words' embeddings, for networks without a tower for texts"
+    add("--text-embedding FILE", f"{text}; --above-text's is the last")
     one_way = _adder(command.add_mutually_exclusive_group())
     one_way("-n --n-neighbors N", "results a query (default 5)", POSITIVE)
     _transfer(add)

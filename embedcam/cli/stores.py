@@ -105,7 +105,7 @@ def take_model(options: Namespace) -> None:
                 "`embedcam rows INDEX --to URL` wrote them"
             )
         if hasattr(options, "queries"):
-            options.queries = [options.index, *options.queries]
+            options.queries = [*filter(None, [options.index]), *options.queries]
         elif options.index is not None:
             raise InputError(f"--model is given, and {options.index}, too; leave one of them out")
         options.index = options.model
@@ -116,7 +116,8 @@ def take_model(options: Namespace) -> None:
             "--fallback tells a query from other images of an index, and a store returns its "
             "neighbors alone; leave out --fallback, or explain by the index"
         )
-    if getattr(options, "queries", True) == []:
+    words = getattr(options, "text", None) or getattr(options, "text_embedding", None)
+    if getattr(options, "queries", True) == [] and not words:
         raise InputError("no picture was given; name one, a folder or a CSV behind INDEX")
     if options.store is not None and not os.path.isfile(options.index):
         raise InputError(

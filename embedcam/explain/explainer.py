@@ -581,6 +581,11 @@ class Explainer:
             )
         return open_place(path, max_pixels=self.max_pixels)
 
+    @property
+    def snapshot(self) -> Snapshot:
+        """What is served now, for what asks several things of one version."""
+        return self._now()
+
     def _now(self) -> Snapshot:
         """Return what is served now, to be asked once a request; a forked child opens it anew."""
         snapshot = self._snapshot

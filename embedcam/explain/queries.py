@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -154,8 +153,7 @@ def larger_input(
     """Return a query's input at twice the side, float32 `[3 2H 2W]`; resized where need be."""
     if picture is not None and isinstance(preprocess, Preprocess):
         height, width = preprocess.size
-        shorter = None if preprocess.resize_to is None else 2 * preprocess.resize_to
-        return replace(preprocess, size=(2 * height, 2 * width), resize_to=shorter)(picture)
+        return preprocess.sized((2 * height, 2 * width))(picture)
     height, width = inputs.shape[-2:]
     return resize(as_array(inputs).astype(np.float32, copy=False), (2 * height, 2 * width))
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from .._checks import as_array, check_outputs, stacked
 from ..errors import EmbeddingError
-from .sides import DifferentiatedSide, PooledSide, Side, matrix_of
+from .sides import HeldSide, PooledSide, Side, matrix_of
 
 if TYPE_CHECKING:
     from ..index import Index
@@ -22,7 +22,7 @@ class SideMaker:
     """Makes sides of pictures by one network.
 
     Behind average pooling and an affine head all is exact and needs neither a gradient nor torch;
-    behind another head each picture is one head pass.
+    behind another head each picture is one held pass.
     """
 
     def __init__(self, network: Network) -> None:
@@ -54,10 +54,10 @@ class SideMaker:
 
     def _of_batch(self, head: HeadMatrix | None, batch: Inputs) -> list[Side]:
         if head is None:
-            passed = self.network.head_pass(batch, twice=True)
+            passed = self.network.held_pass(batch)
             features = passed.features
             check_outputs(as_array(features.embedding), as_array(features.activations))
-            return [DifferentiatedSide(passed, self.network.normalize)]
+            return [HeldSide(passed, self.network.normalize)]
         embeddings, norms, (maps,) = self.network.embed(batch)
         check_outputs(embeddings, maps)
         if not self.network.normalize:

@@ -99,6 +99,27 @@ def explain_texts(
 # Words
 
 
+def embedded_words(explainer: Explainer, asked: Sequence[tuple[str, str | None]]) -> list[Words]:
+    """Return several texts, each with what it is held against, embedded together."""
+    every = dict.fromkeys(check_text(text) for pair in asked for text in pair if text is not None)
+    embeddings = dict(zip(every, embed_words(explainer.snapshot, list(every), None), strict=True))
+    return [
+        Words(text, embeddings[text], above, None if above is None else embeddings[above])
+        for text, above in asked
+    ]
+
+
+def explained_words(
+    explainer: Explainer,
+    words: Words,
+    near: Neighbors,
+    answers: Mapping[str, Answers],
+    exact: bool,
+) -> TextExplanation:
+    """Explain words by images of an explainer, of which `answers` knows those that were read."""
+    return explained(explainer.snapshot, words, near, answers, exact, explainer.max_pixels)
+
+
 def words_of(
     snapshot: Snapshot, texts: Sequence[str], above: str | None, tower: Texts | None
 ) -> list[Words]:

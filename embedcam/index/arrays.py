@@ -134,6 +134,16 @@ def write_array(
     return {"dtype": dtype, "shape": shape, "bytes": written, "sha256": digest.hexdigest()}
 
 
+def read_array(path: str | Path) -> np.ndarray:
+    """Read an array from a `.npy` file, memory-mapped; never unpickled."""
+    try:
+        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: there is no such file; give a .npy array") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path}: not a .npy array of numbers; use numpy.save") from error
+
+
 def open_checked(root: Path, name: str, size: int, remedy: str = _RESTORE) -> int:
     """Return a descriptor of a regular file of exactly `size` bytes inside `root`.
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_args
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._checks import check_sides, one_of, whole
 from .._files import ProcessLock
@@ -34,9 +33,19 @@ from ..preprocess import (
     usual_passes,
 )
 from ..preprocess.probe import probe_inputs
+from . import open_clip_source, sentence_transformers_source, transformers_source
 from .gradients import HeadPass
-from .head import HeadAlone, HeadKind, ask_head, pooled_vjp, tolerance_of
-from .layers import TOKENS, Images, LayoutName, OutputChoice, describe_choice, find_layer
+from .head import HeadAlone, HeadKind, ask_head, pooled_vjp, refuse_difference, tolerance_of
+from .held import HeldPass, held_pass
+from .layers import (
+    TOKENS,
+    Images,
+    LayoutName,
+    OutputChoice,
+    describe_choice,
+    find_layer,
+    split_reading,
+)
 from .module import (
     RandomOperations,
     advice_of,
@@ -47,6 +56,7 @@ from .module import (
     full_float32,
     hash_parameters,
     is_convolutional,
+    lay_out,
     message_of,
     no_gradients,
     one_thread,
@@ -56,6 +66,7 @@ from .module import (
     twin_of,
     uncompiled,
 )
+from .reading import Reading, as_indexed
 from .runner import (
     Features,
     Head,
@@ -68,6 +79,7 @@ from .runner import (
     with_positions,
 )
 from .settings import place_of, refuse_settings
+from .source import Foreign
 from .texts import TextTower, embed_texts
 
 if TYPE_CHECKING:
@@ -216,6 +228,36 @@ class EmbeddingNetwork:
             module = nn.ModuleDict({n: p for n, p in parts.items() if isinstance(p, nn.Module)})
             module.training = False
         return cls(module, layer, trunk=trunk, head=head, **settings)
+
+    @classmethod
+    def from_transformers(cls, model: nn.Module, processor: Foreign, **settings: Foreign) -> Self:
+        """Return a model of transformers and its processor, or image processor, as a network.
+
+        Layer, output, prefix tokens, preprocessing and the tower for texts are found; settings are
+        the constructor's. The model stays as it is.
+        """
+        return cls(**{**transformers_source.wrapped(model, processor).settings(), **settings})
+
+    @classmethod
+    def from_open_clip(
+        cls,
+        model: nn.Module,
+        preprocess: Transform,
+        tokenizer: Callable[..., Foreign] | None = None,
+        **settings: Foreign,
+    ) -> Self:
+        """Return a model of open_clip as a network; as `from_transformers`.
+
+        `preprocess` is the last that `create_model_and_transforms` returns, `tokenizer` what
+        `get_tokenizer` does; without it, texts cannot be embedded.
+        """
+        loaded = open_clip_source.wrapped(model, preprocess, tokenizer)
+        return cls(**{**loaded.settings(), **settings})
+
+    @classmethod
+    def from_sentence_transformers(cls, model: nn.Module, **settings: Foreign) -> Self:
+        """Return a SentenceTransformer that embeds images as a network; as `from_transformers`."""
+        return cls(**{**sentence_transformers_source.wrapped(model).settings(), **settings})
 
     def without_autocast(self) -> Self:
         """Return this network computing in the precision of its parameters."""
@@ -403,8 +445,9 @@ class EmbeddingNetwork:
 
     def for_index(self, stored: Identity, layers: Sequence[str] = ()) -> Self:
         """Return this network as the one of an index; `NetworkMismatch` where it is another."""
-        compare(stored, self.identity())
-        return self
+        network = as_indexed(self, stored.layer)
+        compare(stored, network.identity())
+        return network
 
     def require_preprocess(self) -> AnyPreprocess:
         """Return the preprocessing, or an `InputError` where the network was given none."""
@@ -505,16 +548,20 @@ class EmbeddingNetwork:
         """Return features, z `[B D]` and the input as a leaf, gradients kept: `input_gradient`."""
         return self.runner.run_from_input(images, mode)
 
-    def head_pass(self, images: Images, *, twice: bool = False) -> HeadPass:
+    def head_pass(self, images: Images) -> HeadPass:
         """Return a forward that is differentiable from the layer on; in inference mode too.
 
-        `twice` is for `HeadPass.jvp`: attention is computed by formulas that can be differentiated
-        twice. Raises as `forward`, and where the layer's output, or that of all its patch tokens,
-        never reaches the embedding.
+        Raises as `forward`, and where the layer's output, or that of all its patch tokens, never
+        reaches the embedding.
         """
-        with sdpa_kernel(SDPBackend.MATH) if twice else nullcontext():
-            run = self.runner.run(images, keep=in_graph)
-        return HeadPass(self.runner, run)
+        return HeadPass(self.runner, self.runner.run(images, keep=in_graph))
+
+    def held_pass(self, image: Images) -> HeldPass:
+        """Return a forward of `[1 C H W]` that is a sum from the layer on; raises as `head_pass`.
+
+        Attention weights, norms' statistics and the like are held: see `HeldPass.held`.
+        """
+        return held_pass(self.runner, image)
 
     def traceable(self, layers: Sequence[str]) -> Callable[[Tensor], tuple[Tensor, list[Tensor]]]:
         """Return images -> z `[B D]` and layers' `[B K H W]`, for exporters; nothing is checked."""
@@ -524,8 +571,12 @@ class EmbeddingNetwork:
         )
 
         def run(images: Tensor) -> tuple[Tensor, list[Tensor]]:
-            z, raws, _ = self.runner.call(images, copied, None, named)
-            return z, [layout.to_maps(raw) for layout, raw in zip(layouts, raws, strict=True)]
+            readings = dict[str, Reading]()
+            z, raws, _ = self.runner.call(images, copied, None, named, readings)
+            return z, [
+                readings[name].maps if name in readings else layout.to_maps(raw)
+                for (name, _), layout, raw in zip(named, layouts, raws, strict=True)
+            ]
 
         return run
 
@@ -586,7 +637,7 @@ class EmbeddingNetwork:
                 with uncompiled(), random:
                     again = self.forward(probes[:1])
                 how = "the same picture run twice"
-                _refuse_difference(alone, again, allowed, how, by_chance(random.names))
+                refuse_difference(alone, again, allowed, how, by_chance(random.names))
 
             run_again()
             # What is drawn may change an embedding only now and then.
@@ -598,7 +649,7 @@ class EmbeddingNetwork:
                 return  # a network of one picture at a time has no batch to depend on
             how, cause = "a picture alone and beside another", by_batch(self.module)
             try:
-                _refuse_difference(alone, beside, allowed, how, cause)
+                refuse_difference(alone, beside, allowed, how, cause)
             except NetworkError:
                 for _ in range(_REPEATS):  # chance that torch knows nothing of
                     run_again()
@@ -614,7 +665,7 @@ class EmbeddingNetwork:
             return
         self._put_channels_last(True)
         try:
-            _refuse_difference(expected, self.forward(probe), allowed, "", "")
+            refuse_difference(expected, self.forward(probe), allowed, "", "")
         except NetworkError:  # such as of a module that takes views of contiguous memory only
             self._put_channels_last(False)
 
@@ -622,7 +673,7 @@ class EmbeddingNetwork:
         self.runner.channels_last = last
         if self.owns_module:
             # Else the weights are laid out anew in every pass.
-            self.module.to(memory_format=torch.channels_last if last else torch.contiguous_format)
+            lay_out(self.module, last)
 
     # The head
 
@@ -666,6 +717,8 @@ class EmbeddingNetwork:
     def affine_head(self, stored_matrix: Callable[[], np.ndarray]) -> HeadMatrix | None:
         """Return the head where it is pooled and affine; nothing is asked of an index."""
         kind = self.head_kind
+        if split_reading(self.layer)[1]:  # weights follow from it, but activations do not make z
+            return None
         return HeadMatrix(None if kind.identity else kind.matrix) if kind.affine else None
 
     def _probes(self) -> Images:
@@ -678,19 +731,3 @@ class EmbeddingNetwork:
                 "a network over positions has no probe of its own; run forward() on an input first"
             )
         return torch.cat([example, example.flip(-1)])
-
-
-def _refuse_difference(
-    one: Features, other: Features, allowed: float, how: str, cause: str
-) -> None:
-    """Refuse first embeddings or pooled activations that differ by more than |a - b| / |a|."""
-    off = 0.0
-    for a, b in (
-        (one.embedding[0].double(), other.embedding[0].double()),
-        (one.activations[0].double().mean((1, 2)), other.activations[0].double().mean((1, 2))),
-    ):
-        off = max(off, float((a - b).norm()) / (float(a.norm()) or 1.0))
-    if off > allowed:
-        raise NetworkError(
-            f"{how} gives embeddings that differ by {off:.2g} (allowed: {allowed:g}): {cause}"
-        )

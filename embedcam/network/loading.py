@@ -3,7 +3,7 @@
 import importlib
 import inspect
 import json
-from dataclasses import replace
+import logging
 from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
@@ -18,15 +18,27 @@ from ..preprocess import AnyPreprocess, Preprocess, Transform, from_transform
 from ..preprocess.probe import probe_inputs
 from .checkpoints import read_affine
 from .embedding_network import DEFAULT_INPUT_SIZE, EmbeddingNetwork
-from .layers import LayoutName, choose_embedding, near_misses
-from .module import input_channels, module_device, no_gradients, user_code
+from .layers import LayoutName, choose_embedding, near_misses, split_reading
+from .module import input_channels, lay_out, module_device, no_gradients, user_code
+from .open_clip_source import from_open_clip
+from .reading import at_layer, read_by
 from .runner import with_positions
+from .sentence_transformers_source import from_sentence_transformers
 from .source import Loaded, PathLike, Sides, load_weights
 from .timm_source import from_timm
 from .torchvision_source import from_torchvision
+from .transformers_source import from_transformers
 
-_FORMS = "torchvision:NAME, timm:NAME or package.module:factory"
-_SOURCES = {"torchvision": from_torchvision, "timm": from_timm}
+log = logging.getLogger(__name__)
+
+_FORMS = "torchvision:, timm:, hf:, open_clip: or st: and a name, or package.module:factory"
+_SOURCES = {
+    "torchvision": from_torchvision,
+    "timm": from_timm,
+    "hf": from_transformers,
+    "open_clip": from_open_clip,
+    "st": from_sentence_transformers,
+}
 _AUTOCAST = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -56,8 +68,10 @@ def load_network(
     Parameters
     ----------
     network
-        "torchvision:NAME", "timm:NAME", or "package.module:factory", a function without arguments
-        that returns a module, (module, preprocess), or an `EmbeddingNetwork`.
+        "torchvision:NAME", "timm:NAME", "hf:NAME" of transformers, "open_clip:NAME:PRETRAINED",
+        "st:NAME" of sentence-transformers, of which the last three may be folders; or
+        "package.module:factory", a function without arguments that returns a module, (module,
+        preprocess), or an `EmbeddingNetwork`.
     weights
         None for the library's pretrained ones (a factory: as it made them), a file (.safetensors,
         or a PyTorch checkpoint that loads with `weights_only=True`), or "random".
@@ -65,7 +79,8 @@ def load_network(
         A `.safetensors` file with `weight [D K']` and perhaps `bias [D]`, an affine map to put
         after the embedding.
     layer
-        Dotted name; known for torchvision's common families and timm's.
+        Dotted name; found by itself but for a factory's module. "LAYER@gradeclip" or
+        "LAYER@value" reads inside an attention, "@gradeclip" and "@value" inside the last one.
     size, resize
         Of the network's input, H = W or (H, W), and "crop" or "squash", how pictures are brought to
         it; default as it was trained.
@@ -107,6 +122,8 @@ def load_network(
         if isinstance(product, EmbeddingNetwork):
             return _as_made(product, {**arguments, "autocast": autocast})
         loaded = _from_factory(product, network, weights, head, output)
+    base, reading = split_reading(layer or "")
+    layer = layer if base else None
     if layer not in (None, loaded.layer):
         loaded.head = loaded.trunk = None
     layer = layer or loaded.layer
@@ -115,11 +132,15 @@ def load_network(
             f"no default layer is known for {network}; give one with --layer (layer=)"
             f"{_last_layers(loaded, sides)}"
         )
+    elif loaded.said and layer == loaded.layer:
+        log.info("%s: %s", network, loaded.said)
     module = loaded.module.eval()
     if device is not None:
         module = module.to(device)
+        if isinstance(loaded.texts, nn.Module):
+            loaded.texts.to(device)
     if channels_last:
-        module = module.to(memory_format=torch.channels_last)
+        lay_out(module, True)
     transform = from_transform(preprocess) if preprocess is not None else loaded.preprocess
     result = EmbeddingNetwork(
         module,
@@ -139,6 +160,8 @@ def load_network(
         texts=loaded.texts,
     )
     result.owns_module = True
+    if reading and not base:
+        result = read_by(result, reading)
     del arguments["preprocess"], arguments["device"]
     cast = next((name for name, kind in _AUTOCAST.items() if kind and kind == autocast), None)
     spec = {**arguments, "layer": result.layer, "size": sides, "autocast": cast}
@@ -171,12 +194,7 @@ def _resized(
             "size and resize change the network's preprocessing, and none is known; give "
             "preprocess=, or let the function for it return (module, Preprocess.imagenet(224))"
         )
-    size, mode = sides or preprocess.size, resize or preprocess.resize
-    if mode == "squash":
-        return replace(preprocess, size=size, resize=mode, resize_to=None)
-    shorter = preprocess.resize_to
-    share = 256 / 224 if shorter is None else shorter / min(preprocess.size)
-    return replace(preprocess, size=size, resize=mode, resize_to=round(min(size) * share))
+    return preprocess.sized(sides or preprocess.size, resize)
 
 
 # A function of the user's
@@ -222,7 +240,11 @@ def _call_factory(source: str, name: str) -> Any:
 
 def _as_made(product: EmbeddingNetwork, arguments: dict[str, Any]) -> EmbeddingNetwork:
     """Return a factory's own `EmbeddingNetwork`, which settles everything by itself."""
-    network, device = arguments.pop("network"), arguments["device"]
+    network, device, layer = arguments.pop("network"), arguments["device"], arguments["layer"]
+    if "@" in str(layer):  # what is read inside an attention of it is another question
+        arguments["layer"] = None
+        base, reading = split_reading(str(layer))
+        product = at_layer(product, str(layer)) if base else read_by(product, reading)
     if device is not None and torch.device(device) == product.device:
         arguments["device"] = None
     defaults = inspect.signature(load_network).parameters
@@ -233,6 +255,8 @@ def _as_made(product: EmbeddingNetwork, arguments: dict[str, Any]) -> EmbeddingN
             "set it there, or return the module"
         )
     product.spec = {"network": network}
+    if split_reading(product.layer)[1]:
+        product.spec["layer"] = product.layer
     return product
 
 

@@ -49,10 +49,13 @@ def refuse_module(module: object) -> None:
         step = "the one it was made from, or its halves as EmbeddingNetwork.from_parts(trunk, head)"
     elif "SentenceTransformer" in bases:
         why = "takes a dict of features, not images"
-        step = "the vision model in it, such as model[0].model.vision_model, with preprocess="
+        step = "EmbeddingNetwork.from_sentence_transformers(model)"
     elif main != "pixel_values":
         why = f"takes {main!r} first, not images"
-        step = "its vision part, such as CLIPVisionModelWithProjection or model.vision_model"
+        step = "EmbeddingNetwork.from_transformers(model, processor), or a model for images"
+    elif hasattr(module, "encode_image"):
+        why = "takes images and texts, not images alone"
+        step = "EmbeddingNetwork.from_open_clip(model, preprocess)"
     elif others:
         why = f"also asks for {', '.join(one.name for one in others)}, not images alone"
         step = "a module whose forward takes nothing else, such as one around it"
@@ -134,6 +137,14 @@ def is_convolutional(module: nn.Module) -> bool:
 def module_device(module: nn.Module) -> torch.device:
     """Return where a module's parameters or buffers are; the CPU if it has none."""
     return next((tensor.device for tensor in _tensors(module)), torch.device("cpu"))
+
+
+def lay_out(module: nn.Module, channels_last: bool) -> None:
+    """Lay a module's weights out anew, those of convolutions over images: 3-D ones stay."""
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    for tensor in _tensors(module):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=form)
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

@@ -1,9 +1,14 @@
 """`Loaded`: a module that a library or a factory made, and what is known about it."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import nn
@@ -15,13 +20,16 @@ from .module import message_of, user_code
 from .runner import Head, Trunk
 from .texts import TextTower
 
+Fetched = TypeVar("Fetched")
+Foreign: TypeAlias = Any
+"""An object of a library that says nothing of its types."""
 Sides = tuple[int, int] | None
 PathLike = str | Path | None
 
 
 @dataclass
 class Loaded:
-    """A module in eval mode, and what is known about it."""
+    """A module in eval mode, what is known about it, and what is `said` of a choice made."""
 
     module: nn.Module
     layer: str | None
@@ -29,7 +37,59 @@ class Loaded:
     head: Head | None = None
     trunk: Trunk | None = None
     prefix_tokens: int | None = None
+    said: str = ""
     texts: TextTower | None = None
+
+    def settings(self) -> dict[str, Foreign]:
+        """Return the arguments of an `EmbeddingNetwork`."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "said"}
+
+
+def imported(package: str, what: str) -> ModuleType:
+    """Return a package that is installed on demand."""
+    try:
+        return import_module(package)
+    except ImportError as error:
+        extra = package.replace("_", "-")
+        raise NetworkError(
+            f"{what} needs {extra}, which is not installed; run pip install 'embedcam[{extra}]'"
+        ) from error
+
+
+def fetched(load: Callable[..., Fetched], full: str, what: str) -> Fetched:
+    """Return what `load(local)` gives: from a folder or a cache first, else from the hub."""
+    problems = list[str]()
+    for local in (True, False):
+        try:
+            with quiet():
+                return load(local)
+        # What is missing or damaged decides what is raised: OSError, ValueError, KeyError, ...
+        except Exception as error:
+            problems.append(f"{type(error).__name__}: {message_of(error)}")
+            cause = error
+    raise NetworkError(
+        f"{what} of {full} is neither here nor could it be fetched ({problems[0]}); give the "
+        "folder that it was saved to, or its name on the hub while there is a connection"
+    ) from cause
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep libraries from telling what they load; what matters is told as an error."""
+    root, silent, before = logging.getLogger(), logging.NullHandler(), logging.root.manager.disable
+    bars: Foreign = sys.modules.get("transformers.utils.logging")
+    showing = bars is not None and bars.is_progress_bar_enabled()
+    root.addHandler(silent)  # else the first message would put a handler there that stays
+    logging.disable(logging.ERROR)
+    if showing:
+        bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if showing:
+            bars.enable_progress_bar()
+        logging.disable(before)
+        root.removeHandler(silent)
 
 
 def made(build: Callable[[bool], Any], name: str, weights: PathLike, seed: int) -> Any:
@@ -37,6 +97,8 @@ def made(build: Callable[[bool], Any], name: str, weights: PathLike, seed: int) 
     if weights is None:
         try:
             return build(True)
+        except NetworkError:
+            raise
         # Offline, a library may raise anything from URLError to its own kinds.
         except Exception as error:
             raise NetworkError(

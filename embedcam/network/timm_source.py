@@ -5,12 +5,17 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..errors import NetworkError
+from ..errors import EmbedcamError, NetworkError
 from ..preprocess import Preprocess
+from ..preprocess.probe import probe_inputs
 from .checkpoints import read_affine
+from .finding import Found, find_explained
 from .layers import Output, near_misses
+from .module import input_channels, no_gradients
+from .runner import run_part
 from .source import Loaded, PathLike, Sides, load_weights, made
 
 PARTS_LAYER = "forward_features"
@@ -64,19 +69,46 @@ def from_timm(name: str, weights: PathLike, head: PathLike, sides: Sides, seed: 
     load_weights(module, weights, [f"{name}." for name in names])
     affine = None if head is None else read_affine(head, module.head_hidden_size)
     whole, prefix = _TimmNetwork(module, affine), getattr(module, "num_prefix_tokens", None)
-    loaded = Loaded(whole, PARTS_LAYER, _timm_preprocess(config), prefix_tokens=prefix)
-    blocks = getattr(module, "blocks", None)
-    late = [getattr(module, part, None) for part in ("cls_attn_blocks", "blocks_token_only")]
-    by_token = prefix and getattr(module, "global_pool", "") == "token"
-    if blocks is not None and late != [None, None]:
-        # CaiT and XCiT: the class token comes after the blocks, and reads the patches there.
-        loaded.layer, loaded.prefix_tokens = f"blocks.{len(blocks) - 1}", 0
-    elif by_token and blocks is not None and getattr(blocks[-1], "norm1", None) is not None:
+    preprocess = _timm_preprocess(config)
+    preprocess = preprocess if sides is None else preprocess.sized(sides)
+    loaded = Loaded(whole, PARTS_LAYER, preprocess, prefix_tokens=prefix)
+    if _by_class_token(module):
         # Only the class token is read: after the last attention the patches count no more.
-        loaded.layer = f"blocks.{len(blocks) - 1}.norm1"
+        loaded.layer = f"blocks.{len(module.blocks) - 1}.norm1"
+    elif found := _found(whole, preprocess):
+        loaded.layer, loaded.said = found.layer, found.said
+        loaded.prefix_tokens = found.prefix_tokens
     else:
         loaded.head, loaded.trunk = whole.head, whole.trunk
     return loaded
+
+
+def _by_class_token(module: Any) -> bool:
+    """Return whether a class token goes through all blocks, the last of which begins by a norm."""
+    blocks = getattr(module, "blocks", None)
+    if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not _reads_token(module):
+        return False
+    begins_by_norm = hasattr(blocks[-1], "norm1") and "Post" not in type(blocks[-1]).__name__
+    children = [part for name, part in module.named_children()]
+    behind = children[children.index(blocks) + 1 :]
+    kinds = [type(part).__name__.lower() for child in behind for part in child.modules()]
+    late = any("attention" in kind or "attn" in kind for kind in kinds)
+    return begins_by_norm and bool(getattr(module, "num_prefix_tokens", 0)) and not late
+
+
+def _reads_token(module: Any) -> bool:
+    return getattr(module, "global_pool", "") == "token"
+
+
+def _found(whole: _TimmNetwork, preprocess: Preprocess) -> Found | None:
+    """Return the layer where the trunk's output is not what explains; None where it is."""
+    picture = torch.from_numpy(probe_inputs(1, preprocess, preprocess.size, input_channels(whole)))
+    if not _reads_token(whole.module):
+        with no_gradients(), suppress(EmbedcamError):
+            output = run_part(whole.eval().trunk, "trunk", picture)
+            if not isinstance(output, list | tuple):
+                return None
+    return find_explained(whole.eval(), picture)
 
 
 def _timm_preprocess(config: dict[str, Any]) -> Preprocess:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -30,16 +30,24 @@ class Family:
     """A family of torchvision's networks.
 
     layer: dotted name of the layer to explain, or a function finding it; classifier: of the last
-    linear layer; head: whether `classifier(avgpool(activations))` follows, not affine.
+    linear layer; head: whether `classifier(avgpool(activations))` follows, not affine; size: the
+    argument by which it is made for one input size, which must be square; random: what one without
+    torchvision's weights is made with.
     """
 
     layer: str | Callable[[nn.Module], str]
     classifier: str
     head: bool = False
+    size: str = ""
+    random: dict[str, bool] = field(default_factory=dict)
 
 
 # The last convolution's ReLU, before the max pooling halves its grid.
 _VGG = Family(_last("features.", "", nn.ReLU), "classifier.6")
+# As the trained ones are made: they norm the input once more, and their weights expect it.
+_INCEPTION = {"transform_input": True, "init_weights": False}
+# Heads beside the network's own, in training only.
+_AUXILIARY = ("aux1", "aux2", "AuxLogits")
 FAMILIES: dict[str, Family] = {
     r"(wide_)?resnet|resnext": Family("layer4", "fc"),
     r"mobilenet_v2": Family("features", "classifier.1"),
@@ -52,7 +60,10 @@ FAMILIES: dict[str, Family] = {
     r"squeezenet": Family("features", "classifier"),
     r"swin": Family("permute", "head"),
     # After a ViT's last attention only the class token reaches the embedding.
-    r"vit_": Family(_last("", ".ln_1", nn.LayerNorm), "heads.head"),
+    r"vit_": Family(_last("", ".ln_1", nn.LayerNorm), "heads.head", size="image_size"),
+    r"maxvit": Family("blocks.3", "classifier.5", head=True, size="input_size"),
+    r"googlenet": Family("inception5b", "fc", random=_INCEPTION),
+    r"inception_v3": Family("Mixed_7c", "fc", random=_INCEPTION),
     r"regnet": Family("trunk_output", "fc"),
     r"shufflenet": Family("conv5", "fc"),
     r"mnasnet": Family("layers", "classifier.1"),
@@ -81,26 +92,27 @@ def from_torchvision(
     from torchvision import models
 
     family, full = _family_of(name), f"torchvision:{name}"
-    default, size = models.get_model_weights(name).DEFAULT, {}
-    if name.startswith("vit_"):
-        # A ViT's position embeddings belong to one input size.
-        if sides is not None and sides[0] != sides[1]:
-            raise InputError(f"size={sides} is not square, which {full} needs")
-        size = {"image_size": sides[0] if sides else default.transforms().crop_size[0]}
+    default = models.get_model_weights(name).DEFAULT
+    own = default.transforms().crop_size[0]
+    if family.size and sides is not None and sides[0] != sides[1]:
+        raise InputError(f"size={sides} is not square, which {full} needs")
+    wanted = sides[0] if sides else own
+    shape = {"image_size": wanted, "input_size": (wanted, wanted)}
 
     def build(pretrained: bool) -> Any:
-        settings = {"weights": default} if pretrained else {"weights": None, **size}
-        return models.get_model(name, **settings)
+        if pretrained:
+            return models.get_model(name, weights=default)
+        sized = {family.size: shape[family.size]} if family.size else {}
+        return models.get_model(name, weights=None, **family.random, **sized)
 
     module = made(build, full, weights, seed)
-    if size and size["image_size"] != module.image_size:
-        state = models.vision_transformer.interpolate_embeddings(
-            size["image_size"], module.patch_size, module.state_dict()
-        )
-        module = made(build, full, "random", seed)
-        module.load_state_dict(state)
+    if family.size and weights is None and wanted != own:
+        module = _resized(module, made(build, full, "random", seed))
+    for part in _AUXILIARY:
+        if hasattr(module, part):
+            setattr(module, part, None)
     width = _cut_classifier(module, family)
-    load_weights(module, weights, [f"{family.classifier}."])
+    load_weights(module, weights, [f"{part}." for part in (family.classifier, *_AUXILIARY)])
     if head is not None:
         linear, end = read_affine(head, width), module.get_submodule(family.classifier)
         if isinstance(end, nn.Sequential):
@@ -131,8 +143,24 @@ def _replace(module: nn.Module, name: str, part: nn.Module) -> None:
     setattr(module.get_submodule(parent), child, part)
 
 
+def _resized(trained: nn.Module, module: nn.Module) -> nn.Module:
+    """Return the module, of another input size, with the trained one's parameters."""
+    from torchvision import models
+
+    state = trained.state_dict()
+    if isinstance(module, models.VisionTransformer):
+        # A ViT's position embeddings belong to one input size.
+        state = models.vision_transformer.interpolate_embeddings(
+            module.image_size, module.patch_size, state
+        )
+    module.load_state_dict(state)
+    return module
+
+
 def _classified(module: nn.Module, activations: Output) -> Output:
-    pool, classifier = module.get_submodule("avgpool"), module.get_submodule("classifier")
+    classifier = module.get_submodule("classifier")
+    # MaxViT's classifier pools by itself.
+    pool: Any = getattr(module, "avgpool", nn.Identity())
     # ConvNeXt's classifier begins with a normalization over channels of `[B K 1 1]`.
     flat = isinstance(classifier.get_submodule("0"), nn.Linear)
     pooled: Tensor = pool(activations)

@@ -24,6 +24,7 @@ from .cotangents import AnchorCotangents, coded_labels
 from .match import calibrate_match
 from .merge import MOST_COUNTED, SAMPLE, encode_rows, header, layer_entry, make_encoding, plain
 from .plan import check_amounts, disk_errors, warn_of_norm
+from .prompts import check_prompts, read_prompts, text_mean
 from .report import BuildReport, Stages, report_of
 from .strategies import POOLED_METHODS, HeadCodes, PooledClosedForm, is_exact
 from .triplets import sample_of, total_of
@@ -65,6 +66,7 @@ def build_from_features(
     labels: Sequence[str | None] | None = None,
     positive_pooled: np.ndarray | None = None,
     triplets: np.ndarray | None = None,
+    prompts: Sequence[str] | None = None,
     network: EmbeddingNetwork | None = None,
     replace: bool = False,
     progress: bool | None = None,
@@ -98,7 +100,7 @@ def build_from_features(
         Mean of max(A, 0), `[N K]`; Grad-CAM++ needs it where A can be negative.
     network
         Whose identity to record; its layer, head and grid must be those of the features.
-    triplets, replace, progress
+    triplets, prompts, replace, progress
         As for `build_index`.
 
     Raises
@@ -113,6 +115,8 @@ def build_from_features(
             f"method = {recipe.method!r} needs the images, and features alone are given; use "
             f"{' or '.join(map(repr, POOLED_METHODS))}, or build from the images"
         )
+    if prompts is not None and check_prompts(prompts) and network is None:
+        raise InputError("prompts are embedded by a network; name it (network=, --network)")
     warn_of_norm(recipe, normalize, 3)  # one more for the context around
     embeddings, pooled = _matrix("embeddings", embeddings), _matrix("pooled", pooled)
     grid = check_sides("grid", grid)
@@ -138,6 +142,8 @@ def build_from_features(
         identity = _identity(network, head, normalize, grid)
         described, layer = {**identity.to_dict(), "loading": network.spec}, network.layer
         shared |= identity.arrays()
+        if prompts is not None or network.texts is not None:
+            shared["text_mean"] = text_mean(network, prompts or read_prompts(), stages)
     codes = coded_labels(recipe, kept_labels, names)
     anchors = AnchorCotangents(recipe, embeddings, codes, mean, triplets, folder=folder)
     exact, of = is_exact(recipe, head.matrix, normalize), (recipe, normalize, torch.device("cpu"))
@@ -180,16 +186,6 @@ def build_from_features(
     with disk_errors(path):
         create(path, about, [encoding.fitted], shared, part, replace=replace, stage=stages)
     return report_of(path, recipe, kept_labels, codes, counts, stages)
-
-
-def read_array(path: str | Path) -> np.ndarray:
-    """Read an array from a `.npy` file, memory-mapped; never unpickled."""
-    try:
-        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: there is no such file; give a .npy array") from error
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: not a .npy array of numbers; use numpy.save") from error
 
 
 def read_head(path: str | Path) -> AffineHead:

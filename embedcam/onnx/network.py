@@ -179,6 +179,7 @@ class OnnxNetwork:
 
     differentiable: ClassVar[bool] = False
     autocast: ClassVar[None] = None
+    texts: ClassVar[None] = None
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from .passes import usual_passes
 from .protocol import Embedded, HeadMatrix, Network
+from .recognizing import from_transform
 from .transforms import (
     AnyPreprocess,
     Array,
@@ -10,7 +11,6 @@ from .transforms import (
     Preprocess,
     Transform,
     custom,
-    from_transform,
     preprocess_from_dict,
     refuse_random,
 )

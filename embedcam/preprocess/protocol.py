@@ -50,6 +50,10 @@ class Network(Protocol):
     name: str | None
 
     @property
+    def texts(self) -> object:
+        """The tower for texts, as `embed_texts` runs it; None without one."""
+
+    @property
     def autocast(self) -> object:
         """The type it computes in where that is not its parameters'; None for those."""
 

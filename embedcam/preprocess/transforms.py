@@ -7,10 +7,8 @@ side, crop the center, scale to [0, 1], normalize), or of a plain resize ("squas
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from functools import partial
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Self, TypeAlias
 
 import numpy as np
@@ -47,13 +45,22 @@ RESAMPLING: Final = {
 _KIND: Final = "standard"
 
 
-def _offsets(lengths: tuple[int, int], windows: tuple[int, int]) -> list[int]:
-    """Return where torchvision's center crop begins; negative where it pads a short side."""
+def offsets(lengths: tuple[int, int], windows: tuple[int, int], center: str) -> list[int]:
+    """Return where a center crop begins; negative where it pads a short side."""
     offsets = []
     for length, window in zip(lengths, windows, strict=True):
         half = (length - window) / 2.0  # torchvision rounds half to even, but what it pads
-        offsets.append(-((window - length) // 2) if half < 0 else round(half))
+        inside = round(half) if center == "round" else int(half)
+        offsets.append(-((window - length) // 2) if half < 0 else inside)
     return offsets
+
+
+def _sides(name: str, size: object) -> tuple[int, int]:
+    """Return (height, width) in whole pixels, or raise an `InputError`."""
+    if isinstance(size, str | bytes) or not isinstance(size, Sequence) or len(size) != 2:
+        raise InputError(f"preprocess: {name} is {size!r}; give (height, width) in pixels")
+    sides = [whole(f"preprocess: {name}[{n}]", one, 1, MAX_SIDE) for n, one in enumerate(size)]
+    return sides[0], sides[1]
 
 
 def _empty(width: int, height: int) -> InputError:
@@ -73,29 +80,28 @@ class Preprocess:
         (H, W) of the network's input.
     resize
         "squash" resizes the whole picture to `size`, whatever its shape; "crop" brings the shorter
-        side to `resize_to` and cuts `size` out of the center.
+        side to `resize_to`, or the whole picture to that (H, W), and cuts `size` out of the center.
     interpolation
         nearest, box, bilinear, hamming, bicubic or lanczos (Pillow's, antialiased).
     mean, std
         Of red, green and blue, for values in [0, 1]; one number each makes the picture gray
         (Pillow's "L") and the input `[1 H W]`.
+    center
+        Where a crop begins that has no middle in whole pixels: "round", half to even as torchvision
+        does it, or "floor", as transformers does.
     """
 
     size: tuple[int, int] = (224, 224)
     resize: Literal["squash", "crop"] = "squash"
-    resize_to: int | None = None
+    resize_to: int | tuple[int, int] | None = None
     interpolation: str = "bilinear"
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    center: Literal["round", "floor"] = "round"
 
     def __post_init__(self) -> None:
-        size: object = self.size
-        if isinstance(size, str | bytes) or not isinstance(size, Sequence) or len(size) != 2:
-            raise InputError(f"preprocess: size is {size!r}; give (height, width) in pixels")
-        sides = [
-            whole(f"preprocess: size[{place}]", side, 1, MAX_SIDE)
-            for place, side in enumerate(size)
-        ]
+        sides = _sides("size", self.size)
+        one_of("preprocess: center", self.center, ("round", "floor"))
         one_of("preprocess: resize", self.resize, ("squash", "crop"))
         one_of("preprocess: interpolation", self.interpolation, RESAMPLING)
         if (self.resize == "crop") != (self.resize_to is not None):
@@ -104,8 +110,10 @@ class Preprocess:
                 "'crop' needs resize_to, the shorter side in pixels before the crop (256 for one "
                 "of 224), and 'squash' takes none"
             )
-        shorter = self.resize_to
-        if shorter is not None:
+        shorter: int | tuple[int, int] | None = self.resize_to
+        if isinstance(shorter, Sequence):
+            shorter = _sides("resize_to", shorter)
+        elif shorter is not None:
             shorter = whole("preprocess: resize_to", shorter, 1, MAX_SIDE)
         try:
             mean, std = (
@@ -120,7 +128,7 @@ class Preprocess:
                 f"preprocess: mean is {self.mean!r} and std {self.std!r}; give three finite "
                 "numbers each, for red, green and blue, or one each for gray, std above 0"
             )
-        checked = {"size": tuple(sides), "resize_to": shorter, "mean": mean, "std": std}
+        checked = {"size": sides, "resize_to": shorter, "mean": mean, "std": std}
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
@@ -145,7 +153,7 @@ class Preprocess:
         if image.size != resized:
             pixels = pixels.resize(resized, RESAMPLING[self.interpolation])
         if self.resize == "crop":
-            left, top = _offsets(resized, (width, height))
+            left, top = offsets(resized, (width, height), self.center)
             # Pillow fills what lies outside the picture with black, as torchvision's padding does.
             pixels = pixels.crop((left, top, left + width, top + height))
         levels = np.asarray(pixels, dtype=np.uint8).reshape(height, width, len(self.mean))
@@ -167,15 +175,16 @@ class Preprocess:
         if self.resize == "squash":
             return 0.0, 0.0, float(width), float(height)
         resized, (down, across) = self._resized(width, height), self.size
-        left, top = _offsets(resized, (across, down))
+        left, top = offsets(resized, (across, down), self.center)
         # One division each, last: an edge that is the picture's own comes out exactly.
         x, y = (left * width, (left + across) * width), (top * height, (top + down) * height)
         return x[0] / resized[0], y[0] / resized[1], x[1] / resized[0], y[1] / resized[1]
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
         """Return (width, height) of the resized picture, before any crop."""
-        if self.resize_to is None:
-            return self.size[1], self.size[0]
+        if not isinstance(self.resize_to, int):
+            down, across = self.resize_to or self.size
+            return across, down
         shorter, longer = sorted((width, height))
         # torchvision cuts the longer side down to a whole number; it does not round it.
         long_side = int(self.resize_to * longer / shorter)
@@ -188,8 +197,23 @@ class Preprocess:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything `from_dict` needs, ready for JSON."""
-        values = asdict(self).items()
-        return {"kind": _KIND, **{k: list(v) if isinstance(v, tuple) else v for k, v in values}}
+        values = asdict(self)
+        if self.center == "round":
+            del values["center"]  # of which descriptions before it know nothing
+        as_lists = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return {"kind": _KIND, **as_lists}
+
+    def sized(self, size: tuple[int, int], resize: Literal["squash", "crop"] | None = None) -> Self:
+        """Return it at another size, (H, W), and mode; the share that a crop cuts off is kept."""
+        mode = resize or self.resize
+        if mode == "squash":
+            return replace(self, size=size, resize=mode, resize_to=None)
+        if isinstance(self.resize_to, tuple):
+            pairs = zip(size, self.resize_to, self.size, strict=True)
+            down, across = (round(side * whole / part) for side, whole, part in pairs)
+            return replace(self, size=size, resize=mode, resize_to=(down, across))
+        share = 256 / 224 if self.resize_to is None else self.resize_to / min(self.size)
+        return replace(self, size=size, resize=mode, resize_to=round(min(size) * share))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -202,6 +226,7 @@ class Preprocess:
         if kind != _KIND:
             raise InputError(f'preprocess: kind is {kind!r}; known are "{_KIND}" and "custom"')
         known = [field.name for field in fields(cls)]
+        values = {"center": "round", **values}
         unknown = sorted(str(key) for key in values if key not in (*known, "kind"))
         missing = [name for name in known if name not in values]
         if unknown or missing:
@@ -336,145 +361,3 @@ def preprocess_from_dict(values: Mapping[str, Any]) -> AnyPreprocess:
         raise InputError(_not_ours(name))
 
     return CustomPreprocess(unknown, str(name or ""), unknown if extent == "own" else None)
-
-
-# What a transform of torchvision, timm or transformers amounts to, told by its parts
-
-
-def from_transform(transform: Transform, *, name: str | None = None) -> AnyPreprocess:
-    """Return the `Preprocess` a transform amounts to, or the transform wrapped as a custom one.
-
-    Recognized without importing their libraries: torchvision's weights and their presets, a Compose
-    of [Grayscale] [Resize] [CenterCrop] ToTensor [Normalize] (in v2 ToImage and ToDtype), and
-    Hugging Face's image processors. What crops in a way of its own is an `InputError`.
-    """
-    if isinstance(transform, Preprocess | CustomPreprocess):
-        return transform
-    if isinstance(transform, type):
-        raise InputError(
-            f"preprocess: given the class {transform.__name__}; give an instance of it, such as "
-            f"{transform.__name__}(...)"
-        )
-    steps = getattr(transform, "transforms", None)
-    if callable(steps):  # torchvision's weights
-        transform = steps()
-        steps = getattr(transform, "transforms", None)
-    processor = getattr(transform, "image_processor", transform)
-    if hasattr(processor, "image_mean") and hasattr(processor, "do_resize"):
-        return _from_processor(processor, name)
-    preset = ("crop_size", "resize_size", "mean", "std", "interpolation")
-    if all(hasattr(transform, attribute) for attribute in preset):
-        values = [getattr(transform, attribute) for attribute in preset]
-        crop, resize, mean, std, interpolation = values
-        recognized = _recognized(resize, crop, interpolation, mean, std)
-    else:
-        recognized = _from_chain(steps)
-    if recognized is not None:
-        return recognized
-    if not callable(transform):
-        raise InputError(
-            f"preprocess: expected a transform, given {transform!r:.100}; give Preprocess(...), a "
-            "torchvision transform, a Hugging Face image processor or a function of a picture"
-        )
-    return custom(transform, name=name)
-
-
-def _recognized(
-    resize: int | Sequence[int] | None,
-    crop: int | Sequence[int] | None,
-    interpolation: object,
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> Preprocess | None:
-    """Return the preprocessing of a resize and a crop in pixels; None for what does more."""
-    shorter, sides = ([n] if isinstance(n, int) else list(n or ()) for n in (resize, crop))
-    sides = sides * 2 if len(sides) == 1 else sides
-    # A Pillow constant, an `InterpolationMode`, or its value.
-    asked = getattr(interpolation, "value", interpolation)
-    asked = "nearest" if asked == "nearest-exact" else asked
-    method = next((name for name, value in RESAMPLING.items() if asked in (name, value)), None)
-    squash = len(shorter) == 2
-    if method is None or not shorter or (sides not in ([], shorter) if squash else not sides):
-        return None
-    (height, width), resize_to = (shorter, None) if squash else (sides, shorter[0])
-    mean, std = (tuple(float(number) for number in each) for each in (mean, std))
-    mode: Literal["squash", "crop"] = "squash" if squash else "crop"
-    return Preprocess((height, width), mode, resize_to, method, mean, std)
-
-
-# What a Compose's steps are called where they are all known, once each and in the usual order.
-_CHAIN = re.compile(
-    "(Grayscale )?Resize (CenterCrop )?"
-    "(ToTensor|MaybeToTensor|ToImage ToDtype|PILToTensor ConvertImageDtype)( Normalize)?"
-)
-
-
-def _from_chain(steps: Sequence[Any] | None) -> Preprocess | None:
-    """Return what a Compose is whose steps are all known."""
-    named = {type(step).__name__: step for step in steps or ()}
-    if not _CHAIN.fullmatch(" ".join(named)) or len(named) != len(steps or ()):
-        return None
-    gray, crop, normalize = map(named.get, ("Grayscale", "CenterCrop", "Normalize"))
-    resize = named["Resize"]
-    scaled = named.get("ToDtype", named.get("ConvertImageDtype"))
-    if scaled is not None and not (
-        str(getattr(scaled, "dtype", "")) == "torch.float32" and getattr(scaled, "scale", True)
-    ):
-        return None
-    if getattr(resize, "max_size", None) is not None or (
-        gray is not None and gray.num_output_channels != 1
-    ):
-        return None
-    count = 3 if gray is None else 1
-    mean, std = [0.0] * count, [1.0] * count
-    if normalize is not None:
-        mean, std = list(normalize.mean), list(normalize.std)
-    if {len(mean), len(std)} != {count}:
-        return None
-    return _recognized(
-        resize.size, None if crop is None else crop.size, resize.interpolation, mean, std
-    )
-
-
-def _from_processor(processor: Any, name: str | None) -> AnyPreprocess:
-    """Return what a Hugging Face image processor amounts to; custom where it does more."""
-    setting = partial(getattr, processor)
-    cropped = bool(setting("do_center_crop", False))
-    share = setting("crop_pct", None)  # ConvNeXt's own
-    more = any(setting(key, None) for key in ("do_pad", "do_flip_channel_order", "rescale_offset"))
-    scale = setting("rescale_factor", 1 / 255) if setting("do_rescale", True) else math.nan
-    plain = abs(scale - 1 / 255) < 1e-9 and setting("do_resize") and share is None
-    if plain and not more:
-        mean, std = (0.0,) * 3, (1.0,) * 3
-        if setting("do_normalize", True):
-            mean, std = processor.image_mean, processor.image_std
-        size, crop = (_sides_of(setting(key, None)) for key in ("size", "crop_size"))
-        method = setting("resample", None)
-        recognized = _recognized(size, crop if cropped else None, method, mean, std)
-        if recognized is not None:
-            return recognized
-    kind = type(processor).__name__
-    if cropped or share is not None:
-        raise InputError(
-            f"preprocess: {kind} crops pictures in a way that cannot be read from its settings; "
-            "give Preprocess(size=..., resize='crop', resize_to=..., mean=..., std=...), or "
-            "embedcam.preprocess.custom(function, extent=...)"
-        )
-
-    def process(image: Image.Image) -> np.ndarray:
-        pixels: np.ndarray = processor(images=image, return_tensors="np")["pixel_values"][0]
-        return pixels
-
-    return custom(process, name=name or f"{type(processor).__module__}.{kind}")
-
-
-def _sides_of(size: Any) -> list[int] | None:
-    """Return [shorter side] or [H, W] of a processor's size; None for what it else may be."""
-    if isinstance(size, int):
-        return [size, size]
-    names = ("height", "width", "shortest_edge", "longest_edge")
-    sides = size if isinstance(size, Mapping) else {key: getattr(size, key, None) for key in names}
-    height, width, shortest, longest = map(sides.get, names)
-    if height and width:
-        return [int(height), int(width)]
-    return [int(shortest)] if shortest and not longest else None

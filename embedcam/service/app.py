@@ -20,7 +20,7 @@ from .errors import handle
 from .frame import Frame
 from .limits import Limits
 from .pipeline import Pipeline
-from .schemas import Health, Readiness, is_known, response, route, tag_of
+from .schemas import Health, Readiness, built, is_known, response, route, tag_of
 from .stored import StorePipeline
 
 _ABOUT = (
@@ -113,8 +113,9 @@ def _status(pipeline: Pipeline) -> APIRouter:
     async def readyz() -> Response:
         index, images = pipeline.index, await pipeline.images()
         generation, digest = index.manifest.generation, index.generation
-        ready = Readiness(status="ready", images=images, generation=generation, digest=digest)
-        return response(ready)
+        words = pipeline.network.texts is not None
+        of = {"images": images, "generation": generation, "digest": digest, "words": words}
+        return response(built(Readiness, of, status="ready"))
 
     @routes.get(
         "/metrics",

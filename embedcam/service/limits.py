@@ -18,6 +18,7 @@ class Limits:
     concurrency : requests that are worked on at the same time; one more is told to come back
     batch : pictures that go through the network together; None for what suits it
     batch_seconds : how long a picture waits for others that are being read meanwhile
+    kept_bytes : of what is kept of indexed pictures, so that words are explained without a pass
     store_seconds : that a store, where there is one, may take for one question
 
     Raises
@@ -43,6 +44,9 @@ class Limits:
         None, "N", "pictures a pass of the network (default by the device)", kind=int, least=1
     )
     batch_seconds: float = setting(0.005, least=0.0)
+    kept_bytes: int = setting(
+        256_000_000, "BYTES", "kept of pictures that words find (256000000)", least=0, flag="kept"
+    )
     store_seconds: float = setting(
         2.0, "SECONDS", "for an answer of the store (default 2)", least=0.01
     )

@@ -50,10 +50,11 @@ _IN_SCAN = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)
 
 
 class Upload(NamedTuple):
-    """A body as it came, and the boundary where it is a form."""
+    """A body as it came, the boundary where it is a form, and whether it is JSON: words."""
 
     body: bytes
     boundary: str | None = None
+    is_json: bool = False
 
     def picture(self) -> bytes:
         """Return the picture's bytes: the body, or a form's one field; or raise HTTPProblem."""
@@ -83,8 +84,8 @@ class Upload(NamedTuple):
         return bytes(form.picture)
 
 
-async def read_upload(request: Request, limits: Limits) -> Upload:
-    """Return the whole body, counted while it comes in, or raise HTTPProblem."""
+async def read_upload(request: Request, limits: Limits, words: bool = False) -> Upload:
+    """Return the whole body, counted while it comes in, or raise HTTPProblem; JSON with `words`."""
     said = f"the body is longer than {limits.body_bytes} bytes, which is the limit"
     too_long = HTTPProblem(413, "body_too_long", f"{said}; send a smaller picture")
     declared = request.headers.get("content-length", "")
@@ -92,7 +93,9 @@ async def read_upload(request: Request, limits: Limits) -> Upload:
         raise HTTPProblem(400, "unusable_header", "Content-Length: give a whole number of bytes")
     if declared and int(declared) > limits.body_bytes:
         raise too_long
-    boundary = _boundary(request.headers.get("content-type", ""))
+    content_type = request.headers.get("content-type", "")
+    is_json = words and content_type.partition(";")[0].strip().lower() == JSON
+    boundary = None if is_json else _boundary(content_type, words)
     body, more = bytearray(), True
     try:
         async with asyncio.timeout(limits.seconds):
@@ -110,14 +113,14 @@ async def read_upload(request: Request, limits: Limits) -> Upload:
         raise HTTPProblem(408, "slow_upload", said) from None
     if not body:
         raise HTTPProblem(422, "empty_body", "the body is empty; send the bytes of a picture")
-    return Upload(bytes(body), boundary)
+    return Upload(bytes(body), boundary, is_json)
 
 
 def _broken_form(said: str, code: str = "broken_form") -> HTTPProblem:
     return HTTPProblem(422, code, f"the form {said}")
 
 
-def _boundary(content_type: str) -> str | None:
+def _boundary(content_type: str, words: bool) -> str | None:
     """Return the boundary of a form; None where the body is the picture itself."""
     kind = content_type.partition(";")[0].strip().lower()
     if kind == FORM_TYPE:
@@ -131,7 +134,8 @@ def _boundary(content_type: str) -> str | None:
             f"this content type holds no picture that can be read; send {FORM_TYPE} with the field "
             f"{PART!r}, or the picture itself as {', '.join(RAW_TYPES[:3])} or another pixel format"
         )
-        accepted = {"Accept-Post": ", ".join((FORM_TYPE, *RAW_TYPES))}
+        said += f"; or words as {JSON}" if words else ""
+        accepted = {"Accept-Post": ", ".join((FORM_TYPE, *RAW_TYPES, *([JSON] if words else [])))}
         raise HTTPProblem(415, "unusable_type", said, accepted)
     return None
 

@@ -20,8 +20,10 @@ from starlette.requests import Request
 from ..errors import EmbedcamError, InputError
 from ..explain.explainer import Explainer
 from ..explain.explanation import Explanation, Result
+from ..explain.texts import Words
 from ..images.batches import default_workers
-from ..index import Index
+from ..index import Index, Neighbors
+from ..index.search import find_neighbors
 from .errors import HTTPProblem
 from .limits import Limits
 from .pictures import PNG, Prepared, Upload, encoded, overlaid, prepare, read_picture, read_upload
@@ -30,8 +32,10 @@ logger = logging.getLogger("embedcam.service")
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Answer = Callable[[Any, Sequence[Prepared]], Sequence[R]]
-"""From what is wanted and several pictures to an answer for each; called in the network's thread.
+Asked = TypeVar("Asked")
+Answer = Callable[[Any, Sequence[Asked]], Sequence[R]]
+"""From what is wanted and several pictures, or words, to an answer for each; called in the
+network's thread.
 """
 MAX_THREADS = 4
 """That decode and draw: each may hold a decoded picture, so more of them are more memory."""
@@ -42,8 +46,8 @@ _BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 @dataclass(eq=False)
 class _Job:
-    wish: tuple[Answer[Any], Hashable]
-    picture: Prepared
+    wish: tuple[Answer[Any, Any], Hashable]
+    picture: object
     future: Future[Any]
 
 
@@ -77,7 +81,7 @@ class Batcher:
                 self._announced -= 1
                 self._changed.notify_all()
 
-    def submit(self, answer: Answer[R], wanted: Hashable, picture: Prepared) -> Future[R]:
+    def submit(self, answer: Answer[Asked, R], wanted: Hashable, picture: Asked) -> Future[R]:
         """Return the answer to come."""
         job = _Job((answer, wanted), picture, Future())
         with self._changed:
@@ -220,15 +224,15 @@ class Pipeline:
             self.inside -= 1
 
     @asynccontextmanager
-    async def admitted(self, request: Request) -> AsyncIterator[Upload]:
+    async def admitted(self, request: Request, words: bool = False) -> AsyncIterator[Upload]:
         """Take a place and read the body, then work on it as long as the limit allows.
 
-        What has not begun by then never does.
+        What has not begun by then never does. With `words` the body may be JSON.
         """
         with self.place():
             upload = Upload(b"")
             if request.method == "POST":
-                upload = await read_upload(request, self.limits)
+                upload = await read_upload(request, self.limits, words)
             try:
                 async with asyncio.timeout(self.limits.seconds):
                     yield upload
@@ -241,8 +245,8 @@ class Pipeline:
         return await asyncio.wrap_future(self._pool.submit(work, *arguments, **more))
 
     async def ask(
-        self, answer: Answer[R], wanted: Hashable, read: Callable[[], Prepared]
-    ) -> tuple[Prepared, R]:
+        self, answer: Answer[Asked, R], wanted: Hashable, read: Callable[[], Asked]
+    ) -> tuple[Asked, R]:
         """Return a picture, read in the pool, and an answer from the network's thread.
 
         Pictures of which the same is wanted are answered together.
@@ -300,6 +304,23 @@ class Pipeline:
     def _searched(self, n_neighbors: int, pictures: Sequence[Prepared]) -> list[list[Result]]:
         index, inputs = self.index, np.stack([one.inputs for one in pictures])
         return nearest(index, self.network.embed(inputs).embedding, n_neighbors)
+
+    async def near_words(
+        self, embed: Answer[Asked, Words], asked: Asked, n_neighbors: int
+    ) -> tuple[Explainer, Words, Neighbors]:
+        """Return an explainer that holds the pictures nearest to words, and these."""
+        wanted = self.explainer, embed, n_neighbors
+        words, near = (await self.ask(self._near_words, wanted, lambda: asked))[1]
+        return wanted[0], words, near
+
+    def _near_words(
+        self, wanted: tuple[Explainer, Answer[Asked, Words], int], asked: Sequence[Asked]
+    ) -> list[tuple[Words, Neighbors]]:
+        explainer, embed, n_neighbors = wanted
+        words = embed(None, asked)
+        vectors = np.array([one.embedding for one in words])
+        near = find_neighbors(explainer.index, vectors, n_neighbors, None)
+        return [*zip(words, near, strict=True)]
 
     async def holding(self, ids: Sequence[str]) -> Explainer:
         """Return an explainer whose index holds these images, or raise HTTPProblem 404."""
@@ -374,11 +395,15 @@ def passes(
 
 def nearest(index: Index, embeddings: np.ndarray, n_neighbors: int) -> list[list[Result]]:
     """Return what is near to each embedding `[B D]`, without maps."""
-    near, answers = index.search(embeddings, n_neighbors), []
-    for positions, *scores in zip(near.positions, near.distances, near.similarities, strict=True):
-        rows = index.select(positions)
-        answers.append(Result.of(rows.ids, rows.labels, rows.paths, *scores, None, None))
-    return answers
+    near = index.search(embeddings, n_neighbors)
+    return [listed_results(index, Neighbors(*one)) for one in zip(*near, strict=True)]
+
+
+def listed_results(index: Index, near: Neighbors) -> list[Result]:
+    """Return one query's neighbors, without maps."""
+    rows = index.select(near.positions)
+    scores = near.distances, near.similarities
+    return Result.of(rows.ids, rows.labels, rows.paths, *scores, None, None)
 
 
 def find_live(index: Index, name: str) -> int:

@@ -1,6 +1,7 @@
 """POST /explain, /search and /compare: a picture goes in, what it is like and why comes out."""
 
 import asyncio
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,20 +17,35 @@ from starlette.responses import Response
 from ..errors import EmbedcamError, ImageError, InputError
 from ..explain.explainer import Explainer
 from ..explain.explanation import Explanation, Result
-from ..explain.side_maker import SideMaker
 from ..explain.sides import Shown, Side
 from ..index import Index
 from ..pairs import (
+    NOTHING_KNOWN,
+    Known,
+    PairExplainer,
     Receipt,
     check_same,
+    covered,
     make_comparison,
     make_receipt,
     mean_of,
 )
 from . import schemas
 from .errors import HTTPProblem, choose
-from .pictures import FORM_TYPE, JSON, PART, PNG, RAW_TYPES, WEBP, Prepared, overlaid, prepare
-from .pipeline import Pipeline, check_names, find_live, given
+from .pictures import (
+    FORM_TYPE,
+    JSON,
+    PART,
+    PNG,
+    RAW_TYPES,
+    WEBP,
+    Prepared,
+    Upload,
+    overlaid,
+    prepare,
+)
+from .pipeline import Pipeline, check_names, find_live, given, listed_results
+from .texts import WordsMaker, read_words, told_of_words
 
 logger = logging.getLogger("embedcam.service")
 
@@ -53,8 +69,14 @@ BODY: schemas.Described = {
         },
     }
 }
+WITH_WORDS = copy.deepcopy(BODY)
+"""The same, or words as JSON."""
+WITH_WORDS["requestBody"]["description"] += " Or words, as JSON."
+WITH_WORDS["requestBody"]["content"][JSON] = {"schema": schemas.TextQuery.model_json_schema()}
 _PROBLEMS = (400, 403, 408, 413, 415, 422, 500, 502, 503)
 MAX_LINES = 50
+_NUMBER = r"-?[0-9]{1,6}(\.[0-9]{1,3})?"
+_BOX = rf"^{_NUMBER}(,{_NUMBER}){{3}}$"
 MAX_PAIRS = 250_000
 """Numbers of all `pairs` of an answer together, about 2 MB: a hundred receipts on maps of 7 x 7, or
 six of 14 x 14."""
@@ -67,6 +89,7 @@ def router(pipeline: Pipeline) -> APIRouter:
     """Return the three endpoints."""
     routes = APIRouter(tags=["queries"])
     maker, most = ReceiptMaker(pipeline), pipeline.limits.n_neighbors
+    words_maker = WordsMaker(pipeline, maker.read)
 
     class SearchParameters(BaseModel):
         n_neighbors: int = Field(
@@ -104,14 +127,14 @@ def router(pipeline: Pipeline) -> APIRouter:
     @routes.post(
         "/explain",
         **schemas.route(
-            "Which images are like this picture, and why",
-            schemas.ExplainAnswer,
-            *(404, 406, *_PROBLEMS),
+            "Which images are like this picture, or answer these words, and why",
+            schemas.ExplainAnswer | schemas.WordsExplained,
+            *(404, 406, 501, *_PROBLEMS),
             parameters=ExplainParameters,
             drawn=(PNG, WEBP),
-            said="The results and the maps as JSON; or the picture with its map over it, where "
-            "`Accept` asks for a picture.",
-            body=BODY,
+            said="The results and the maps as JSON; or the picture with its map over it (of words "
+            "the pictures found, with theirs), where `Accept` asks for a picture.",
+            body=WITH_WORDS,
         ),
     )
     async def explain(request: Request, asked: Annotated[ExplainParameters, Query()]) -> Response:
@@ -125,29 +148,49 @@ def router(pipeline: Pipeline) -> APIRouter:
             told = _explained(request, picture, why, asked.map_size, asked.signed)
             return schemas.response(told, kind, {"Vary": "Accept"})
 
+        async def answer_words(upload: Upload) -> Response:
+            for name in ("result", "rival"):
+                if getattr(asked, name) is not None:
+                    said = f"{name}: is of a picture as the query; leave it out"
+                    raise HTTPProblem(422, "unusable_parameter", said)
+            found = await words_maker.find(read_words(upload), asked.n_neighbors)
+            why, kept = await words_maker.explain(*found)
+
+            def tell() -> Response:
+                if kind != JSON:
+                    return schemas.response(why.plot(), kind, {"Vary": "Accept"})
+                told = told_of_words(request, why, kept, asked.map_size, asked.signed)
+                return schemas.response(told, kind, {"Vary": "Accept"})
+
+            return await pipeline.in_thread(tell)
+
         wanted = (asked.n_neighbors, asked.result, asked.rival, asked.detail)
-        async with pipeline.admitted(request) as upload:
+        async with pipeline.admitted(request, words=True) as upload:
+            if upload.is_json:
+                return await answer_words(upload)
             read = pipeline.reading(upload, side, asked.detail)
             return await pipeline.explain(wanted, read, answer)
 
     @routes.post(
         "/search",
         **schemas.route(
-            "Which images are like this picture, without the why",
-            schemas.SearchAnswer,
-            *_PROBLEMS,
+            "Which images are like this picture, or answer these words, without the why",
+            schemas.SearchAnswer | schemas.WordsFound,
+            *(501, *_PROBLEMS),
             parameters=SearchParameters,
-            body=BODY,
+            body=WITH_WORDS,
         ),
     )
     async def search(request: Request, asked: Annotated[SearchParameters, Query()]) -> Response:
-        async with pipeline.admitted(request) as upload:
+        async with pipeline.admitted(request, words=True) as upload:
+            if upload.is_json:
+                words = read_words(upload)
+                held, _, beside = await words_maker.find(words, asked.n_neighbors)
+                found = matches(request, listed_results(held.index, beside))
+                return schemas.response(schemas.WordsFound(text=words.text, neighbors=found))
             read = pipeline.reading(upload)
             picture, near = await pipeline.search(asked.n_neighbors, read)
-        neighbors = [
-            schemas.built(schemas.Match, vars(one), **schemas.urls_of(request, one.id))
-            for one in near
-        ]
+        neighbors = matches(request, near)
         size = schemas.size_of(picture.size)
         return schemas.response(schemas.SearchAnswer(picture=size, neighbors=neighbors))
 
@@ -163,6 +206,12 @@ def router(pipeline: Pipeline) -> APIRouter:
             | SkipJsonSchema[None]
         ) = Field(default=None, description="Row and column of a cell, from 0: what does it match?")
         of: Literal["query", "result"] = Field(default="query", description="Whose cell it is.")
+        box: (
+            Annotated[str, Field(pattern=_BOX, examples=["40,32,180,200"])] | SkipJsonSchema[None]
+        ) = Field(
+            default=None,
+            description="x0,y0,x1,y1 in pixels of the picture: what does that part match?",
+        )
         centred: bool = Field(
             default=True, description="Put apart what the average image of the index shares."
         )
@@ -172,6 +221,16 @@ def router(pipeline: Pipeline) -> APIRouter:
         links: int = Field(
             default=5, ge=0, le=MAX_LINES, description="Links between cells, at most."
         )
+
+        def weights_of(self, query: Prepared, grid: Sequence[int]) -> np.ndarray | None:
+            if self.box is None:
+                return None
+            box = [float(end) for end in self.box.split(",")]
+            x0, y0, x1, y1 = query.extent
+            try:
+                return covered(box, query.size, (x0, y0, x1, y1), grid)
+            except InputError as error:
+                raise HTTPProblem(422, "unusable_box", str(error)) from None
 
         def point_of(self, receipt: Receipt) -> list[list[float]] | None:
             if self.cell is None:
@@ -204,6 +263,9 @@ def router(pipeline: Pipeline) -> APIRouter:
                 "application/json for more"
             )
             raise HTTPProblem(422, "not_drawable", said)
+        if asked.box is not None and rival is not None:
+            said = "a box asks what a part matches in each result; leave out the rival or the box"
+            raise HTTPProblem(422, "unusable_parameter", said)
         told: list[schemas.PairReceipt] = []
         kept: list[Receipt] = []
         left = MAX_PAIRS
@@ -212,13 +274,17 @@ def router(pipeline: Pipeline) -> APIRouter:
             """Write a receipt, with its `pairs` while there is room."""
             nonlocal left
             numbers = receipt.query.cells.size * receipt.result.cells.size
-            fits = receipt.exact and numbers <= left
+            fits = all(one.direct for one in receipt.sides) and numbers <= left
             left -= numbers * fits
             shown = receipt.to_dict(asked.lines, asked.links)
             pairs = receipt.matrix().reshape(receipt.query.cells.size, -1) if fits else None
             return schemas.built(
                 schemas.PairReceipt,
-                {**shown["result"], **shown},
+                {
+                    **shown["result"],
+                    **shown,
+                    **schemas.lines_of(request, shown),
+                },
                 picture=schemas.size_of(picture.size),
                 extent=picture.extent,
                 query=schemas.built(schemas.Evidence, shown["query"]),
@@ -247,25 +313,28 @@ def router(pipeline: Pipeline) -> APIRouter:
                     centred=asked.centred,
                     query_shown=Shown(query.small.image, query.small.extent),
                     result_shown=Shown(picture.small.image, picture.small.extent, name, label),
+                    within=asked.weights_of(query, query_side.activations.shape[1:]),
+                    known=maker.known(index),
                 )
                 if kind == JSON:
                     told.append(tell(picture, receipt))
-                # Others are let go of: of first order, one holds the graph of its picture's head.
+                # Others are let go of: behind attention, one holds the graph of its picture's head.
                 if kind != JSON or rival is not None:
                     kept.append(receipt)
 
             def answer() -> Response:
-                # A pass of the head where receipts are of first order.
+                # A pass of the head behind attention and the like.
                 why, contrast = None, None
                 if rival is not None:
                     why = make_comparison(query_side, kept[0], kept[1], index.metric)
                 if kind != JSON:
-                    lines, links = asked.lines, asked.links
-                    drawn = why.plot(lines=lines) if why else kept[0].plot(lines=lines, links=links)
+                    lines = asked.lines
+                    drawn = why.plot(lines=lines) if why else kept[0].plot(lines=lines)
                     return schemas.response(drawn, kind, {"Vary": "Accept"})
                 if why is not None:
                     shown = why.to_dict(asked.lines)
                     cells = shown["query"]["cells"]
+                    shown |= schemas.lines_of(request, shown)
                     contrast = schemas.built(schemas.Contrast, shown, query=cells)
                 box = {"picture": schemas.size_of(query.size), "extent": query.extent}
                 whole = schemas.built(schemas.CompareAnswer, box, receipts=told, contrast=contrast)
@@ -282,6 +351,13 @@ def router(pipeline: Pipeline) -> APIRouter:
             return await pipeline.in_thread(answer)
 
     return routes
+
+
+def matches(request: Request, near: Sequence[Result]) -> list[schemas.Match]:
+    """Return what came back as JSON."""
+    return [
+        schemas.built(schemas.Match, vars(one), **schemas.urls_of(request, one.id)) for one in near
+    ]
 
 
 def _explained(
@@ -322,12 +398,14 @@ class ReceiptMaker:
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
-        self._maker = SideMaker(pipeline.network)
+        self._pairs: PairExplainer | None = None
 
     def sides(self, index: Index, pictures: Sequence[Prepared]) -> list[Side]:
         """Return what the network makes of pictures, or raise HTTPProblem 501 without its head."""
         try:
-            self._maker.head(index)
+            if self._pairs is None:
+                self._pairs = PairExplainer(self._pipeline.explainer)
+            self._pairs.maker.head(index)
         except InputError as error:
             # Of a file, or of another version of the index; what is wrong names files.
             logger.warning("no receipts: %s", error)
@@ -336,7 +414,11 @@ class ReceiptMaker:
                 "not tell; serve the network instead"
             )
             raise HTTPProblem(501, "no_receipts", said) from None
-        return self._maker.sides(index, [one.inputs for one in pictures])
+        return self._pairs.maker.sides(index, [one.inputs for one in pictures])
+
+    def known(self, index: Index) -> Known:
+        """Return what the index says of channels and concepts."""
+        return NOTHING_KNOWN if self._pairs is None else self._pairs.known(index)
 
     def read(self, explainer: Explainer, name: str, side: int | None) -> Prepared:
         """Return an indexed image's picture, decoded and prepared; what fails names no file."""

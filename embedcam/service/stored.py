@@ -21,12 +21,17 @@ from ..errors import EmbedcamError, InputError, short
 from ..explain.explainer import Explainer
 from ..explain.explanation import Explanation, Result
 from ..explain.queries import Query
+from ..explain.texts import Words
+from ..index import Neighbors
 from ..index.in_memory import Row, Rows, listed
+from ..index.search import find_neighbors
 from .errors import HTTPProblem
 from .limits import Limits
 from .pictures import Prepared
 from .pipeline import (
     SECONDS,
+    Answer,
+    Asked,
     Pipeline,
     check_names,
     find_live,
@@ -140,6 +145,16 @@ class StorePipeline(Pipeline):
         picture, query = await self.ask(self.embedded, (explainer, 1), read)
         held = await self._asked(self._near, explainer, query.embedding, n_neighbors)
         return picture, nearest(held.index, query.embedding[None], n_neighbors)[0]
+
+    async def near_words(
+        self, embed: Answer[Asked, Words], asked: Asked, n_neighbors: int
+    ) -> tuple[Explainer, Words, Neighbors]:
+        """Return an explainer of the rows that the store returns for words."""
+        explainer = self.explainer
+        words = (await self.ask(embed, None, lambda: asked))[1]
+        held = await self._asked(self._near, explainer, words.embedding, n_neighbors)
+        (near,) = find_neighbors(held.index, words.embedding[None], n_neighbors, None)
+        return held, words, near
 
     async def holding(self, ids: Sequence[str]) -> Explainer:
         """Return an explainer of these rows, or raise HTTPProblem 404 where one is missing."""

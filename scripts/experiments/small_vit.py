@@ -49,7 +49,7 @@ TWO = (
     "a photo of a {a} and a {b}",
 )  # fmt: skip
 """Captions of one digit and of two, in words (a, b) and in ciphers (i, j)."""
-VIEWS = ((0.4, 5), (0.7, 7), (1.0, GRID))
+VIEWS = ((0.35, 5), (0.6, 7), (1.0, GRID))
 """(share of the steps done, tokens along a side of the window)"""
 SCALE = 16.0
 """Of the cosines to the proxies."""
@@ -82,13 +82,36 @@ VOCABULARY = {word: place for place, word in enumerate(["", *sorted(_WORDS)])}
 """Words by their rows; those of one letter, and all that were never seen, have none."""
 
 
-def vision_transformer(sizes: Sizes) -> VisionTransformer:
+class SmallViT(VisionTransformer):
+    """A ViT `[B 3 80 80]` -> `[B D]`; `late` blocks see the class token, None: all."""
+
+    late: int | None = None
+
+    def forward(self, images: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Return embeddings by the chosen positions `[B n]` alone; by all of None."""
+        tokens: Tensor = self._pos_embed(self.patch_embed(images))
+        if chosen is not None:
+            first = torch.arange(1 + REGISTERS).expand(len(images), -1)
+            kept = torch.cat([first, chosen + 1 + REGISTERS], dim=1)
+            tokens = tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[2]))
+        early = 0 if self.late is None else len(self.blocks) - self.late
+        for place, block in enumerate(self.blocks):
+            if place < early:
+                tokens = torch.cat([tokens[:, :1], block(tokens[:, 1:])], dim=1)
+            else:
+                tokens = block(tokens)
+        embedding: Tensor = self.forward_head(self.norm(tokens))
+        return embedding
+
+
+def vision_transformer(sizes: Sizes) -> SmallViT:
     """Return a ViT `[B 3 80 80]` -> `[B D]`, whose tokens come out of three convolutions."""
-    vit = VisionTransformer(
+    vit = SmallViT(
         img_size=SIDE, patch_size=SIDE // GRID, embed_dim=sizes.width, depth=sizes.depth,
         num_heads=4, mlp_ratio=2, reg_tokens=REGISTERS, num_classes=sizes.embedding,
         global_pool="token",
     )  # fmt: skip
+    vit.late = int(os.environ["LATE"]) if os.environ.get("LATE") else None
     # A linear map of the pixels learns no shapes from a thousand digits; convolutions do.
     vit.patch_embed.proj = nn.Sequential(
         _convolution(3, 24),
@@ -183,19 +206,19 @@ def _network(
 
 
 class Scenes:
-    """Training scenes kept in memory, and batches of them."""
+    """Training scenes kept in memory, half with one digit and half with two; batches of them."""
 
-    def __init__(self, seed: int, count: int, two: bool, progress: bool) -> None:
+    def __init__(self, seed: int, count: int, progress: bool) -> None:
         maker, shown = SceneMaker(seed, SIDE), None if progress else False
         scenes: list[Scene] = []
         with progress_of("drawing", count, "scenes", shown=shown) as advance:
             for number in range(count):
-                scenes.append(maker.scene("train", number, two and number >= count // 2))
+                scenes.append(maker.scene("train", number, number >= count // 2))
                 advance(1)
         self.pixels = [scene.pixels for scene in scenes]
-        self.boxes = [scene.digits[0].box for scene in scenes]
+        self.boxes = [np.array([one.box for one in scene.digits]) * GRID / SIDE for scene in scenes]
         self.digits = [[int(one.label) for one in scene.digits] for scene in scenes]
-        self._rng = np.random.default_rng([seed, 7, two])
+        self._rng = np.random.default_rng([seed, 7])
 
     def draw(self, count: int) -> tuple[Tensor, np.ndarray]:
         """Draw normalised images `[B 3 80 80]`, their colours shuffled, and their numbers `[B]`."""
@@ -203,17 +226,24 @@ class Scenes:
         images = np.stack([self.pixels[one][..., self._rng.permutation(3)] for one in numbers])
         return normalised(images), numbers
 
-    def window(self, numbers: np.ndarray, side: int) -> Tensor | None:
-        """Return places of the tokens of a window that holds the digit, `[B side * side]`."""
-        if side == GRID:
-            return None
+    def window(self, numbers: np.ndarray, side: int) -> tuple[Tensor, Tensor]:
+        """Return places of tokens `[B side * side]` of windows, and shares of classes `[B 10]`.
+
+        A window holds a digit of its scene; what shows most of another is of that class, too.
+        """
         cells = np.arange(GRID * GRID).reshape(GRID, GRID)
-        chosen = []
-        for number in numbers:
-            x0, y0, x1, y1 = np.array(self.boxes[number]) * GRID / SIDE
+        chosen, shown = [], torch.zeros(len(numbers), 10)
+        for row, number in enumerate(numbers):
+            boxes = self.boxes[number]
+            x0, y0, x1, y1 = boxes[int(self._rng.integers(len(boxes)))]
             left, top = self._start(x0, x1, side), self._start(y0, y1, side)
             chosen.append(cells[top : top + side, left : left + side].ravel())
-        return torch.from_numpy(np.stack(chosen))
+            for digit, box in zip(self.digits[number], boxes, strict=True):
+                whole = np.prod(box[2:] - box[:2])
+                low = np.maximum(box[:2], (left, top))
+                high = np.minimum(box[2:], (left + side, top + side))
+                shown[row, digit] = float(np.prod(np.maximum(high - low, 0)) > 0.6 * whole)
+        return torch.from_numpy(np.stack(chosen)), shown / shown.sum(1, keepdim=True)
 
     def _start(self, low: float, high: float, side: int) -> int:
         # A digit larger than the window is cut.
@@ -233,41 +263,27 @@ def normalised(pixels: np.ndarray) -> Tensor:
     return (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - MEAN) / STD
 
 
-def through(vit: VisionTransformer, images: Tensor, chosen: Tensor | None) -> Tensor:
-    """Return embeddings by the chosen tokens `[B n]` alone; by all of None."""
-    tokens: Tensor = vit._pos_embed(vit.patch_embed(images))
-    if chosen is not None:
-        first = torch.arange(1 + REGISTERS).expand(len(images), -1)
-        kept = torch.cat([first, chosen + 1 + REGISTERS], dim=1)
-        tokens = tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[2]))
-    embedding: Tensor = vit.head(vit.norm(vit.blocks(tokens))[:, 0])
-    return embedding
-
-
-def train_vit(sizes: Sizes, seed: int = 0, progress: bool = True) -> VisionTransformer:
+def train_vit(sizes: Sizes, seed: int = 0, progress: bool = True) -> SmallViT:
     """Train the small ViT, in eval mode when it is done."""
-    scenes = Scenes(seed, sizes.scenes, False, progress)
+    scenes = Scenes(seed, sizes.scenes, progress)
     vit, proxies = _seeded(
         seed, lambda: (vision_transformer(sizes), nn.Parameter(torch.randn(10, sizes.embedding)))
     )
 
     def loss(done: float) -> Tensor:
         images, numbers = scenes.draw(sizes.batch)
-        side = next(side for end, side in VIEWS if done < end)
-        found = through(vit, images, scenes.window(numbers, side))
+        chosen, shown = scenes.window(numbers, next(side for end, side in VIEWS if done < end))
+        found = vit(images, chosen)
         cosines = F.normalize(found, dim=1) @ F.normalize(proxies, dim=1).T
-        digits = torch.tensor([scenes.digits[one][0] for one in numbers])
-        return F.cross_entropy(SCALE * cosines, digits)
+        return F.cross_entropy(SCALE * cosines, shown)
 
     descend(vit.train(), [proxies], loss, sizes.steps, sizes.rate, progress)
     return vit.eval()
 
 
-def train_towers(
-    vit: VisionTransformer, sizes: Sizes, seed: int = 0, progress: bool = True
-) -> TwoTowers:
+def train_towers(vit: SmallViT, sizes: Sizes, seed: int = 0, progress: bool = True) -> TwoTowers:
     """Train two towers, the pictures' from the small ViT on; in eval mode when it is done."""
-    scenes = Scenes(seed, sizes.scenes, True, progress)
+    scenes = Scenes(seed, sizes.scenes, progress)
     towers = _seeded(seed, lambda: TwoTowers(sizes))
     towers.pictures.load_state_dict(vit.state_dict())
 
@@ -332,7 +348,7 @@ def trained(folder: Path, seed: int, sizes: Sizes) -> tuple[Path, Path]:
         save_weights(train_vit(sizes, seed), vit)
     if not towers.exists():
         module = small_vit(vit).module
-        assert isinstance(module, VisionTransformer)
+        assert isinstance(module, SmallViT)
         save_weights(train_towers(module, sizes, seed), towers)
     return vit, towers
 

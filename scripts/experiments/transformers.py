@@ -31,7 +31,7 @@ from PIL import Image
 
 from embedcam import METHODS, EmbeddingNetwork, Explainer, Recipe, build_index, cam_for
 from embedcam.demo.scenes import SceneMaker, Split
-from embedcam.images import DatasetSource, from_dataset
+from embedcam.images import from_dataset
 from embedcam.methods import MethodWarning
 from embedcam.metrics import box_mask, hottest_precision, pixel_auc
 from embedcam.ops import resize, signed_cam
@@ -94,11 +94,11 @@ def asked(network: EmbeddingNetwork, seed: int, split: Split, count: int) -> Ask
     return Asked(*(np.stack(one) for one in zip(*rows, strict=True)))
 
 
-def pictures(seed: int, split: Split, count: int) -> DatasetSource:
-    """Return scenes as an index takes them, labelled by their first digit."""
+def pictures(seed: int, split: Split, count: int) -> list[tuple[Image.Image, str]]:
+    """Return scenes as pictures, and the labels of their first digits."""
     maker = SceneMaker(seed, SIDE)
     scenes = [maker.scene(split, number) for number in range(count)]
-    return from_dataset([(Image.fromarray(one.pixels), one.digits[0].label) for one in scenes])
+    return [(Image.fromarray(one.pixels), one.digits[0].label) for one in scenes]
 
 
 def seen(network: EmbeddingNetwork, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -154,13 +154,11 @@ class Case:
     """A trained network read at a layer, its index of scenes with one digit, and the questions."""
 
     def __init__(self, network: EmbeddingNetwork, seed: int, sizes: argparse.Namespace) -> None:
-        self.network, self.source = network, pictures(seed, "gallery", sizes.gallery)
+        self.network, self.indexed = network, pictures(seed, "gallery", sizes.gallery)
         self.questions = [asked(network, seed, split, sizes.scenes) for split in ("query", "pair")]
         self.seen = [seen(network, one.inputs) for one in self.questions]
-        self.kept = seen(
-            network, np.stack([network.preprocess(one) for one, _ in self.source.dataset])
-        )[0]
-        classes = np.array([label for _, label in self.source.dataset])
+        self.kept = seen(network, np.stack([network.preprocess(one) for one, _ in self.indexed]))[0]
+        classes = np.array([label for _, label in self.indexed])
         self.near = []
         for about, (embeddings, _) in zip(self.questions, self.seen, strict=True):
             alike = embeddings @ self.kept.T
@@ -179,7 +177,7 @@ class Case:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "index"
             build_index(
-                self.source, self.network, path, recipe, own_maps=False, trust=False,
+                from_dataset(self.indexed), self.network, path, recipe, own_maps=False, trust=False,
                 progress=False,
             )  # fmt: skip
             with Explainer(path, self.network) as explainer:
@@ -209,20 +207,23 @@ class Case:
 
 def arms(case: Case, reading: str, count: int) -> Iterator[tuple[str, list[np.ndarray]]]:
     """Yield maps of every kind, by their names; what a method refuses is left out."""
-    usable = {n: one for n, one in METHODS.items() if not one.trained and n not in LEFT_OUT}
+    usable = {
+        name: one
+        for name, one in METHODS.items()
+        if not (one.trained or one.reading or name in LEFT_OUT or isinstance(one, LayersMethod))
+    }
     stored = dict(RECIPES)
     if not reading:
         yield MEAN, case.mean()
         stored |= {
             one.title: Recipe(method=name)
             for name, one in usable.items()
-            if one.storable and not isinstance(one, LayersMethod) and name not in SLOW
+            if one.storable and name not in SLOW
         }
         stored.pop(METHODS["gradcam"].title)  # the default
     for name, recipe in stored.items():
         yield f"{READINGS[reading]}{name}, transferred", case.transferred(recipe)
-    drawn = [name for name, one in usable.items() if not isinstance(one, LayersMethod)]
-    for name in ["gradcam"] if reading else drawn:
+    for name in ["gradcam"] if reading else usable:
         title = READINGS[reading].removesuffix(", ") or METHODS[name].title
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", MethodWarning)  # a method that ignores the target
@@ -232,16 +233,22 @@ def arms(case: Case, reading: str, count: int) -> Iterator[tuple[str, list[np.nd
 def words(network: EmbeddingNetwork, seed: int, count: int) -> tuple[np.ndarray, np.ndarray, Asked]:
     """Return maps of captions of either digit on scenes with two, mean maps, and the questions."""
     about = asked(network, seed, "pair", count)
-    source = pictures(seed, "pair", count)
+    indexed = pictures(seed, "pair", count)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "index"
         build_index(
-            source, network, path, prompts=PROMPTS, own_maps=False, trust=False, progress=False
+            from_dataset(indexed),
+            network,
+            path,
+            prompts=PROMPTS,
+            own_maps=False,
+            trust=False,
+            progress=False,
         )
         with Explainer(path, network) as explainer:
             maps = [
                 explainer.explain_text(
-                    caption("a {a}", [int(label)]), image=source.dataset[place // 2][0]
+                    caption("a {a}", [int(label)]), image=indexed[place // 2][0]
                 ).results[0].signed_cam
                 for place, label in enumerate(about.labels)
             ]  # fmt: skip

@@ -1,0 +1,1 @@
+"""Which networks are explained by one line, and how: `python -m scripts.networks`."""

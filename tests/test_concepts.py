@@ -162,7 +162,6 @@ def test_no_more_is_kept_than_a_megabyte() -> None:
     arrays = arrays_of(best, None, None, [f"{n:0100}" for n in range(10240)])
     assert 2**18 < sum(array.nbytes for array in arrays.values()) <= 2**20
     assert arrays["channel_values"].shape[1] < 5
-    assert arrays_of(best, None, None, ["x" * 2000] * 10240)  # all the same picture
     assert arrays_of(best, None, None, [f"{n:0500}" for n in range(10240)]) == {}
 
 

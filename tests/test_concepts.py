@@ -76,7 +76,7 @@ def test_lines_and_rest_add_up(seed: int, n: int, signed: bool) -> None:
 
 
 def test_a_picture_of_other_channels_is_refused() -> None:
-    with pytest.raises(InputError, match="5 channels.* 4"):
+    with pytest.raises(InputError, match=r"5 channels.* 4"):
         of_parts(np.ones((2, 4))).shares(np.ones((5, 1, 1), np.float32))
 
 
@@ -159,10 +159,9 @@ def test_no_more_is_kept_than_a_megabyte() -> None:
     best = Best(
         np.ones((2048, 5), np.float32), np.arange(10240).reshape(2048, 5), np.zeros((2048, 5))
     )
-    arrays = arrays_of(best, None, None, [f"folder/picture-{n:07d}.jpg" for n in range(10240)])
+    arrays = arrays_of(best, None, None, [f"{n:0100}" for n in range(10240)])
     assert 2**18 < sum(array.nbytes for array in arrays.values()) <= 2**20
     assert arrays["channel_values"].shape[1] < 5
-    assert arrays_of(best, None, None, ["x" * 2000] * 10240)  # all the same picture
     assert arrays_of(best, None, None, [f"{n:0500}" for n in range(10240)]) == {}
 
 
@@ -198,7 +197,7 @@ def test_a_build_keeps_where_every_channel_answers_most(index) -> None:
 
 
 def test_a_picture_that_is_gone_or_replaced_is_shown_no_more(index, tmp_path) -> None:
-    path, made, source = index
+    path, made, _ = index
 
     def shown(where=path) -> list[str]:
         with Index.open(where) as opened:
@@ -278,7 +277,7 @@ def test_receipts_divide_among_concepts_and_outlive_the_index(index, tmp_path) -
 
 def test_names_of_concepts_that_are_not_there_are_refused(index) -> None:
     path, made, _ = index
-    with Index.open(path) as opened, pytest.raises(InputError, match="concept 44.*counted from 0"):
+    with Index.open(path) as opened, pytest.raises(InputError, match=r"concept 44.*counted from 0"):
         PairExplainer(Explainer(opened, made.network), concept_names={44: "wheel"})
 
 

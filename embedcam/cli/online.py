@@ -513,7 +513,10 @@ def compare(options: Namespace) -> None:
         explainer = Explainer(index, network, images=options.images, max_pixels=pixels)
         explainer.store = store
         explainer = explainer.of_ids(ids)
-        pairs, centred = PairExplainer(explainer), not options.not_centred
+        pairs, centred = (
+            PairExplainer(explainer, concept_names=options.concept_names),
+            not options.not_centred,
+        )
         head = f"{options.query} and {options.result}"
         pair: Receipt | Comparison
         places: list[str] = []

@@ -226,6 +226,7 @@ def compare(command: ArgumentParser) -> None:
     ends = ("X0", "Y0", "X1", "Y1")
     command.add_argument("--box", help=text, type=float, nargs=4, metavar=ends)
     add("--lines N", "channels listed (default 10)", POSITIVE, default=10)
+    add("--concept-names FILE", 'TOML of names: [concepts], then lines such as 3 = "wheel"')
     add("--not-centred", "do not put apart what the average image of the index shares")
     add("--store URL", "where the rows are, INDEX being the file of their model")
     _online(add)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from embedcam.errors import InputError
+from embedcam.errors import InputError, NetworkError
 from embedcam.network import EmbeddingNetwork, load_network
 from embedcam.network.finding import find_explained
 from embedcam.network.module import lay_out
@@ -203,6 +203,16 @@ def test_streams_of_positions_are_told_from_other_numbers() -> None:
     assert joined is not None
     assert joined.layer == "first"
     assert "layer fine" not in joined.said
+
+
+def streams() -> nn.Module:
+    return Streams(joined=False)
+
+
+def test_a_factory_without_a_layer_is_told_the_one_to_take() -> None:
+    said = r"no default layer is known for .*:streams; give one .* instance 'fine', where its pos"
+    with pytest.raises(NetworkError, match=said):
+        load_network(f"{__name__}:streams", size=32)
 
 
 def test_a_network_without_positions_has_no_layer() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ TINY: list[tuple[str, dict[str, Any], int, str, tuple[int, int], bool]] = [
      "parallel_blocks.0.norm12", (8, 8), False),
     ("coat_lite_tiny", {"embed_dims": (16,) * 4, "serial_depths": (1,) * 4}, 64,
      "patch_embed4", (2, 2), True),
-    ("pit_ti_224", {"base_dims": (8, 8, 8), "depth": (1, 1, 1), "heads": (1, 1, 1)}, 96,
+    ("pit_ti_distilled_224", {"base_dims": (8, 8, 8), "depth": (1, 1, 1), "heads": (1, 1, 1)}, 96,
      "transformers.2.blocks.0.norm1", (3, 3), False),
     ("tnt_s_patch16_224", {"embed_dim": 24, "inner_dim": 4, "depth": 2, "num_heads_outer": 2,
      "num_heads_inner": 2}, 32, "blocks.1.norm_out", (2, 2), False),
@@ -129,8 +130,9 @@ def test_inception_norms_its_input_as_its_weights_expect(name: str, side: int) -
     with torch.no_grad():
         expected = plain((pictures * deviation + mean - 0.5) / 0.5)
     found = network.forward(pictures)
-    torch.testing.assert_close(found.embedding, expected, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(found.activations.mean((2, 3)), expected, rtol=1e-4, atol=1e-6)
+    close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    close(found.embedding, expected)
+    close(found.activations.mean((2, 3)), expected)
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])

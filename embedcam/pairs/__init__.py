@@ -2,12 +2,13 @@
 
 from ..explain.sides import Contributions, HeldSide, PooledSide, Shown, Side
 from .explainer import PairExplainer, check_same, mean_of
-from .lines import Known, Line
+from .lines import NOTHING_KNOWN, Known, Line
 from .places import Place, covered
 from .receipt import Comparison, Link, Receipt, make_comparison, make_receipt
 from .texts import TextReceipt
 
 __all__ = [
+    "NOTHING_KNOWN",
     "Comparison",
     "Contributions",
     "HeldSide",

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
 
-from ..errors import EmbeddingError, ImageError, InputError
+from ..errors import EmbedcamError, EmbeddingError, ImageError, InputError
 from ..explain.queries import query_name
 from ..explain.side_maker import SideMaker
 from ..explain.sides import Shown, Side
 from ..explain.texts import Texts, words_of
 from ..index.concepts import Concepts, Exemplar, read_names
 from ..index.in_memory import index_of_rows, listed
+from ..render import window
 from .lines import N_EXEMPLARS, Kind, Known
 from .places import covered
 from .receipt import Comparison, Receipt, keep_exemplars, make_comparison, make_receipt
@@ -81,7 +83,8 @@ class PairExplainer:
             named = None if concepts is None else concepts.named(self._names)
             self._concepts = weakref.ref(index), named
         # Of this index: the explainer may move on to another version.
-        return Known(self._concepts[1], partial(self._exemplars, index))
+        find, crop = partial(self._exemplars, index), partial(self._crop, index)
+        return Known(self._concepts[1], find, crop)
 
     def _exemplars(self, index: Index, kind: Kind, numbers: Sequence[int]) -> list[list[Exemplar]]:
         there = None
@@ -93,6 +96,16 @@ class PairExplainer:
                 return [[] for _ in numbers]
             there = index_of_rows(index, rows)
         return [index.exemplars(kind, number, N_EXEMPLARS, among=there) for number in numbers]
+
+    def _crop(self, index: Index, exemplar: Exemplar) -> Image.Image | None:
+        grid, preprocess = index.manifest.layers[0].grid, self.explainer.preprocess
+        if grid is None or preprocess is None:
+            return None
+        try:
+            picture = self.explainer.of_ids([exemplar.id]).picture(exemplar.id)
+        except EmbedcamError:  # moved, or replaced by what is none: the line does without
+            return None
+        return window(picture, preprocess.extent(*picture.size), grid, exemplar[1:3])
 
     def receipt(self, query: QueryLike, result: QueryLike, *, centred: bool = True) -> Receipt:
         """Return why the query and one result match.

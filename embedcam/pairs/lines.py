@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+from PIL import Image
 
 from .._checks import whole
 from ..errors import InputError
@@ -66,16 +67,23 @@ class Line:
 
 Find = Callable[[Kind, Sequence[int]], Sequence[Sequence[Exemplar]]]
 """Returns the exemplars of lines of a kind, of each by its number."""
+Crop = Callable[[Exemplar], Image.Image | None]
 
 
 class Known:
     """What an index says of channels and concepts: its `concepts`, and exemplars that `find` finds.
 
-    What was found is kept, for receipts outlive the index they are of.
+    What was found is kept, for receipts outlive the index they are of. `crop` cuts out what an
+    exemplar shows, and returns None where its picture cannot be read any more.
     """
 
-    def __init__(self, concepts: Concepts | None = None, find: Find | None = None) -> None:
-        self.concepts, self._find = concepts, find
+    def __init__(
+        self,
+        concepts: Concepts | None = None,
+        find: Find | None = None,
+        crop: Crop = lambda _: None,
+    ) -> None:
+        self.concepts, self._find, self.crop = concepts, find, crop
         self._kept: dict[tuple[Kind, int], tuple[Exemplar, ...]] = {}
 
     def keep(self, kind: Kind, numbers: Iterable[int]) -> None:
@@ -93,6 +101,10 @@ class Known:
                 self.keep(kind, [line.number for line in lines])
         exemplars = (self._kept.get((line.kind, line.number), ()) for line in lines)
         return [replace(one, exemplars=of) for one, of in zip(lines, exemplars, strict=True)]
+
+    def crops(self, exemplars: Sequence[Exemplar]) -> list[Image.Image]:
+        """Return what exemplars show, of those whose pictures can be read."""
+        return [crop for one in exemplars if (crop := self.crop(one)) is not None]
 
 
 NOTHING_KNOWN = Known()

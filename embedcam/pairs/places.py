@@ -34,6 +34,8 @@ REGION, TOGETHER = 0.15, 0.4
 _BLOCKS = 8
 """Parts that a picture is divided into along a side, at most: regions are joined from them."""
 _TURNS = 4
+_COMPACT = 0.3
+"""How much more a block counts for each that it touches, of what it gives."""
 _LEAST = 0.1
 """What a block gives, of what the best of its region does, that it is joined to it."""
 _THIRDS = (
@@ -82,11 +84,14 @@ class Place:
         """Return the share of `beyond`, what all pairs of positions give; None where it is none."""
         return self.contribution / beyond if beyond > 0 else None
 
+    def told(self, beyond: float) -> str:
+        """Return the share in words, or where there is none the contribution."""
+        share = self.share(beyond)
+        return f"{self.contribution:+.3f}" if share is None else f"{share:.0%}"
+
     def words(self, beyond: float) -> str:
         """Say what matches what, and how much of what the two share beyond the average."""
-        share = self.share(beyond)
-        told = f"{self.contribution:+.3f}" if share is None else f"{share:.0%}"
-        of = "" if share is None else " of what they share beyond the average"
+        told, of = self.told(beyond), " of what they share beyond the average" * (beyond > 0)
         places = f"the {self.where('query')} of the query", f"the {self.where('result')}"
         return f"{places[0]} matches {places[1]} of the result: {told}{of}"
 
@@ -243,18 +248,20 @@ class _Board:
             return 0.0, ()
         values = np.where(self.free, gains, -1.0).tolist()
         first = max(range(len(values)), key=values.__getitem__)
-        region, total, edge = [], 0.0, {first: values[first]}
-        least = max(_LEAST * values[first], 0.0)
+        region: dict[int, None] = {}
+        total, edge, least = 0.0, {first: values[first]}, max(_LEAST * values[first], 0.0)
         while edge:
             block = max(edge, key=edge.__getitem__)
-            gain = edge.pop(block)
-            if gain <= least or areas[block] > left:
+            del edge[block]
+            if values[block] <= least or areas[block] > left:
                 break
-            region.append(block)
+            region[block] = None
             left -= areas[block]
-            total += gain
-            values[block] = -1.0
-            edge |= {other: values[other] for other in beside[block] if values[other] > least}
+            total += values[block]
+            for other in beside[block]:
+                if values[other] > least and other not in region:
+                    # What it touches already counts too: rather a patch than a chain.
+                    edge[other] = edge.get(other, values[other]) + _COMPACT * values[other]
         return total, tuple(region)
 
 

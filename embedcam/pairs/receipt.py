@@ -26,7 +26,7 @@ from ..explain.drawing import save_picture
 from ..explain.explanation import Json
 from ..explain.sides import NOT_SHOWN, Contributions, Shown, Side, evidence_of
 from ..index.concepts import Concepts
-from ..render import draw_on_axes, in_notebook, receipt_picture
+from ..render import Matched, draw_on_axes, in_notebook, receipt_picture
 from .lines import (
     MOST_LINES,
     N_CHANNELS,
@@ -139,9 +139,11 @@ class Total(ABC):
         self, *, lines: int = ..., links: int = ..., title: str | None = ..., ax: Axes
     ) -> Axes: ...
     def plot(
-        self, *, lines: int = 10, links: int = 5, title: str | None = None, ax: Axes | None = None
+        self, *, lines: int = 10, links: int = 0, title: str | None = None, ax: Axes | None = None
     ) -> Image.Image | Axes:
-        """Draw the pictures with their maps, and the sum; of a receipt the best `links`, too.
+        """Draw the pictures with their maps, and the sum; of a receipt first the places that match.
+
+        Of a receipt so many of the best `links` are drawn into the pictures, too.
 
         With matplotlib axes `ax`, the query's map alone is drawn into them; they are returned.
         """
@@ -150,7 +152,7 @@ class Total(ABC):
         return self._draw(lines, links, title)
 
     def save(
-        self, path: str | Path, *, lines: int = 10, links: int = 5, title: str | None = None
+        self, path: str | Path, *, lines: int = 10, links: int = 0, title: str | None = None
     ) -> Path:
         """Write the picture of `plot`; the ending chooses the format."""
         return save_picture(lambda: self._draw(lines, links, title), path)
@@ -218,6 +220,12 @@ class Receipt(Total):
         pairs of positions give is `beyond`; see `embedcam.pairs.places`.
         """
         return find_places(*self.sides, self.mean, n, self.within)
+
+    def in_words(self, n: int = 5) -> list[str]:
+        """Return sentences: what matches what, of n places at most, and what they carry."""
+        found = self.places(n)
+        told = [place.words(self.beyond) for place in found]
+        return told + list(filter(None, [self._said(found)]))
 
     def amounts(self, n: int = 10) -> Amounts:
         """Return what adds up to the similarity: the average, n channels, all that is left."""
@@ -306,20 +314,39 @@ class Receipt(Total):
         }
 
     def _draw(self, lines: int, links: int, title: str | None) -> Image.Image:
+        amounts, found = self.amounts(lines), self.places()
+        told = {words for words, _ in amounts}
+        crops = {line.words: line for line in self.reasons(lines) if line.words in told}
         return receipt_picture(
             [self.query.tile(), self.result.tile()],
-            self.amounts(lines),
+            amounts,
             ("similarity", self.similarity),
             apart=int(self.centred),
             headings=["Query", "Result"],
+            places=[
+                Matched((one.query, one.result), one.told(self.beyond), f"{one.contribution:+.3f}")
+                for one in found
+            ],
             links=[
                 (self.query.middle(*link.query), self.result.middle(*link.result))
-                for link in self.links(links)
+                for link in (self.links(links) if links else [])
             ],
+            crops={words: self.known.crops(line.exemplars) for words, line in crops.items()},
             title=title,
-            note="Red speaks for the match, blue against it; each map has its own scale. Links "
-            "join the cells that match best. " + self._how,
+            said=self._said(found),
+            note="Red speaks for the match, blue against it; each map has its own scale. "
+            + self._how,
         )
+
+    def _said(self, places: Sequence[Place]) -> str:
+        """Say how much of what the two share beyond the average these places carry."""
+        if not places or self.beyond <= 0:
+            return ""
+        share = sum(place.contribution for place in places) / self.beyond
+        several = f"These {len(places)} pairs of places carry" if len(places) > 1 else "It carries"
+        whose = "the two share" if self.within is None else "the box and the result share"
+        than = " (the other places speak against it)" if share > 1 else ""
+        return f"{several} {share:.0%} of what {whose} beyond the average picture{than}."
 
     def __repr__(self) -> str:
         first = ", ".join(f"{a.words}: {a.contribution:+.3f}" for a in self.reasons(2))

@@ -1,14 +1,15 @@
 /* The page: what is asked, what is looked at, and what follows from it.
 
    What is looked at is one of: the whole answer; a result (pinned, or pointed at meanwhile); a point
-   of the query; two results compared. `look` draws it, and is called whenever anything changes. */
+   of the query; a part of it, in a box; two results compared. `look` draws it, and is called whenever anything changes. */
 
+import { BoxView } from "./box.js";
 import { announce, find, make } from "./dom.js";
 import { startIntake } from "./intake.js";
 import { mapOf } from "./maps.js";
 import { showContrast, showGuide, showPicked, showReceipt, showState } from "./panel.js";
 import { QueryView, showMatch, showTrust } from "./query.js";
-import { Card, drawOwn, drawPoint, drawSome, loadAll, showCards, showWaiting } from "./results.js";
+import { Card, drawOwn, drawPart, drawPoint, drawSome, loadAll, prepared, showCards, showWaiting } from "./results.js";
 import { about, compare, examples, explain, explainWords, picture, pictureAddress } from "./service.js";
 import { WordsCard, drawAnswers, noteAnswers, offerText, showAsked, startText } from "./text.js";
 import { startTheme } from "./theme.js";
@@ -20,8 +21,9 @@ const PICTURE_SIDE = 1024; // Of an indexed image that is searched with.
 const LEAVING = 180; // Milliseconds that a result stays in view after the mouse has left it.
 
 const query = new QueryView(choosePoint);
+const boxed = new BoxView(query.shot, chooseBox);
 const known = { blob: null, id: null, words: null, retry: null, answer: null, cards: [], usual: 5, count: null, detail: {} };
-const at = { hovered: null, last: null, pinned: null, point: null, picked: [], contrast: null };
+const at = { hovered: null, last: null, pinned: null, point: null, picked: [], contrast: null, part: null };
 let work = new AbortController();
 let leaving = 0;
 let returning = false;
@@ -89,6 +91,7 @@ async function lookUp() {
   work.abort();
   work = new AbortController();
   const { signal } = work;
+  noBox();
   Object.assign(at, { hovered: null, last: null, pinned: null, point: null, picked: [], contrast: null });
   stage("asking");
   announce("Looking it up");
@@ -161,6 +164,7 @@ function stage(name) {
   find("legend").hidden = name !== "answered";
   find("grid").hidden = name === "failed";
   if (name !== "answered") {
+    find("part").hidden = true;
     find("match").hidden = true;
     find("trust").hidden = true;
     find("back").hidden = true;
@@ -187,7 +191,9 @@ function look() {
   const { point, pinned, contrast } = at;
   if (contrast !== null) lookAtTwo();
   else if (point !== null) lookAtPoint(point);
+  else if (at.part !== null) lookAtPart(pinned ?? at.hovered);
   else lookAtResult(pinned ?? at.hovered);
+  find("part").hidden = known.cards.every((card) => card.receipt === null);
   mark();
 }
 
@@ -208,7 +214,22 @@ function lookAtResult(card) {
 function lookAtPanel(card) {
   if (at.picked.length === 1) showPicked(at.picked[0], back);
   else if (card === null) showGuide(known.cards.every((one) => one.receipt !== null || one.trouble !== null));
-  else showReceipt(card, query, { search: () => searchWith(card.result.id), close: back });
+  else {
+    const receipt = at.part?.receipts.get(card);
+    const asked = { search: () => searchWith(card.result.id), close: back };
+    showReceipt(card, query, receipt ? { ...asked, receipt, boxed: true } : asked);
+  }
+}
+
+/** What the box's part of the query matches; of one result its own evidence, too. */
+function lookAtPart(card) {
+  const { receipts, trouble } = at.part;
+  const receipt = receipts.get(card);
+  if (receipt) query.showSigned(receipt.queryMap);
+  else query.showNothing();
+  drawPart(known.cards, receipts);
+  tell(trouble ?? "Red in the results matches what is in the box.", "two");
+  lookAtPanel(card ?? at.last);
 }
 
 function lookAtPoint({ row, column }) {
@@ -248,7 +269,7 @@ function mark() {
   const { pinned, hovered, contrast, picked, point } = at;
   const busy = pinned !== null || contrast !== null;
   document.body.dataset.sheet = busy ? "open" : picked.length > 0 ? "low" : "shut";
-  find("back").hidden = !(busy || point !== null);
+  find("back").hidden = !(busy || point !== null || at.part !== null);
   for (const card of known.cards) {
     const two = contrast !== null && (card === contrast.above || card === contrast.below);
     const inView = two || card === pinned || (!busy && point === null && card === hovered);
@@ -300,6 +321,7 @@ function pin(card, byKey) {
 function pick(card) {
   const others = at.picked.filter((one) => one !== card);
   const picked = others.length < at.picked.length ? others : [...others.slice(-1), card];
+  noBox();
   Object.assign(at, { picked, pinned: null, point: null, contrast: null, last: null, hovered: null });
   if (picked.length === 2) contrastThem();
   else {
@@ -360,12 +382,47 @@ async function askStored(mine) {
 function choosePoint(row, column) {
   const start = performance.now();
   if (at.point?.row === row && at.point.column === column) return;
+  noBox();
   Object.assign(at, { point: { row, column }, pinned: null, picked: [], contrast: null });
   look();
   performance.measure("embedcam: point", { start });
   const missing = known.cards.filter((card) => card.receipt !== null && card.matched(row, column) === null);
   if (missing.length > 0) askPoint(row, column, missing);
   else sayPoint(row, column);
+}
+
+/** What is in the box, as shares of the picture, is asked about; null for no box. */
+async function chooseBox(ends) {
+  const mine = ends === null ? null : { receipts: new Map(), trouble: null };
+  at.part = mine;
+  if (mine !== null) Object.assign(at, { point: null, picked: [], contrast: null });
+  look();
+  if (mine === null) return;
+  const { signal } = work;
+  const { width, height } = query.shot.size;
+  const box = ends.map((end, axis) => (end * (axis % 2 === 0 ? width : height)).toFixed(1)).join(",");
+  const cards = known.cards.filter((card) => card.receipt !== null);
+  for (let start = 0; start < cards.length; start += TOGETHER) {
+    const some = cards.slice(start, start + TOGETHER);
+    try {
+      const found = await compare(known.blob, some.map((card) => card.result.id), { box, links: 0 }, signal);
+      found.receipts.forEach((receipt, place) => mine.receipts.set(some[place], prepared(receipt)));
+    } catch (error) {
+      mine.trouble = sentence(error.message);
+    }
+    if (signal.aborted || at.part !== mine) return;
+    look();
+    if (mine.trouble !== null) return;
+  }
+  const best = [...mine.receipts]
+    .map(([card, { queryMap }]) => ({ card, value: queryMap.values.reduce((total, value) => total + value, 0) }))
+    .sort((one, other) => other.value - one.value)[0];
+  announce(`${boxed.words()}. Result ${best.card.rank} has most of it, ${signed(best.value)}.`);
+}
+
+function noBox() {
+  at.part = null;
+  boxed.clear(true);
 }
 
 /** Where receipts are not exact, the service follows the point through the network. */
@@ -408,6 +465,7 @@ async function searchWith(id) {
 function back() {
   const before = at.pinned;
   const within = find("panel").contains(document.activeElement);
+  noBox();
   Object.assign(at, { hovered: null, last: null, pinned: null, point: null, picked: [], contrast: null });
   look();
   if (before === null || !within) return;

@@ -249,7 +249,7 @@ def test_heads_that_do_not_fit(tmp_path: Path) -> None:
 def test_names_that_are_nearly_right() -> None:
     for network, message in (
         ("torchvision:resnet5", r"no model 'resnet5'; did you mean .*resnet50"),
-        ("resnet18", r"'resnet18' is not a network; give torchvision:NAME.*torchvision:resnet18"),
+        ("resnet18", r"'resnet18' is not a network; give torchvision:, .*torchvision:resnet18"),
         ("torchvison:resnet18", r"'torchvison' cannot be imported.*did you mean torchvision\?"),
         ("timm:resnet5O", r"timm has no model 'resnet5O'; did you mean .*resnet50"),
         ("json:dumpz", r"json has no 'dumpz'; did you mean dump, dumps"),

@@ -213,7 +213,7 @@ def resolve(
             return Layout(kind, (1, count))
         if kind == "bkl":
             raise wrong(", but layout='bkl' says [B K L], without grid= or prefix_tokens=")
-        return Layout(kind, *_tokens(count, size, grid, prefix, layer))
+        return Layout(kind, *token_grid(count, size, grid, prefix, layer))
     height, width = shape[1:3] if kind == "bhwk" else shape[2:4]
     if grid is not None and tuple(grid) != (height, width):
         raise wrong(
@@ -265,7 +265,7 @@ def same_aspect(grid: Sequence[int], size: tuple[int, int]) -> bool:
     return abs(h - w * height / width) <= 1 or abs(w - h * width / height) <= 1
 
 
-def _tokens(
+def token_grid(
     count: int,
     size: tuple[int, int],
     grid: tuple[int, int] | None,

@@ -18,6 +18,7 @@ from ..preprocess import AnyPreprocess, Preprocess, Transform, from_transform
 from ..preprocess.probe import probe_inputs
 from .checkpoints import read_affine
 from .embedding_network import DEFAULT_INPUT_SIZE, EmbeddingNetwork
+from .finding import find_explained
 from .layers import LayoutName, choose_embedding, near_misses, split_reading
 from .module import input_channels, lay_out, module_device, no_gradients, user_code
 from .open_clip_source import from_open_clip
@@ -130,7 +131,7 @@ def load_network(
     if layer is None:
         raise NetworkError(
             f"no default layer is known for {network}; give one with --layer (layer=)"
-            f"{_last_layers(loaded, sides)}"
+            f"{_layers_of(loaded, sides, output)}"
         )
     elif loaded.said and layer == loaded.layer:
         log.info("%s: %s", network, loaded.said)
@@ -277,12 +278,17 @@ def _from_factory(
     return Loaded(module, None, transform)
 
 
-def _last_layers(loaded: Loaded, sides: Sides) -> str:
-    """Return the last layers with maps of several positions, or the last of all, in words."""
+def _layers_of(loaded: Loaded, sides: Sides, output: str | int | None) -> str:
+    """Return the layer that explains a module, or where none is found its last ones, in words."""
     module = loaded.module.eval()
     size = sides or DEFAULT_INPUT_SIZE
-    picture = probe_inputs(1, loaded.preprocess, size, input_channels(module))
+    picture = torch.from_numpy(probe_inputs(1, loaded.preprocess, size, input_channels(module))).to(
+        module_device(module)
+    )
+    output = None if isinstance(module, _WithHead) else output
+    if (found := find_explained(module, picture, output)) is not None:
+        return f", for instance {found.layer!r}, where its positions last count"
     with no_gradients():
-        names = with_positions(module, torch.from_numpy(picture).to(module_device(module)))
+        names = with_positions(module, picture)
     names = (names or [name for name, _ in module.named_modules() if name])[-4:]
     return f", for instance {names[-1]!r}, the last of {', '.join(names)}" if names else ""

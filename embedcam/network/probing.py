@@ -22,6 +22,7 @@ from .layers import (
     first_tensor,
     replace_first,
     same_aspect,
+    token_grid,
 )
 from .runner import run_part
 
@@ -96,7 +97,19 @@ class Probe:
         self.visits = recorder.visits
         _mark_reaching(self.visits, self.z)
         calls = Counter(visit.name for visit in self.visits)
-        self.candidates = [v for v in self.visits if v.reaches and calls[v.name] == 1]
+        self.candidates = [
+            v for v in self.visits if v.reaches and calls[v.name] == 1 and self._has_grid(v)
+        ]
+
+    def _has_grid(self, visit: Visit) -> bool:
+        """Return whether tokens can lie on a grid: not those of a class and a teacher alone."""
+        if visit.onward is None or visit.onward.ndim == 4:
+            return True
+        try:
+            (height, width), _ = token_grid(count(visit.onward), self.size, None, None, visit.name)
+        except EmbedcamError:
+            return False
+        return height * width > 1
 
     def last(self) -> Visit | None:
         """Return the call of the layer where positions last count."""

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from ..onnx import OnnxNetwork
 
 _FILES = ("weights", "head")
-_LIBRARIES = ("torchvision", "timm")
+_LIBRARIES = ("torchvision", "timm", "hf", "open_clip", "st")
+_NAMES = f"{':NAME, '.join(_LIBRARIES)}:NAME or package.module:factory"
 
 
 def sides_of(text: str) -> tuple[int, int]:
@@ -54,7 +55,7 @@ _hw = partial(setting, None, "HxW", kind=tuple, read=sides_of)
 class NetworkSettings:
     """How a network is loaded: the options of a command, and a recipe's table `[network]`."""
 
-    network: str | None = _text("NAME", "torchvision:NAME, timm:NAME or package.module:factory")
+    network: str | None = _text("NAME", _NAMES)
     weights: str | None = _text("FILE", ".safetensors or .pt file, or 'random'")
     head: str | None = _text("FILE", "affine map, safetensors weight [D K], bias")
     layer: str | None = _text("NAME", "dotted name of the layer to explain")
@@ -231,19 +232,25 @@ def _loaded_again(
     return {**loading, **asked}
 
 
+def _lasting(name: str) -> str:
+    """Return a network's name with the folder in it as an absolute path."""
+    library, _, folder = name.partition(":")
+    if library in _LIBRARIES and os.path.isdir(place := os.path.expanduser(folder)):
+        return f"{library}:{os.path.abspath(place)}"
+    return name
+
+
 def load_named(settings: Mapping[str, Plain]) -> "EmbeddingNetwork":
     """Load the network that settings name, or raise InputError or NetworkError."""
     arguments = checked_values(NetworkSettings, settings, "[network]")
     name = arguments.pop("network", None)
     if not name:
-        raise InputError(
-            "no network was named; give --network torchvision:NAME, timm:NAME or "
-            "package.module:factory"
-        )
+        raise InputError(f"no network was named; give --network {_NAMES}")
     for option in _FILES:
         # An index records the file, and is used from other folders later.
         if arguments.get(option, "random") != "random":
             arguments[option] = os.path.abspath(os.path.expanduser(arguments[option]))
+    name = _lasting(name)
     own_code = name.partition(":")[0] not in _LIBRARIES
     if own_code and os.getcwd() not in sys.path and "" not in sys.path:
         # Behind all others, so that a file lying here shadows no library.

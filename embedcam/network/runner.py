@@ -7,8 +7,9 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Self
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ from .module import (
     no_gradients,
     refuse_training,
     tell_failure,
+    twin_of,
     uncompiled,
 )
 from .reading import LAYOUTS, Reading, ValueLayout, tokens_read
@@ -502,6 +504,17 @@ class Runner:
             self._layouts[layer] = known
         return known[1]
 
+    def _apart(self) -> Self:
+        """Return this with a module of the same parameters, for inputs of another size.
+
+        A module may keep what they did to it: Swin of transformers its smallest window.
+        """
+        twin = None if self.parts is not None else twin_of(self.module)
+        if twin is None:
+            return self
+        part = find_layers(twin, [self.layer])[0][1]
+        return replace(self, module=twin, part=part, lock=ProcessLock(), _layouts={})
+
     def _axes(self, layer: str, raw: Tensor, images: Tensor) -> str:
         """Return which axes of a layer are positions, those a smaller input changes; asked once."""
         if layer not in self._told and raw.ndim in (3, 4):
@@ -516,11 +529,12 @@ class Runner:
                 seen.append(tuple(raw.shape))
                 return raw, raw
 
+            apart = self._apart()
             for height, width in smaller(size):
                 part = few[:, :, :height, :width].contiguous()
                 # What comes behind the layer may not take the input.
                 with no_gradients(), self.precision(), uncompiled(), suppress(EmbedcamError):
-                    self.call(part, look, None, self.find([layer]))
+                    apart.call(part, look, None, apart.find([layer]))
                 if seen:
                     break
             shapes, batches = (shape, seen[0] if seen else ()), (len(images), len(few))

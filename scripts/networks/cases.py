@@ -61,8 +61,24 @@ OPEN_CLIP: Families = {
     "MobileCLIP": ("MobileCLIP-S1",),
 }
 """Functions of `made`, of transformers and of sentence-transformers: small configurations."""
-TRANSFORMERS: Families = {}
-SENTENCE_TRANSFORMERS: Families = {}
+TRANSFORMERS: Families = {
+    "ViT, DeiT, BEiT": ("vit", "deit", "beit"),
+    "DINOv2": ("dinov2", "dinov2_registers"),
+    "DINOv3": ("dinov3_vit", "dinov3_convnext"),
+    "Swin": ("swin", "swinv2"),
+    "ConvNeXt": ("convnext", "convnextv2"),
+    "ResNet": ("resnet",),
+    "PVT v2, Hiera": ("pvt_v2", "hiera"),
+    "MobileNet v2, EfficientNet": ("mobilenet_v2", "efficientnet"),
+    "CLIP": ("clip", "clip_vision"),
+    "SigLIP": ("siglip", "siglip_vision"),
+    "SigLIP2": ("siglip2",),
+    "BLIP, Chinese CLIP": ("blip", "chinese_clip"),
+}
+SENTENCE_TRANSFORMERS: Families = {
+    "CLIP, SigLIP": ("sentences_clip", "sentences_siglip"),
+    "vision models": ("sentences_dinov2", "sentences_vit_dense"),
+}
 SOURCES: dict[str, tuple[str, Families]] = {
     "torchvision": ("torchvision", TORCHVISION),
     "timm": ("timm", TIMM),

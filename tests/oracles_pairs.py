@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from build_samples import Toy
 from torch import Tensor, nn
 
 Array = np.ndarray
@@ -141,6 +142,15 @@ def held_pool_norm(activations: Array, gain: Array, eps: float, centred: bool) -
         own = A[k, i, j] - (A[:, i, j].sum() / width if centred else 0.0)
         given[i, j, k] = gain[k] * own / A[k].size / sigma
     return given
+
+
+def slopes_of(made: Toy, A: Array) -> tuple[Array, Array | None]:
+    """dz/dA `[D K H W]` of a toy, what is held held, and what its class token gives to z `[D]`."""
+    first, head = made.precise
+    if made.kind == "tokens":
+        return held_tokens(first, head, A)
+    literal = {"pooled": held_bent, "other": held_power_mean}.get(made.kind)
+    return (jacobian(made.head, A) if literal is None else literal(head, A)), None
 
 
 def cell_vector(J: Array, A: Array, norm: float, row: int, column: int) -> list[float]:

@@ -8,7 +8,7 @@ import torch
 from build_samples import SIDE, WIDTH, pictures, toy
 from hypothesis import given
 from hypothesis import strategies as st
-from test_pairs import slopes_of
+from oracles_pairs import slopes_of
 from text_samples import PROMPTS, built_words, tower, tower_of
 
 from embedcam import Explainer, Preprocess, build_index

@@ -13,11 +13,8 @@ from oracles_pairs import (
     cell_vector,
     contributions,
     greedy_links,
-    held_bent,
-    held_power_mean,
-    held_tokens,
-    jacobian,
     pair_product,
+    slopes_of,
 )
 from PIL import Image
 from torch import nn
@@ -60,15 +57,6 @@ def side_of(made, image: torch.Tensor):
     z = made.head(torch.tensor(A)[None])[0].detach().numpy()
     norm = float(np.sqrt((z**2).sum())) if network.normalize else 1.0
     return side, (slopes_of(made, A)[0], A, norm, z / norm)
-
-
-def slopes_of(made, A: np.ndarray):
-    """dz/dA with what is held held, and what the class token gives to z."""
-    first, head = made.precise
-    if made.kind == "tokens":
-        return held_tokens(first, head, A)
-    literal = {"pooled": held_bent, "other": held_power_mean}.get(made.kind)
-    return (jacobian(made.head, A) if literal is None else literal(head, A)), None
 
 
 def pair_of(kind: str = "affine") -> list[PooledSide | HeldSide]:

@@ -43,7 +43,7 @@ class SideMaker:
     """Makes sides of pictures by one network.
 
     Behind average pooling and an affine head all is exact and needs neither a gradient nor torch;
-    behind another head each picture is one held pass.
+    behind another head each picture is one head pass.
     """
 
     def __init__(self, network: Network) -> None:

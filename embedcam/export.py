@@ -21,7 +21,6 @@ from ._files import replace as replace_durably
 from .errors import InputError, NetworkError, reason
 from .images.progress import progress_of
 from .index import Index
-from .index.identity import compare
 from .network import EmbeddingNetwork
 from .network.module import full_float32
 from .onnx import Described, Head, OnnxNetwork
@@ -105,7 +104,7 @@ def export_onnx(
             "this index was built from features alone and does not know its network, so none can "
             "be exported for it; build it again naming the network"
         )
-    compare(stored, network.identity())
+    network = network.for_index(stored)
     layers = (network.layer, *(name for name in names if name != network.layer))
     return _write(network, layers, target, progress)
 
@@ -224,7 +223,7 @@ def _refuse_unexportable(network: EmbeddingNetwork) -> None:
 def _head_of(network: EmbeddingNetwork) -> Head:
     """Return what the head is, with its constant term: z at activations of zero."""
     kind = network.head_kind
-    if not kind.affine:
+    if not kind.affine or network.affine_head(lambda: np.empty(0)) is None:
         return Head("other")
     image = network.probe_images()
     zeros = torch.zeros_like(network.forward(image).activations)

@@ -53,7 +53,7 @@ def main() -> None:
     print(f"{'method':24} {'ms':>9} {'forwards':>9} {'head':>6} {'back':>5} {'share':>6}")
     branches = attention(options.attention, network) if options.attention else {}
     for method in (METHODS[name] for name in options.methods or METHODS):
-        if method.trained and method.name not in branches:
+        if method.attends or (method.trained and method.name not in branches):
             continue
         # A branch is trained with a network of its own, and ignores the target.
         own = branches.get(method.name, network)

@@ -129,8 +129,10 @@ HEADS: dict[str, Callable[[], tuple[nn.Module, nn.Module]]] = {
 class Toy:
     """A network, what it was called with, and its head in float64 for the literal loop."""
 
+    kind: str
     network: EmbeddingNetwork
     head: Callable[[Tensor], Tensor]
+    precise: nn.ModuleList
     batches: list[int] = field(default_factory=list)
 
 
@@ -153,7 +155,7 @@ def toy(kind: str = "affine", *, normalize=True, seed=0, dtype=torch.float32, **
         tokens = maps.flatten(2).transpose(1, 2)
         return precise[1](torch.cat([precise[0].token.expand(len(tokens), -1, -1), tokens], 1))
 
-    return Toy(network, on_maps, batches)
+    return Toy(kind, network, on_maps, precise, batches)
 
 
 def pictures(folder: Path, n: int = 12, classes: int = 3, seed: int = 5) -> ImageSource:

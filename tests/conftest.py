@@ -188,10 +188,13 @@ def service():
 @pytest.fixture(scope="module")
 def app(index: Path):
     from service_client import explainer
+    from text_samples import tower
 
     from embedcam.service import create_app
 
     app = create_app(explainer(index))
+    # What takes words is described, and answered.
+    app.state.pipeline.network.texts = tower
     yield app
     app.state.pipeline.close()
 

@@ -31,14 +31,15 @@ QUERY = data_of(Image.fromarray(SCENES.scene("pair", 3).pixels[16:80]))
 """Wider than high."""
 
 
-def scenes_index(folder):
+def scenes_index(folder, texts=None):
     """Thirty scenes, labelled by their digit; a small network, its maps of 6 x 6."""
     for number in range(30):
         path = folder / "scenes" / str(number % 10) / f"{number:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(SCENES.scene("gallery", number).pixels).save(path)
     module = initialise(channels=24, embedding_size=8, seed=3).eval()
-    made = EmbeddingNetwork(module, LAYER, preprocess=digits_preprocess(48), name="digits")
+    settings = {"preprocess": digits_preprocess(48), "name": "digits", "texts": texts}
+    made = EmbeddingNetwork(module, LAYER, **settings)
     source, recipe = find_images(folder / "scenes"), Recipe(triplets=4)
     build_index(source, made, folder / "index", recipe, progress=False)
     return Explainer(folder / "index", made)
@@ -105,11 +106,14 @@ class Page:
         self.page.set_input_files("#file", {"name": name, "mimeType": kind, "buffer": data})
 
     def settle(self, cards=5):
+        self.settle_words(cards)
+        self.wait("document.querySelector('.cells') && !document.querySelector('.panel .busy')")
+
+    def settle_words(self, cards=5):
         self.page.wait_for_selector("body[data-stage=answered]")
         self.wait(
             """(cards) => document.querySelectorAll('.card').length === cards
-                && [...document.querySelectorAll('.card img')].every((one) => !one.hidden)
-                && document.querySelector('.cells') && !document.querySelector('.panel .busy')""",
+                && [...document.querySelectorAll('.card img')].every((one) => !one.hidden)""",
             cards,
         )
 

@@ -132,6 +132,9 @@ def test_compare_prints_what_adds_up(say: Say, built: Path, tmp_path: Path) -> N
     code, out, _ = say("compare", built, QUERY, result, "--lines", "3", "-o", tmp_path / "r.png")
     head, *rows = out.splitlines()
     assert (code, head) == (0, f"{QUERY} and {result}")
+    places, rows = rows[: rows.index("")], rows[rows.index("") + 1 :]
+    assert [row.strip() for row in places] == expected.in_words()
+    assert "of the result: " in places[0]
     numbers = [float(row.rpartition(" ")[2]) for row in rows]
     assert sum(numbers[:-1]) == pytest.approx(numbers[-1], abs=0.005)
     assert rows[-1].split() == ["similarity", f"{expected.similarity:+.3f}"]
@@ -140,6 +143,17 @@ def test_compare_prints_what_adds_up(say: Say, built: Path, tmp_path: Path) -> N
     words = ["compare", built, QUERY, result, "--above", rival, "--not-centred"]
     assert same_values(answer(say, *words)["pair"], above.to_dict())
     assert say(*words)[1].startswith(f"{QUERY} and {result}, above {rival}\n")
+    box = ["--box", "-1", "0", "20", "30.5"]
+    (part,) = pairs.receipts(QUERY, [result], box=(-1, 0, 20, 30.5))
+    told = answer(say, "compare", built, QUERY, result, *box)
+    assert same_values(told["pair"], part.to_dict())
+    assert "outside the box" in say("compare", built, QUERY, result, *box)[1]
+    for more, says in (
+        (["--box", "900", "900", "999", "999"], "holds nothing of what the network saw"),
+        ([*box, "--above", rival], "leave out it or --above"),
+    ):
+        code, _, err = say("compare", built, QUERY, result, *more)
+        assert (code, says in err) == (2, True)
 
 
 def test_an_id_may_hold_a_comma(say: Say, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from build_samples import SIDE, WIDTH, pictures, toy
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles_pairs import jacobian
+from test_pairs import slopes_of
 from text_samples import PROMPTS, built_words, tower, tower_of
 
 from embedcam import Explainer, Preprocess, build_index
@@ -27,10 +27,13 @@ def unit(vector):
 
 
 def literal_map(made, explainer, name, direction, average):
-    """sum_k sum_d dz_d/dA_kij A_kij (t - m')_d / |z|, less the average's share of a position."""
+    """sum_k sum_d dz_d/dA_kij A_kij (t - m')_d / |z|, less the average's share of a position.
+
+    With attention weights, norms and slopes held where the head is not affine.
+    """
     image = made.network.preprocess(explainer.picture(name))
     A = made.network.forward(image[None]).activations[0].double().numpy()
-    z, J = made.head(torch.tensor(A)[None])[0].detach().numpy(), jacobian(made.head, A)
+    z, J = made.head(torch.tensor(A)[None])[0].detach().numpy(), slopes_of(made, A)[0]
     norm = float(np.sqrt((z**2).sum())) if made.network.normalize else 1.0
     K, H, W = A.shape
     cells = np.zeros((H, W))

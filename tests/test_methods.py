@@ -9,7 +9,7 @@ import torch
 import zoo_cases
 from build_samples import inputs, pictures, toy
 from PIL import Image
-from test_methods_laws import ORACLES
+from test_methods_laws import ORACLES, case_of
 from zoo_cases import made
 
 from embedcam import METHODS, EmbeddingNetwork, PairContribution, Recipe, Similarity, cam_for
@@ -53,9 +53,9 @@ def test_methods_are_found_as_they_are_printed_and_others_are_told_their_neighbo
 
 @pytest.mark.parametrize("name", UNTRAINED)
 def test_the_network_comes_back_as_it_was_also_after_an_exception(name: str) -> None:
-    case = zoo_cases.make("pooled" if name == "cam" else "curved")
+    case = case_of(name, head="pooled" if name == "cam" else "curved")
     before = {key: value.clone() for key, value in case.module.state_dict().items()}
-    case.module.features[0].weight.requires_grad_(False)
+    next(case.module.parameters()).requires_grad_(False)
 
     def wrong(embeddings: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("the user's own")
@@ -138,7 +138,7 @@ def test_an_option_that_cannot_be_is_refused(name, options, message) -> None:
 
 @pytest.mark.parametrize("name", [n for n in UNTRAINED if not METHODS[n].targeted])
 def test_a_method_that_ignores_the_target_says_so(name: str) -> None:
-    case = zoo_cases.make()
+    case = case_of(name)
     with pytest.warns(MethodWarning, match="ignores the target: it shows what stands out"):
         cam_for(case.network, case.image, case.target, name, progress=False)
 

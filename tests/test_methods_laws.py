@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import zoo_attention
 import zoo_cases
 import zoo_clustering
 import zoo_gradients
@@ -22,8 +23,9 @@ from embedcam.targets import Direction
 
 ORACLES = {
     **zoo_gradients.ORACLES, **zoo_clustering.ORACLES, **zoo_perturbation.ORACLES,
-    **zoo_learned.ORACLES,
+    **zoo_learned.ORACLES, **zoo_attention.ORACLES,
 }  # fmt: skip
+OWN_CASES = {**zoo_learned.CASES, **zoo_attention.CASES}
 POOLED = ["cam", *zoo_learned.ORACLES]  # no other head than a pooled one
 MASKING = ["scorecam", "groupcam", "clustercam", "cosinecam", "polycam", "rise", "lime", "sbsm"]
 LAYERS = ["features.1", "features.2", "features"]
@@ -46,7 +48,7 @@ def rich(name: str) -> zoo_cases.Case:
 
 
 def case_of(name: str, **kind: Any) -> zoo_cases.Case:
-    return zoo_learned.CASES.get(name, zoo_cases.make)(**kind)
+    return OWN_CASES.get(name, zoo_cases.make)(**kind)
 
 
 def kinds_of(name: str) -> list[dict[str, Any]]:
@@ -188,7 +190,7 @@ def test_scaling_the_target_scales_what_it_draws(name: str, seed: int, scale: fl
 
 @pytest.mark.parametrize("name", [name for name in ORACLES if METHODS[name].targeted])
 def test_a_target_that_says_nothing_gives_zeros(name: str) -> None:
-    case = zoo_cases.make("pooled")
+    case = case_of(name)
     for options in ({}, {"layers": LAYERS}) if METHODS[name].several else (FEW.get(name, {}),):
         output, _ = run_on(case.network, case.image[None], Direction(np.zeros(3)), name, **options)
         assert not any(part.any() for part in parts(output))

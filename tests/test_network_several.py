@@ -1,11 +1,7 @@
-"""One run hooked at several layers, and derivatives forward: `SeveralPass`, `HeadPass.jvp`."""
+"""One run hooked at several layers, and their derivatives: `SeveralPass`."""
 
-import numpy as np
 import pytest
 import torch
-from build_samples import SIDE
-from build_samples import toy as built
-from oracles_pairs import jacobian
 from test_network import assert_same_state, relative, state_of
 from torch import Tensor, nn
 from torchvision import models
@@ -110,59 +106,3 @@ def test_patch_tokens_that_reach_nothing_are_refused(kind: torch.dtype | None) -
     full = by_full_autograd(network.module, [VIT_LAYER], x, c)[VIT_LAYER][1]
     grid = full[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
     assert relative(gradients[1], grid) < (0.1 if kind else 1e-4)
-
-
-def inputs(count: int) -> Tensor:
-    return torch.rand(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize("kind", ["affine", "pooled", "other", "tokens"])
-def test_jvp_is_the_jacobian_times_the_change(kind: str) -> None:
-    made = built(kind)
-    with made.network.head_pass(inputs(2), twice=True) as passed:
-        maps = passed.features.activations
-        change = torch.randn(maps.shape, generator=torch.Generator().manual_seed(1))
-        found = [passed.jvp(change.numpy()).numpy(), passed.jvp(change).numpy()]
-        with pytest.raises(InputError, match=r"tangents are \[1, .*; expected .* \[2, "):
-            passed.jvp(change[:1])
-    with pytest.raises(InputError, match="this pass was closed"):
-        passed.jvp(change)
-    expected = [
-        np.einsum("dkij,kij->d", jacobian(made.head, one.double().numpy()), moved.double().numpy())
-        for one, moved in zip(maps, change, strict=True)
-    ]
-    np.testing.assert_allclose(found[0], expected, rtol=1e-4, atol=1e-6)
-    np.testing.assert_array_equal(found[0], found[1])
-
-
-def test_jvp_agrees_with_vjp_behind_attention() -> None:
-    """<c, J t> = <J^T c, t>, inside inference mode too; parameters keep no gradient."""
-    module = seeded(small_vit)
-    network = EmbeddingNetwork(module, VIT_LAYER)
-    with torch.inference_mode(), network.head_pass(images(1, 64, 64), twice=True) as passed:
-        change = torch.randn(passed.features.activations.shape)
-        c = torch.randn(1, passed.features.embedding.shape[1])
-        moved, back = passed.jvp(change), passed.vjp(c)
-    assert float((c * moved).sum()) == pytest.approx(float((back * change).sum()), rel=1e-3)
-    assert float((back * change).sum()) != 0
-    assert all(p.grad is None for p in module.parameters())
-
-
-class OnceOnly(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return 2 * x
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        return 2 * gradient
-
-
-def test_a_head_that_cannot_be_differentiated_twice_says_so() -> None:
-    trunk = seeded(lambda: nn.Conv2d(3, 8, 4, 4))
-    network = EmbeddingNetwork.from_parts(trunk, lambda maps: OnceOnly.apply(maps.mean((2, 3))))
-    with network.head_pass(inputs(1), twice=True) as passed:
-        assert passed.vjp(np.ones((1, 8), np.float32)).any()
-        with pytest.raises(NetworkError, match=r"'trunk' cannot be differentiated twice"):
-            passed.jvp(np.ones((1, 8, 4, 4), np.float32))

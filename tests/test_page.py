@@ -17,6 +17,7 @@ from service_client import explainer as explainer_of
 from embedcam import PairExplainer
 from embedcam.render.overlay import colormap
 
+QUERY_SIZE = (96, 64)
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is on PATH")
 
@@ -182,7 +183,7 @@ def test_a_point_is_clicked(page, explainer):
     assert page.page.is_hidden("#back")
 
 
-def test_a_point_where_receipts_are_of_first_order(look, tmp_path):
+def test_a_point_behind_a_head_with_slopes_held(look, tmp_path):
     why = explainer_of(built(tmp_path, "other"), "other")
     with served(why) as service:
         page = look(service)
@@ -192,7 +193,8 @@ def test_a_point_where_receipts_are_of_first_order(look, tmp_path):
         ids = page.texts(".card .id")
         assert page.ring(5) == ring_of(PairExplainer(why).receipt(QUERY, ids[4]).point(1, 2))
         page.page.hover(".card:nth-child(1) button.frame")
-        assert "first order" in page.text("#panel")
+        assert "slopes of activation functions held" in page.text("#panel")
+        page.page.wait_for_load_state("networkidle")  # or pictures are asked for in vain
 
 
 def test_a_result_is_hovered(page, explainer):
@@ -202,9 +204,10 @@ def test_a_result_is_hovered(page, explainer):
     receipt = PairExplainer(explainer).receipt(QUERY, page.texts(".card .id")[1])
     assert assert_adds_up(page, receipt.similarity)[0] == round(receipt.shared, 3)
     assert page.texts(".sum tbody th")[0] == "shared with the average image"
-    largest = receipt.lines(1)[0]
-    assert f"channel {largest.channel}" in page.texts(".sum tbody th")
-    assert page.page.locator(".links .link").count() == len(receipt.links())
+    assert receipt.reasons(1)[0].words in page.texts(".sum tbody th span:first-child")
+    page.wait("[...document.querySelectorAll('.exemplars img')].every((one) => one.complete)")
+    assert all(page.of_each(".exemplars img", "one.naturalWidth > 0"))
+    assert_tells_places(page, receipt)
     cells = receipt.query.cells
     assert_shows(page, "#query-shot canvas", cells, np.abs(cells).max(), signed=True)
     # It goes with the mouse; a click keeps it.
@@ -224,6 +227,93 @@ def test_a_result_is_hovered(page, explainer):
         page.page.wait_for_selector(".card:nth-child(3):not(.lit)")
     page.page.focus(".card:nth-child(4) .pick")
     assert page.text("#panel-title") == "Why result 4 matches"
+
+
+def assert_tells_places(page, receipt):
+    """The list of places, in numbers and words, and their outlines in both pictures."""
+    places, beyond = receipt.places(), receipt.beyond
+    assert places
+    assert page.texts(".place .share b") == [place.told(beyond) for place in places]
+    assert page.texts(".place .unseen") == [
+        f"The {place.where('query')} of your picture matches the {place.where('result')} of the "
+        f"result: {place.told(beyond)} of what they share beyond the average"
+        for place in places
+    ]
+    for at, of in enumerate(("query", "result"), 1):
+        regions = {place.region(of).tobytes() for place in places}
+        found = page.page.locator(f".pair figure:nth-child({at}) .outlines .link")
+        assert found.count() == len(regions)
+    assert all(page.of_each(".crop img", "one.complete && one.naturalWidth > 0"))
+
+
+def boxed(page, explainer, box):
+    """The receipts of a part of the query, in shares of it."""
+    width, height = QUERY_SIZE
+    ends = (box[0] * width, box[1] * height, box[2] * width, box[3] * height)
+    return PairExplainer(explainer).receipts(QUERY, page.texts(".card .id"), box=ends)
+
+
+def assert_answers_the_box(page, label, receipts):
+    page.until(lambda: page.text("#status").startswith(f"{label}. Result"))
+    assert page.text("#note") == "Red in the results matches what is in the box."
+    top = max(np.abs(one.result.cells).max() for one in receipts)
+    for place, one in enumerate(receipts, 1):
+        shown = f".card:nth-child({place}) canvas"
+        assert_shows(page, shown, one.result.cells, top, atol=0.012, signed=True)
+    best = int(np.argmax([one.query.cells.sum() for one in receipts]))
+    assert f"Result {best + 1} has most of it" in page.text("#status")
+
+
+def test_a_part_is_asked_about_by_keyboard(page, explainer):
+    before = page.pixels(".card:nth-child(1) canvas")
+    page.page.focus("#box-button")
+    page.page.keyboard.press("Enter")
+    label = "document.activeElement.getAttribute('aria-label')"
+    assert page.page.evaluate(label) == "Box from 25% to 75% across and 25% to 75% down"
+    for key in ("ArrowRight", "ArrowRight", "ArrowUp", "Shift+ArrowLeft", "Shift+ArrowDown"):
+        page.page.keyboard.press(key)
+    assert page.page.evaluate(label) == "Box from 35% to 80% across and 20% to 75% down"
+    receipts = boxed(page, explainer, (0.35, 0.2, 0.8, 0.75))
+    assert_answers_the_box(page, page.page.evaluate(label), receipts)
+    assert page.problems() == []
+    page.page.hover(".card:nth-child(2) button.frame")
+    assert page.text("#panel-title") == "What result 2 has of the box"
+    assert_adds_up(page, receipts[1].similarity)
+    assert "outside the box" in page.texts(".sum tbody th")
+    assert_tells_places(page, receipts[1])
+    page.page.focus(".box")
+    page.page.keyboard.press("Escape")
+    assert page.page.is_hidden(".box")
+    assert page.page.evaluate("document.activeElement.id") == "box-button"
+    page.page.mouse.move(5, 5)
+    page.until(lambda: page.text("#note").startswith("Bright parts"))
+    np.testing.assert_array_equal(page.pixels(".card:nth-child(1) canvas"), before)
+
+
+def test_a_part_is_asked_about_by_mouse(page, explainer):
+    page.page.click("#box-button")
+    frame = page.page.locator("#query-shot .shot").bounding_box()
+
+    def drag(*ends):
+        x0, y0, x1, y1 = (
+            frame["xy"[at % 2]] + end * frame["width" if at % 2 == 0 else "height"]
+            for at, end in enumerate(ends)
+        )
+        page.page.mouse.move(x0, y0)
+        page.page.mouse.down()
+        page.page.mouse.move(x1, y1, steps=3)
+        page.page.mouse.up()
+
+    drag(0.7, 0.9, 0.3, 0.5)
+    label = page.page.locator(".box").get_attribute("aria-label")
+    assert label == "Box from 30% to 70% across and 50% to 90% down"
+    assert_answers_the_box(page, label, boxed(page, explainer, (0.3, 0.5, 0.7, 0.9)))
+    drag(0.5, 0.6, 0.5, 0.6)  # A click is no box.
+    assert page.page.locator(".box").get_attribute("aria-label") == label
+    page.page.click("#box-button")
+    assert page.page.is_hidden(".box")
+    page.page.locator(".cells [role=gridcell]").nth(2).click()
+    assert page.text("#note") == "What in the results matches row 1, column 3."
 
 
 def test_two_results_are_compared(page, explainer):

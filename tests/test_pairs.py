@@ -9,7 +9,16 @@ import torch
 from build_samples import CHANNELS, SIDE, WIDTH, pictures, quicken, toy
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles_pairs import cell_vector, contributions, greedy_links, jacobian, pair_product
+from oracles_pairs import (
+    cell_vector,
+    contributions,
+    greedy_links,
+    held_bent,
+    held_power_mean,
+    held_tokens,
+    jacobian,
+    pair_product,
+)
 from PIL import Image
 from torch import nn
 from toys import seeded
@@ -18,7 +27,7 @@ from embedcam import EmbeddingNetwork, Explainer, Preprocess, Recipe, build_inde
 from embedcam.errors import ImageError, InputError, NetworkError
 from embedcam.export import export_onnx
 from embedcam.pairs import (
-    DifferentiatedSide,
+    HeldSide,
     PairExplainer,
     PooledSide,
     Shown,
@@ -28,7 +37,7 @@ from embedcam.pairs import (
 from embedcam.prototypes import compress
 
 KINDS = ["affine", "signed", "identity", "pooled", "other", "tokens"]
-EXACT = {"affine", "signed", "identity"}
+DIRECT = {"affine", "signed", "identity"}
 
 
 def inputs(number: int, side: int = SIDE) -> torch.Tensor:
@@ -46,14 +55,23 @@ def side_of(made, image: torch.Tensor):
         given = found.activations[0].numpy(), found.embedding[0].numpy(), norm
         side = PooledSide(*given, None if kind.identity else kind.matrix)
     else:
-        side = DifferentiatedSide(network.head_pass(image, twice=True), network.normalize)
+        side = HeldSide(network.held_pass(image), network.normalize)
     A = side.activations.astype(np.float64)
     z = made.head(torch.tensor(A)[None])[0].detach().numpy()
     norm = float(np.sqrt((z**2).sum())) if network.normalize else 1.0
-    return side, (jacobian(made.head, A), A, norm, z / norm)
+    return side, (slopes_of(made, A)[0], A, norm, z / norm)
 
 
-def pair_of(kind: str = "affine") -> list[PooledSide | DifferentiatedSide]:
+def slopes_of(made, A: np.ndarray):
+    """dz/dA with what is held held, and what the class token gives to z."""
+    first, head = made.precise
+    if made.kind == "tokens":
+        return held_tokens(first, head, A)
+    literal = {"pooled": held_bent, "other": held_power_mean}.get(made.kind)
+    return (jacobian(made.head, A) if literal is None else literal(head, A)), None
+
+
+def pair_of(kind: str = "affine") -> list[PooledSide | HeldSide]:
     return [side_of(toy(kind), inputs(number))[0] for number in (1, 2)]
 
 
@@ -71,7 +89,8 @@ def test_a_receipt_is_the_literal_loop(kind: str, normalize: bool) -> None:
     result, (J2, A2, norm2, f2) = side_of(made, inputs(2))
     mean = np.random.default_rng(0).normal(size=len(f)) * 0.2
     receipt = make_receipt(query, result, mean)
-    assert receipt.exact == (kind in EXACT)
+    assert receipt.exact
+    assert bool(receipt.held) == (kind not in DIRECT)
     assert receipt.similarity == pytest.approx(sum(a * b for a, b in zip(f, f2, strict=True)))
     ours, theirs = contributions(J, A, norm, f2 - mean), contributions(J2, A2, norm2, f - mean)
     for values, literal in (
@@ -119,10 +138,11 @@ def test_every_side_of_a_receipt_sums_to_the_similarity(kind: str, centred: bool
     receipt = make_receipt(query, result, mean, centred=centred)
     shown = float(query.embedding @ result.embedding)
     for one in (receipt.query, receipt.result, receipt):
-        total = one.channels.sum() + one.shared + one.remainder
+        total = one.channels.sum() + sum(one.parts.values()) + one.shared + one.remainder
         assert total == pytest.approx(shown, abs=1e-9)
     for one in (receipt.query, receipt.result):
-        assert one.cells.sum() + one.shared + one.remainder == pytest.approx(shown, abs=1e-6)
+        total = one.cells.sum() + sum(one.parts.values()) + one.shared + one.remainder
+        assert total == pytest.approx(shown, abs=1e-6)
     assert centred or receipt.shared == 0
 
 
@@ -174,7 +194,8 @@ def test_a_comparison_divides_half_the_margin(kind: str, normalize: bool, metric
     mine = found.query
     np.testing.assert_allclose(mine.cells, literal.sum(0), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(mine.channels, literal.sum((1, 2)), rtol=1e-4, atol=1e-6)
-    assert mine.channels.sum() + mine.remainder == pytest.approx(found.score, abs=1e-9)
+    parts = sum(mine.parts.values())
+    assert mine.channels.sum() + parts + mine.remainder == pytest.approx(found.score, abs=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["signed", "tokens"])
@@ -188,9 +209,10 @@ def test_what_lengths_give_is_not_called_the_bias(kind: str) -> None:
     told = dict(found.amounts(3))
     assert abs(lengths) > 1e-3
     assert told.pop("the embeddings' lengths") == pytest.approx(lengths)
-    left = "the head's bias" if kind == "signed" else "not of first order"
+    left = "the head's bias"
     rest = found.query.remainder - lengths
     assert told.get(left, 0.0) == pytest.approx(rest, abs=5e-4)
+    assert ("class and register tokens" in told) == (kind == "tokens")
     assert sum(told.values()) + lengths == pytest.approx(found.score, abs=5e-4)
     assert "the embeddings' lengths" not in dict(make_comparison(query, *pair, "ip").amounts())
 
@@ -223,10 +245,12 @@ def test_links_are_drawn_from_the_middles_of_cells(monkeypatch) -> None:
 def test_a_cell_costs_one_pass_however_often_it_is_asked_for(monkeypatch) -> None:
     side, (J, A, norm, _) = side_of(toy("other"), inputs(1))
     first = side.cell_vectors([0, 3])
-    jvp = Mock(wraps=side._passed.jvp)
-    monkeypatch.setattr(side._passed, "jvp", jvp)
-    again = side.cell_vectors([3, 5, 0])
-    assert jvp.call_count == 1
+    asked = Mock(wraps=side._passed.vectors)
+    monkeypatch.setattr(side._passed, "vectors", asked)
+    again = side.cell_vectors([3, 5, 0, 7])
+    (masks,) = asked.call_args.args
+    assert asked.call_count == 1
+    assert np.argwhere(masks).tolist() == [[0, 1, 1], [1, 1, 3]]
     np.testing.assert_array_equal(again[[2, 0]], first)
     np.testing.assert_allclose(again[1], cell_vector(J, A, norm, 1, 1), rtol=1e-4, atol=1e-6)
 

@@ -44,6 +44,7 @@ def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "photos": tmp_path / "photos",
         "weights": tmp_path / "weights.safetensors",
         "query": tmp_path / "photos" / "owl" / "1.png",
+        "embed": lambda texts: np.stack([unit * (1 + len(text)) for text in texts]) + 0.01,
         "embedding": unit / np.linalg.norm(unit),
         "activations": generator.random((1280, 7, 7), np.float32),
         "module": nn.Sequential(OrderedDict(features=made.features, head=head)).eval(),

@@ -262,7 +262,7 @@ def test_it_is_ready_once_the_network_has_answered(index, service):
     before, within, after = asyncio.run(life())
     assert before.error == after.error == (503, "not_ready")
     with Index.open(index) as opened:
-        about = {"images": 12, "generation": 1, "digest": opened.generation}
+        about = {"images": 12, "generation": 1, "digest": opened.generation, "words": False}
     assert within.json() == {"status": "ready", **about}
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from rounding import assert_same_picture
-from service_client import built, data_of, explainer, picture, post
+from service_client import ask, built, data_of, explainer, picture, post
 
 from embedcam import EmbeddingNetwork, Explainer
 from embedcam.errors import InputError
@@ -84,9 +84,56 @@ def test_a_rival(app, index):
         assert_is(one, receipt)
     contrast, shown = body["contrast"], made.to_dict()
     np.testing.assert_allclose(contrast["query"], made.query.cells, atol=1e-6)
-    assert (contrast["channels"], contrast["exact"]) == (shown["channels"], True)
+    of = [
+        [(line["channel"], line["contribution"]) for line in told["channels"]]
+        for told in (contrast, shown)
+    ]
+    assert (of[0], contrast["exact"]) == (of[1], True)
     for name in ("score", "other_channels", "remainder"):
         assert contrast[name] == pytest.approx(shown[name], abs=1e-6)
+
+
+def test_places_are_the_python_api_s(app, index):
+    (one,) = post(app, target(IDS[1]), QUERY).json()["receipts"]
+    receipt = PairExplainer(explainer(index)).receipt(QUERY, IDS[1])
+    assert one["places"]
+    for place, shown in zip(one["places"], receipt.to_dict()["places"], strict=True):
+        assert place["query"] == shown["query"]
+        assert place["result"] == shown["result"]
+        for name in ("contribution", "share"):
+            assert place[name] == pytest.approx(shown[name], abs=1e-6)
+
+
+def test_what_lies_in_a_box(app, index):
+    body = post(app, target(*IDS, box="-1,0,12.5,18"), QUERY).json()
+    CompareAnswer.model_validate(body)
+    pairs = PairExplainer(explainer(index))
+    for one, receipt in zip(
+        body["receipts"], pairs.receipts(QUERY, IDS, box=(-1, 0, 12.5, 18)), strict=True
+    ):
+        assert_is(one, receipt)
+        assert one["outside"] == pytest.approx(receipt.outside, abs=1e-6)
+        assert abs(one["outside"]) > 1e-3
+    drawn = post(app, target(IDS[0], box="0,0,12,18"), QUERY, accept="image/png").image()
+    made = pairs.receipts(QUERY, IDS[:1], box=(0, 0, 12, 18))[0].plot()
+    assert_same_picture(drawn, made.convert("RGB"))
+    assert post(app, target(IDS[0], box="90,90,99,99"), QUERY).error == (422, "unusable_box")
+    assert post(app, target(IDS[0], box="9,9,3,12"), QUERY).error == (422, "unusable_box")
+
+
+def test_a_line_shows_where_it_answers_most(app, index):
+    (one,) = post(app, target(IDS[1]), QUERY).json()["receipts"]
+    lines = one["concepts"] + one["channels"]
+    shown = explainer(index).index.exemplars("channel", one["channels"][0]["channel"])
+    told = one["channels"][0]["exemplars"]
+    assert [(a["id"], a["row"], a["column"]) for a in told] == [
+        (a.id, a.row, a.column) for a in shown
+    ]
+    for exemplar in lines[0]["exemplars"] + told:
+        found = ask(app, "GET", exemplar["crop_url"], accept="image/webp")
+        assert found.image().size == (52, 52)
+    assert ask(app, "GET", f"/items/{IDS[0]}/image?cell=4,0").error == (404, "unknown_cell")
+    assert ask(app, "GET", f"/items/{IDS[0]}/image?cell=x").error == (422, "unusable_parameter")
 
 
 @pytest.mark.parametrize("of", ["query", "result"])
@@ -96,11 +143,11 @@ def test_a_point(app, index, of):
         np.testing.assert_allclose(one["point"], receipt.point(1, 2, of), rtol=6e-4)
 
 
-def test_a_receipt_of_first_order_has_points_and_no_pairs(other, service):
+def test_a_receipt_behind_another_head_has_points_and_no_pairs(other, service):
     body = post(service(other), target(IDS[0], cell="3,0"), QUERY).json()
     CompareAnswer.model_validate(body)
     (one,) = body["receipts"]
-    assert (one["exact"], one["pairs"]) == (False, None)
+    assert (one["exact"], one["pairs"]) == (True, None)
     made = PairExplainer(other).receipt(QUERY, IDS[0])
     assert_is(one, made)
     np.testing.assert_allclose(one["point"], made.point(3, 0), rtol=6e-4)
@@ -193,15 +240,14 @@ def test_a_network_whose_head_is_not_to_be_had(index, monkeypatch, service, capl
     def gone(*_):
         raise InputError("the matrix is neither in /srv/network.onnx nor in the index")
 
-    for name in ("embedcam.service.queries.PairExplainer", "embedcam.pairs.PairExplainer.head"):
-        with monkeypatch.context() as patch:
-            patch.setattr(name, gone)
-            made = service(explainer(index))
-            found = post(made, target(IDS[0]), QUERY)
-        assert found.error == (501, "no_receipts")
-        assert "/srv" not in found.message
-        assert post(made, "/search", QUERY).status == 200
-    assert caplog.text.count("/srv/network.onnx") == 2
+    with monkeypatch.context() as patch:
+        patch.setattr("embedcam.explain.side_maker.SideMaker.head", gone)
+        made = service(explainer(index))
+        found = post(made, target(IDS[0]), QUERY)
+    assert found.error == (501, "no_receipts")
+    assert "/srv" not in found.message
+    assert post(made, "/search", QUERY).status == 200
+    assert "/srv/network.onnx" in caplog.text
 
 
 REFUSED: dict[str, tuple[str, tuple[int, str]]] = {
@@ -223,6 +269,9 @@ REFUSED: dict[str, tuple[str, tuple[int, str]]] = {
     "other digits": (target(IDS[0], cell="\u0663,0"), (422, "unusable_parameter")),
     "a line more": (target(IDS[0], cell="1,2\n"), (422, "unusable_parameter")),
     "a side that is none": (target(IDS[0], of="rival"), (422, "unusable_parameter")),
+    "a box of three": (target(IDS[0], box="1,2,3"), (422, "unusable_parameter")),
+    "a box of words": (target(IDS[0], box="a,b,c,d"), (422, "unusable_parameter")),
+    "a box and a rival": (target(IDS[0], rival=IDS[1], box="0,0,9,9"), (422, "unusable_parameter")),
     "a million channels": (target(IDS[0], lines=10**6), (422, "unusable_parameter")),
     "infinite links": (target(IDS[0], links="inf"), (422, "unusable_parameter")),
     "an unknown parameter": (target(IDS[0], cel="1,1"), (422, "unknown_parameter")),

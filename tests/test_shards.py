@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from photo_samples import CROP, Pooled
 from toys import seeded
 
+import embedcam.offline.concepts as concepts
 import embedcam.offline.job as jobs
 import embedcam.offline.merge as merge
 import embedcam.offline.plan as plan
@@ -43,6 +44,8 @@ QUIET = {"workers": 0, "progress": False}
 def quick(monkeypatch) -> None:
     quicken(monkeypatch)
     monkeypatch.setattr(plan, "CHUNK", 4)
+    monkeypatch.setattr(concepts, "LEAST_IMAGES", 4)
+    monkeypatch.setattr(concepts, "LEAST_CHANNELS", 4)
 
 
 def in_pieces(source, network: EmbeddingNetwork, base: Path, recipe=None, **options) -> Path:

@@ -407,10 +407,12 @@ def _build_images(
     again: bool,
     engine: "RayEngine | None",
 ) -> "BuildReport":
+    from ..network import read_by
     from ..offline import build_index
 
     source, loaded, own_maps, earlier = _inputs(options, images, network, again)
     work = _work(options, images.get("on_unreadable", "fail"))
+    loaded = read_by(loaded, recipe.entry.reading)
     with run_by(options, loaded, earlier) as run:
         work["batch_size"] = work["batch_size"] or run.repeat_run(earlier)
         return build_index(

@@ -500,6 +500,8 @@ def compare(options: Namespace) -> None:
     check_folder("--images", options.images)
     _check_query(options.query)
     check_rival(options.result, options.above)
+    if options.box is not None and options.above is not None:
+        raise InputError("--box asks what a part matches in one result; leave out it or --above")
     ids = [name for name in (options.result, options.above) if name is not None]
     options.model = None
     take_model(options)
@@ -514,8 +516,12 @@ def compare(options: Namespace) -> None:
         pairs, centred = PairExplainer(explainer), not options.not_centred
         head = f"{options.query} and {options.result}"
         pair: Receipt | Comparison
+        places: list[str] = []
         if options.above is None:
-            pair = pairs.receipt(options.query, options.result, centred=centred)
+            (pair,) = pairs.receipts(
+                options.query, [options.result], centred=centred, box=options.box
+            )
+            places = pair.in_words()
             total = ["similarity", f"{pair.similarity:+.3f}"]
         else:
             pair = pairs.above(options.query, options.result, options.above, centred=centred)
@@ -538,6 +544,7 @@ def compare(options: Namespace) -> None:
         show_json({"query": options.query, **saved, "pair": pair.to_dict(options.lines)})
         return
     rows = [[words, f"{number:+.3f}"] for words, number in pair.amounts(options.lines)]
-    show(head, *(f"  {line}" for line in columns([*rows, total], right=(1,))))
+    lines = [*places, *[""] * bool(places), *columns([*rows, total], right=(1,))]
+    show(head, *(f"  {line}".rstrip() for line in lines))
     if picture is not None:
         note(options, f"picture: {picture}")

@@ -222,6 +222,9 @@ def compare(command: ArgumentParser) -> None:
     add("result RESULT", "id of an image of the index")
     add("--above ID", "why the result came above this image")
     add("-o --output PNG", "picture")
+    text = "what this part of the query matches, in its pixels: left, top, right, bottom"
+    ends = ("X0", "Y0", "X1", "Y1")
+    command.add_argument("--box", help=text, type=float, nargs=4, metavar=ends)
     add("--lines N", "channels listed (default 10)", POSITIVE, default=10)
     add("--not-centred", "do not put apart what the average image of the index shares")
     add("--store URL", "where the rows are, INDEX being the file of their model")

@@ -10,19 +10,40 @@ import numpy as np
 
 from .._checks import as_array, check_outputs, stacked
 from ..errors import EmbeddingError
-from .sides import DifferentiatedSide, PooledSide, Side, matrix_of
+from ..preprocess import HeadMatrix
+from .sides import HeldSide, PooledSide, Products, Side, matrix_of
 
 if TYPE_CHECKING:
     from ..index import Index
-    from ..preprocess import HeadMatrix, Network
+    from ..network.gradients import HeadPass
+    from ..preprocess import Network
     from .queries import Inputs
+
+
+class SlopeSide:
+    """A picture, and what its positions give by the head's derivative where they stand.
+
+    To first order and all of it, attention weights too: what positions give need not add up.
+    """
+
+    def __init__(self, passed: HeadPass, normalize: bool) -> None:
+        features = passed.features
+        self.activations = as_array(features.activations, np.float32)[0]
+        self.embedding = as_array(features.embedding)[0].astype(np.float64)
+        self._norm, self._passed = float(features.norm[0]) if normalize else 1.0, passed
+
+    def products(self, direction: np.ndarray) -> Products:
+        """Return what channels `[K]` and positions `[H W]` give to f . direction."""
+        slopes = as_array(self._passed.vjp((direction / self._norm)[None]))[0]
+        product = slopes.astype(np.float64) * self.activations
+        return product.sum((1, 2)), product.sum(0), {}
 
 
 class SideMaker:
     """Makes sides of pictures by one network.
 
     Behind average pooling and an affine head all is exact and needs neither a gradient nor torch;
-    behind another head each picture is one head pass.
+    behind another head each picture is one held pass.
     """
 
     def __init__(self, network: Network) -> None:
@@ -52,12 +73,32 @@ class SideMaker:
             sides.update(zip(places, made, strict=True))
         return [sides[place] for place in range(len(inputs))]
 
+    def map_sides(self, index: Index, inputs: Sequence[Inputs]) -> list[Side | SlopeSide]:
+        """Return sides that maps are drawn of: those of receipts, see `sides`.
+
+        But of a layer read inside an attention, whose positions do not make the embedding. Values
+        lie in the embedding's own space (MaskCLIP) and need no derivative; others take one.
+        """
+        _, at, reading = str(self.network.layer).rpartition("@")
+        if not at:
+            return [*self.sides(index, inputs)]
+        made: list[Side | SlopeSide] = []
+        for one in inputs:
+            if reading == "value":
+                made += self._pooled(HeadMatrix(None), one[None])
+            else:
+                made.append(SlopeSide(self.network.head_pass(one[None]), self.network.normalize))
+        return made
+
     def _of_batch(self, head: HeadMatrix | None, batch: Inputs) -> list[Side]:
         if head is None:
-            passed = self.network.head_pass(batch, twice=True)
+            passed = self.network.held_pass(batch)
             features = passed.features
             check_outputs(as_array(features.embedding), as_array(features.activations))
-            return [DifferentiatedSide(passed, self.network.normalize)]
+            return [HeldSide(passed, self.network.normalize)]
+        return [*self._pooled(head, batch)]
+
+    def _pooled(self, head: HeadMatrix, batch: Inputs) -> list[PooledSide]:
         embeddings, norms, (maps,) = self.network.embed(batch)
         check_outputs(embeddings, maps)
         if not self.network.normalize:

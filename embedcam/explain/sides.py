@@ -1,15 +1,16 @@
 """One picture of a pair, and what each of its positions and channels gives to its embedding.
 
 A head turns activations A `[K H W]` into z `[D]`, and the embedding is f = z / |z| (or z itself).
-Behind average pooling and an affine head z = W p + b all is exact; elsewhere it is of first order
-in A, by products with the head's Jacobian. |z| is held constant on purpose: differentiated through,
-all contributions sum to zero where the head has no bias.
+Behind average pooling and an affine head z = W p + b all is exact. Elsewhere it is exact with what
+is not linear held (attention weights, norms' statistics), and parts that are no positions are told
+by name. |z| is held constant on purpose: differentiated through, all contributions sum to zero
+where the head has no bias.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,7 +26,11 @@ from .explanation import Json
 
 if TYPE_CHECKING:
     from ..index import Index
-    from ..network.gradients import HeadPass
+    from ..network.held import HeldPass
+
+Products = tuple[np.ndarray, np.ndarray, dict[str, float]]
+_AT_ONCE = 16
+"""Sets of positions in one pass through a head."""
 
 
 class PooledSide:
@@ -35,7 +40,8 @@ class PooledSide:
     z / |z|, else 1.
     """
 
-    exact = True
+    exact = direct = True
+    held: tuple[str, ...] = ()
 
     def __init__(
         self, activations: ArrayLike, embedding: ArrayLike, norm: float, matrix: np.ndarray | None
@@ -54,54 +60,71 @@ class PooledSide:
         self._flat = self.activations.reshape(shape[1], -1)
         self._scale = self.norm * self._flat.shape[1]
 
-    def products(self, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the sums of dy/dA * A by channel `[K]` and position `[H W]`, y = f . direction."""
+    def products(self, direction: np.ndarray, within: np.ndarray | None = None) -> Products:
+        """Return what channels `[K]`, positions `[H W]` and other parts give to f . direction.
+
+        `within`, weights `[H W]` from 0 to 1, tells what of the positions is counted.
+        """
+        flat = self._flat if within is None else self._flat * within.ravel().astype(np.float32)
         slopes = direction if self._matrix is None else direction.astype("f4") @ self._matrix
         slopes = (slopes / self._scale).astype(np.float64)
-        channels = slopes * self._flat.sum(1, dtype=np.float64)
-        cells = slopes.astype(np.float32) @ self._flat
-        return channels, cells.astype(np.float64).reshape(self.activations.shape[1:])
+        channels = slopes * flat.sum(1, dtype=np.float64)
+        cells = slopes.astype(np.float32) @ flat
+        return channels, cells.astype(np.float64).reshape(self.activations.shape[1:]), {}
+
+    def vectors(self, masks: np.ndarray) -> np.ndarray:
+        """Return what sets of positions give to f, `[n D]`; masks `[n H W]` from 0 to 1."""
+        return self._embedded(self._flat @ masks.reshape(len(masks), -1).T.astype(np.float32))
 
     def cell_vectors(self, cells: Sequence[int]) -> np.ndarray:
-        """Return what positions, counted row by row, alone give to the embedding, `[n D]`."""
-        chosen = self._flat[:, list(cells)]
-        embedded = chosen if self._matrix is None else self._matrix @ chosen
+        """Return what positions, counted row by row, alone give to f, `[n D]`."""
+        return self._embedded(self._flat[:, list(cells)])
+
+    def _embedded(self, sums: np.ndarray) -> np.ndarray:
+        embedded = sums if self._matrix is None else self._matrix @ sums
         return np.asarray(embedded.T.astype(np.float64) / self._scale)
 
 
-class DifferentiatedSide:
-    """A picture behind any other head, by `network.head_pass(input, twice=True)` of it alone."""
+class HeldSide:
+    """A picture behind any other head, by `network.held_pass(input)` of it."""
 
-    exact = False
+    direct = False
 
-    def __init__(self, passed: HeadPass, normalize: bool) -> None:
+    def __init__(self, passed: HeldPass, normalize: bool) -> None:
         features = passed.features
         self.activations = as_array(features.activations, np.float32)[0]
         self.embedding = as_array(features.embedding)[0].astype(np.float64)
         self.norm = float(features.norm[0]) if normalize else 1.0
+        self.exact, self.held = passed.exact, passed.held
         self._passed = passed
-        self._vectors: dict[int, np.ndarray] = {}
+        self._alone: dict[int, np.ndarray] = {}
 
-    def products(self, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the sums of dy/dA * A by channel `[K]` and position `[H W]`, y = f . direction."""
-        slopes = as_array(self._passed.vjp((direction / self.norm)[None]))[0]
-        product = slopes.astype(np.float64) * self.activations
-        return product.sum((1, 2)), product.sum(0)
+    def products(self, direction: np.ndarray, within: np.ndarray | None = None) -> Products:
+        """Return what channels `[K]`, positions `[H W]` and other parts give to f . direction.
+
+        `within`, weights `[H W]` from 0 to 1, tells what of the positions is counted.
+        """
+        return self._passed.products(direction / self.norm, within)
+
+    def vectors(self, masks: np.ndarray) -> np.ndarray:
+        """Return what sets of positions give to f, `[n D]`; masks `[n H W]` from 0 to 1."""
+        return self._passed.vectors(masks) / self.norm
 
     def cell_vectors(self, cells: Sequence[int]) -> np.ndarray:
-        """Return what positions, counted row by row, alone give to the embedding, `[n D]`."""
-        for cell in cells:
-            # Kept: a query's positions are asked for again by each of its receipts.
-            if cell not in self._vectors:
-                place = np.unravel_index(cell, self.activations.shape[1:])
-                alone = np.zeros_like(self.activations)
-                alone[:, *place] = self.activations[:, *place]
-                self._vectors[cell] = as_array(self._passed.jvp(alone[None]))[0]
-        vectors = np.array([self._vectors[cell] for cell in cells], np.float64)
-        return vectors.reshape(len(cells), -1) / self.norm
+        """Return what positions, counted row by row, alone give to f, `[n D]`."""
+        # Kept: a query's positions are asked for again by each of its receipts.
+        new = [cell for cell in dict.fromkeys(cells) if cell not in self._alone]
+        size = self.activations[0].size
+        for start in range(0, len(new), _AT_ONCE):
+            some = new[start : start + _AT_ONCE]
+            masks = np.eye(size, dtype=np.float32)[some]
+            made = self.vectors(masks.reshape(-1, *self.activations.shape[1:]))
+            self._alone.update(zip(some, made, strict=True))
+        vectors = [self._alone[cell] for cell in cells]
+        return np.array(vectors, np.float64).reshape(len(vectors), len(self.embedding))
 
 
-Side = PooledSide | DifferentiatedSide
+Side = PooledSide | HeldSide
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,16 +144,26 @@ NOT_SHOWN = Shown()
 class Contributions:
     """What one picture's activations give to a score.
 
-    Of each position `cells` `[H W]`, of each channel `channels` `[K]`, signed; `shared` is what it
-    has with the average image too, `remainder` the head's bias and what is not of first order.
-    `cells.sum()` (or `channels.sum()`), `shared` and `remainder` add up to the score.
+    Of each position `cells` `[H W]`, of each channel `channels` `[K]`, signed; `parts` are what is
+    neither, such as "the MLP", by name; `shared` is what it has with the average image too,
+    `remainder` biases, and where the side is not exact what is not of first order.
+    `cells.sum()` (or `channels.sum()`), the parts, `shared` and `remainder` add up to the score;
+    of a part of the query `outside`, what all else gives, with them.
     """
 
     cells: np.ndarray
     channels: np.ndarray
+    parts: dict[str, float]
     shared: float
     remainder: float
     shown: Shown = NOT_SHOWN
+    outside: float = 0.0
+
+    def restricted(self, products: Products) -> Contributions:
+        """Return the same where only what `products` says of channels and positions counts."""
+        channels, cells, _ = products
+        outside = float(self.channels.sum() - channels.sum())
+        return replace(self, cells=cells, channels=channels, outside=outside)
 
     def tile(self, rival: bool = False) -> Tile:
         """Return the picture with its map; of a `rival` evidence is the other way round."""
@@ -155,7 +188,9 @@ class Contributions:
             "id": shown.name,
             "label": shown.label,
             "cells": self.cells.astype(np.float32).tolist(),
+            "parts": self.parts,
             "shared": self.shared,
+            "outside": self.outside,
             "remainder": self.remainder,
             "extent": None if shown.extent is None else list(shown.extent),
         }
@@ -173,13 +208,14 @@ def evidence_of(
     shared = 0.0 if mean is None else float(side.embedding @ mean)
     direction = direction if mean is None else direction - mean
     with np.errstate(over="ignore", invalid="ignore"):
-        channels, cells = side.products(direction)
+        channels, cells, parts = side.products(direction)
     if not (np.isfinite(cells).all() and np.isfinite(channels).all()):
         raise NetworkError(
             "a receipt overflows: the activations, with what the head makes of them, go beyond "
             "float32; check the network's weights"
         )
-    return Contributions(cells, channels, shared, float(score - shared - channels.sum()), shown)
+    remainder = float(score - shared - channels.sum() - sum(parts.values()))
+    return Contributions(cells, channels, parts, shared, remainder, shown)
 
 
 def matrix_of(index: Index) -> np.ndarray:

@@ -63,8 +63,9 @@ class TextExplanation:
     centred
         The mean of all texts was taken out, see `why_not_centred`.
     exact
-        What positions give adds up to the similarity by itself: behind average pooling and an
-        affine head. Else by the head's derivative.
+        The head is average pooling and affine: what positions give adds up, and took no gradient.
+        Behind another head attention weights, norms and slopes are held, see receipts, and parts
+        that are no positions are not shown.
     preprocess, root, only_below, max_pixels
         As an `Explanation` has them.
     """

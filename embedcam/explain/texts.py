@@ -25,7 +25,7 @@ from ..index.in_memory import Rows, listed
 from ..index.search import find_neighbors
 from .answer import picture_paths
 from .queries import prepare
-from .side_maker import SideMaker
+from .side_maker import SideMaker, SlopeSide
 from .sides import Side
 from .text_explanation import TextExplanation, TextResult
 
@@ -223,12 +223,12 @@ def answers_of(
     step = snapshot.network.usual_run.batch_size
     for start in range(0, len(names), step):
         some = names[start : start + step]
-        sides = maker.sides(snapshot.index, [inputs[name] for name in some])
+        sides = maker.map_sides(snapshot.index, [inputs[name] for name in some])
         answers |= {name: partial(cells_of, one) for name, one in zip(some, sides, strict=True)}
     return answers
 
 
-def cells_of(side: Side, direction: np.ndarray) -> np.ndarray:
+def cells_of(side: Side | SlopeSide, direction: np.ndarray) -> np.ndarray:
     """Return what each position of a picture gives to f . direction, `[H W]`."""
     return side.products(direction)[1]
 
@@ -270,7 +270,7 @@ def _of_picture(
     """Explain words by one picture, which need not be indexed."""
     picture, inputs = prepare(image, snapshot.preprocess, explainer.max_pixels)
     direction = direction_of(snapshot.index, words)
-    (side,) = maker.sides(snapshot.index, [inputs])
+    (side,) = maker.map_sides(snapshot.index, [inputs])
     apart = side.embedding - words.embedding
     rival = None if words.rival is None else float(side.embedding @ words.rival)
     result = TextResult(

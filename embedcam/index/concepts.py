@@ -102,7 +102,8 @@ class Concepts:
             return np.zeros(len(self))
         factor = self._factor
         products = self.parts.astype(np.float64) @ (sums / largest)
-        return np.asarray(nnls(factor.T, np.linalg.solve(factor, products), 50 * len(self))[0])
+        most = 50 * len(self)
+        return np.asarray(nnls(factor.T, np.linalg.solve(factor, products), maxiter=most)[0])
 
     def shares(self, activations: np.ndarray) -> np.ndarray:
         """Return the share of each part in each channel of a picture `[K H W]`, `[P K]`.
@@ -208,13 +209,18 @@ def misshapen(shapes: Mapping[str, tuple[str, tuple[int, ...]]], channels: int) 
     `shapes` are (dtype, shape) by name, of any arrays of the whole index; `channels` is K.
     """
     shapes = {name: shapes[name] for name in sorted(ARRAYS & shapes.keys())}
+    if "concept_exemplars" in shapes and PARTS not in shapes:
+        return f"concept_exemplars are there without {PARTS}"
     parts = shapes.get(PARTS, ("float32", (1, channels)))[1]
     lines = {"channel": channels, "concept": parts[0]}
     for name, (dtype, shape) in shapes.items():
         kind, _, what = name.partition("_")
         n = lines.get(kind, 0)
         expected: dict[str, tuple[str, bool]] = {
-            "parts": ("float32", len(shape) == 2 and shape[1] in (channels, 2 * channels)),
+            "parts": (
+                "float32",
+                len(shape) == 2 and shape[1] in (channels, 2 * channels) and n > 0,
+            ),
             "exemplars": ("uint32", len(shape) == 3 and (shape[0], shape[2]) == (n, 2)),
             "values": ("float32", len(shape) == 2 and shape[0] == n),
             "ids": ("uint8", len(shape) == 1),
@@ -228,8 +234,6 @@ def misshapen(shapes: Mapping[str, tuple[str, tuple[int, ...]]], channels: int) 
             return f"{kind}_exemplars and {kind}_values are not as many"
         if pair[0] and not shapes.keys() >= {*IDS}:
             return f"{kind}_exemplars are there without the ids they name"
-    if "concept_exemplars" in shapes and PARTS not in shapes:
-        return f"concept_exemplars are there without {PARTS}"
     return None
 
 

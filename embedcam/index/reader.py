@@ -148,6 +148,7 @@ class Index:
     def _hold(self, parts: list[Part]) -> None:
         self._rows = _Rows(self.path, self.layers, self.columns, parts)
         self.starts, self.n_rows = self._rows.starts, int(self._rows.starts[-1])
+        self._there: dict[str, bool] = {}  # of exemplars, which are few
         self.ids: Strings[str] = Strings(self._rows, Part.ids_of)
         self.paths: Strings[str] = Strings(self._rows, Part.paths_of)
         self.labels: Strings[str | None] = Strings(self._rows, Part.labels_of)
@@ -272,9 +273,12 @@ class Index:
             raise broken(self.path, self.manifest.fitted.directory, what) from None
 
     def _is_there(self, id: str) -> bool:
-        # What was added later under the same id is another picture.
-        most = self.manifest.fit.rows if self.is_whole else self.n_rows
-        return any(row < most and self.live([row])[0] for row in self._find(id))
+        if (there := self._there.get(id)) is None:
+            # What was added later under the same id is another picture.
+            most = self.manifest.fit.rows if self.is_whole else self.n_rows
+            there = any(row < most and self.live([row])[0] for row in self._find(id))
+            self._there[id] = there
+        return there
 
     def probe(self) -> dict[str, np.ndarray]:
         """Return the arrays of the network's probe, by name ("probe_...")."""

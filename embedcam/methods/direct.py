@@ -18,7 +18,7 @@ from .._options import Setting
 from ..errors import EmbedcamWarning, EmbeddingError, InputError
 from ..images import MAX_PIXELS, ImageLike, read_image
 from ..images.progress import progress_of
-from ..network import EmbeddingNetwork
+from ..network import EmbeddingNetwork, read_by
 from ..ops import cam, resize
 from ..preprocess import Extent
 from ..recipe.recipe import Recipe
@@ -186,6 +186,7 @@ def cam_for(
     """
     entry, target = find_method(method), as_target(target)
     checked_options(entry, options)
+    network = read_by(network, entry.reading)
     if not entry.targeted:
         warnings.warn(
             f"{entry.title} ignores the target: it shows what stands out, not what matched",

@@ -16,6 +16,7 @@ from .._checks import one_of, whole
 from .._options import Setting
 from ..errors import NetworkError, RecipeError
 from ..network import (
+    AttentionPass,
     EmbeddingNetwork,
     Features,
     HeadPass,
@@ -194,6 +195,13 @@ class Subject:
     def several(self, layers: Iterable[str]) -> SeveralPass:
         """Run the images once, differentiable back to the shallowest of several layers."""
         run = several_pass(self.network, self.images, list(layers))
+        self._ran(len(self))
+        self._checked(run.features)
+        return run
+
+    def attentions(self, depths: bool = False) -> AttentionPass:
+        """Run the images once, differentiable from their attentions' weights on."""
+        run = AttentionPass(self.network, self.images, depths)
         self._ran(len(self))
         self._checked(run.features)
         return run

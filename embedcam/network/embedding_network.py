@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_args
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._checks import check_sides, one_of, whole
 from .._files import ProcessLock
@@ -37,7 +36,16 @@ from ..preprocess.probe import probe_inputs
 from . import open_clip_source, sentence_transformers_source, transformers_source
 from .gradients import HeadPass
 from .head import HeadAlone, HeadKind, ask_head, pooled_vjp, refuse_difference, tolerance_of
-from .layers import TOKENS, Images, LayoutName, OutputChoice, describe_choice, find_layer
+from .held import HeldPass, held_pass
+from .layers import (
+    TOKENS,
+    Images,
+    LayoutName,
+    OutputChoice,
+    describe_choice,
+    find_layer,
+    split_reading,
+)
 from .module import (
     RandomOperations,
     advice_of,
@@ -58,6 +66,7 @@ from .module import (
     twin_of,
     uncompiled,
 )
+from .reading import Reading, as_indexed
 from .runner import (
     Features,
     Head,
@@ -436,8 +445,9 @@ class EmbeddingNetwork:
 
     def for_index(self, stored: Identity, layers: Sequence[str] = ()) -> Self:
         """Return this network as the one of an index; `NetworkMismatch` where it is another."""
-        compare(stored, self.identity())
-        return self
+        network = as_indexed(self, stored.layer)
+        compare(stored, network.identity())
+        return network
 
     def require_preprocess(self) -> AnyPreprocess:
         """Return the preprocessing, or an `InputError` where the network was given none."""
@@ -538,16 +548,20 @@ class EmbeddingNetwork:
         """Return features, z `[B D]` and the input as a leaf, gradients kept: `input_gradient`."""
         return self.runner.run_from_input(images, mode)
 
-    def head_pass(self, images: Images, *, twice: bool = False) -> HeadPass:
+    def head_pass(self, images: Images) -> HeadPass:
         """Return a forward that is differentiable from the layer on; in inference mode too.
 
-        `twice` is for `HeadPass.jvp`: attention is computed by formulas that can be differentiated
-        twice. Raises as `forward`, and where the layer's output, or that of all its patch tokens,
-        never reaches the embedding.
+        Raises as `forward`, and where the layer's output, or that of all its patch tokens, never
+        reaches the embedding.
         """
-        with sdpa_kernel(SDPBackend.MATH) if twice else nullcontext():
-            run = self.runner.run(images, keep=in_graph)
-        return HeadPass(self.runner, run)
+        return HeadPass(self.runner, self.runner.run(images, keep=in_graph))
+
+    def held_pass(self, image: Images) -> HeldPass:
+        """Return a forward of `[1 C H W]` that is a sum from the layer on; raises as `head_pass`.
+
+        Attention weights, norms' statistics and the like are held: see `HeldPass.held`.
+        """
+        return held_pass(self.runner, image)
 
     def traceable(self, layers: Sequence[str]) -> Callable[[Tensor], tuple[Tensor, list[Tensor]]]:
         """Return images -> z `[B D]` and layers' `[B K H W]`, for exporters; nothing is checked."""
@@ -557,8 +571,12 @@ class EmbeddingNetwork:
         )
 
         def run(images: Tensor) -> tuple[Tensor, list[Tensor]]:
-            z, raws, _ = self.runner.call(images, copied, None, named)
-            return z, [layout.to_maps(raw) for layout, raw in zip(layouts, raws, strict=True)]
+            readings = dict[str, Reading]()
+            z, raws, _ = self.runner.call(images, copied, None, named, readings)
+            return z, [
+                readings[name].maps if name in readings else layout.to_maps(raw)
+                for (name, _), layout, raw in zip(named, layouts, raws, strict=True)
+            ]
 
         return run
 
@@ -699,6 +717,8 @@ class EmbeddingNetwork:
     def affine_head(self, stored_matrix: Callable[[], np.ndarray]) -> HeadMatrix | None:
         """Return the head where it is pooled and affine; nothing is asked of an index."""
         kind = self.head_kind
+        if split_reading(self.layer)[1]:  # weights follow from it, but activations do not make z
+            return None
         return HeadMatrix(None if kind.identity else kind.matrix) if kind.affine else None
 
     def _probes(self) -> Images:

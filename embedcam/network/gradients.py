@@ -49,7 +49,7 @@ def unreachable(layer: str) -> NetworkError:
     )
 
 
-class _Graph:
+class Graph:
     """The graph from layers' outputs to z, held until it is closed (`with` closes it).
 
     features: with the activations of the last layer; activations: of each, `[B K H W]`.
@@ -135,50 +135,15 @@ class _Graph:
                 )
 
 
-class HeadPass(_Graph):
+class HeadPass(Graph):
     """One forward of B images that can be differentiated from the layer on, until it is closed."""
-
-    _twice: tuple[Tensor, Tensor] | None = None
 
     def vjp(self, cotangents: Images) -> Tensor:
         """Return dy/dA `[B K H W]` for the cotangents dy/dz `[B D]` at z, before normalization."""
         return self._back(cotangents)[0]
 
-    def jvp(self, tangents: Images) -> Tensor:
-        """Return dz/dA dA `[B D]`, prefix tokens as they are; the pass is of `twice=True`."""
-        z, (leaf,) = self._open()
-        shielded = self._network.precision(autocast=False)
-        with torch.inference_mode(False), torch.enable_grad(), shielded:
-            moved = torch.as_tensor(tangents, device=leaf.device).to(leaf.dtype)
-            shape = self.features.activations.shape
-            if moved.shape != shape:
-                raise InputError(
-                    f"tangents are {list(moved.shape)}; expected those of the activations, "
-                    f"{list(shape)}"
-                )
-            try:
-                if self._twice is None:
-                    # dz/dA^T u is linear in u: its derivative towards u is dz/dA.
-                    u = torch.zeros_like(z, requires_grad=True)
-                    self._twice = u, torch.autograd.grad(z, leaf, u, create_graph=True)[0]
-                u, back = self._twice
-                raw = self._layouts[0].to_raw(moved, torch.zeros_like(leaf))
-                outcome = torch.autograd.grad(back, u, raw, retain_graph=True)[0]
-            except (RuntimeError, NotImplementedError) as error:
-                message = str(error).partition("\n")[0][:200]
-                raise NetworkError(
-                    f"what follows layer {self._names[0]!r} cannot be differentiated twice "
-                    f"({message}); make the pass with twice=True, or take a layer behind that step"
-                ) from error
-        return at_least_single(outcome)
 
-    def close(self) -> None:
-        """Free the graph; the features stay."""
-        super().close()
-        self._twice = None
-
-
-class SeveralPass(_Graph):
+class SeveralPass(Graph):
     """One forward that can be differentiated from several layers on, until it is closed.
 
     layers: names, in the order they were asked for; depth: their places in the order they ran.

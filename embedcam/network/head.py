@@ -16,6 +16,7 @@ from ..errors import EmbedcamError, InputError, NetworkError
 from .gradients import derivatives, unreachable
 from .layers import Images, Layout, choose_embedding
 from .module import no_gradients
+from .reading import Reading
 from .runner import Features, Runner, at_least_single, run_part
 
 # Scale and sign (0: both) of the random activations. Signed ones tell a ReLU or a power mean from a
@@ -73,10 +74,15 @@ class HeadAlone:
             self._pictures = runner.prepare(images)
             layout = runner.found
             if asking or layout is None:
-                one = self._pictures[:1]
-                _, (raw,), _ = runner.call(one, lambda raw: (raw, raw.clone()), 1)
-                layout, self.inputs = runner.read_layout(runner.layer, raw, one), 1
-                self.maps = layout.to_maps(raw)
+                one, readings = self._pictures[:1], dict[str, Reading]()
+                _, (raw,), _ = runner.call(one, lambda raw: (raw, raw.clone()), 1, (), readings)
+                self.inputs, self.maps = 1, torch.empty(0)
+                if readings:
+                    (read,) = readings.values()
+                    layout, self.maps = read.layout, read.maps
+                else:
+                    layout = runner.read_layout(runner.layer, raw, one)
+                    self.maps = layout.to_maps(raw)
         self.layout = layout
         plain = runner.parts is not None and not layout.prefix and not asking
         self._dtype = runner.plain_dtype if plain else None

@@ -34,7 +34,19 @@ _EMBEDDING = "the embedding, a tensor [B D]"
 # What transformers' models of one tower return.
 _POOLED, _UNPOOLED = "pooler_output", ("last_hidden_state", "hidden_states", "attentions")
 
+READINGS = ("gradeclip", "value")
+"""What can be read inside an attention, as "LAYER@reading"; see `reading`."""
+
 # Finding a layer
+
+
+def split_reading(layer: str) -> tuple[str, str]:
+    """Return the name of a layer, and what is read inside it, "" for its output."""
+    base, mark, reading = layer.partition("@")
+    if mark and reading not in READINGS:
+        known = " or ".join(f"@{one}" for one in READINGS)
+        raise NetworkError(f"layer {layer!r}: '@{reading}' is unknown; write LAYER{known}")
+    return base, reading
 
 
 def near_misses(word: str, known: Iterable[str], count: int = 4) -> str:
@@ -47,7 +59,14 @@ def near_misses(word: str, known: Iterable[str], count: int = 4) -> str:
 
 
 def find_layer(module: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Module]:
-    """Return (dotted name, module) of a layer given either way, wrappers' prefixes optional."""
+    """Return (dotted name, module) of a layer given either way, wrappers' prefixes optional.
+
+    What is read inside an attention stays in the name: "blocks.11.attn@gradeclip".
+    """
+    if isinstance(layer, str) and "@" in layer:
+        base, reading = split_reading(layer)
+        dotted, part = find_layer(module, base)
+        return f"{dotted}@{reading}", part
     named = dict(module.named_modules())
     if isinstance(layer, nn.Module):
         name = next((name for name, part in named.items() if part is layer), None)
@@ -180,8 +199,8 @@ def resolve(
         )
     if kind == "auto":
         # Of four dimensions the channels are last where only the middle two have the aspect.
-        last = raw.ndim == 4 and _same_aspect(shape[1:3], size)
-        kind = "bhwk" if last and not _same_aspect(shape[2:4], size) else "bkhw"
+        last = raw.ndim == 4 and same_aspect(shape[1:3], size)
+        kind = "bhwk" if last and not same_aspect(shape[2:4], size) else "bkhw"
         kind = "btk" if raw.ndim == 3 else kind
     if (kind in ORDERS) != (raw.ndim == 3):
         raise wrong(
@@ -222,7 +241,7 @@ def axes_told(
         kinds = [told[len(first), place] for place in moved if (len(first), place) in told]
         if 0 in batch and len(kinds) == 1:
             return kinds[0]
-    if len(first) == 4 and _same_aspect(first[1:3], size) and _same_aspect(first[2:4], size):
+    if len(first) == 4 and same_aspect(first[1:3], size) and same_aspect(first[2:4], size):
         raise NetworkError(
             f"layer {layer!r} returned {list(first)} for an input {_by(size)} and takes no other "
             "size, so its channels cannot be told from its positions; say layout='bkhw' or 'bhwk'"
@@ -238,7 +257,7 @@ def smaller(size: tuple[int, int]) -> list[tuple[int, int]]:
     return [half for half in dict.fromkeys(halves) if half != tuple(size)]
 
 
-def _same_aspect(grid: Sequence[int], size: tuple[int, int]) -> bool:
+def same_aspect(grid: Sequence[int], size: tuple[int, int]) -> bool:
     """Return whether the grid is the input's, divided by one stride, give or take a position."""
     (h, w), (height, width) = grid, size
     if h > height or w > width:

@@ -18,9 +18,10 @@ from ..preprocess import AnyPreprocess, Preprocess, Transform, from_transform
 from ..preprocess.probe import probe_inputs
 from .checkpoints import read_affine
 from .embedding_network import DEFAULT_INPUT_SIZE, EmbeddingNetwork
-from .layers import LayoutName, choose_embedding, near_misses
+from .layers import LayoutName, choose_embedding, near_misses, split_reading
 from .module import input_channels, lay_out, module_device, no_gradients, user_code
 from .open_clip_source import from_open_clip
+from .reading import at_layer, read_by
 from .runner import with_positions
 from .sentence_transformers_source import from_sentence_transformers
 from .source import Loaded, PathLike, Sides, load_weights
@@ -78,7 +79,8 @@ def load_network(
         A `.safetensors` file with `weight [D K']` and perhaps `bias [D]`, an affine map to put
         after the embedding.
     layer
-        Dotted name; found by itself but for a factory's module.
+        Dotted name; found by itself but for a factory's module. "LAYER@gradeclip" or
+        "LAYER@value" reads inside an attention, "@gradeclip" and "@value" inside the last one.
     size, resize
         Of the network's input, H = W or (H, W), and "crop" or "squash", how pictures are brought to
         it; default as it was trained.
@@ -120,6 +122,8 @@ def load_network(
         if isinstance(product, EmbeddingNetwork):
             return _as_made(product, {**arguments, "autocast": autocast})
         loaded = _from_factory(product, network, weights, head, output)
+    base, reading = split_reading(layer or "")
+    layer = layer if base else None
     if layer not in (None, loaded.layer):
         loaded.head = loaded.trunk = None
     layer = layer or loaded.layer
@@ -156,6 +160,8 @@ def load_network(
         texts=loaded.texts,
     )
     result.owns_module = True
+    if reading and not base:
+        result = read_by(result, reading)
     del arguments["preprocess"], arguments["device"]
     cast = next((name for name, kind in _AUTOCAST.items() if kind and kind == autocast), None)
     spec = {**arguments, "layer": result.layer, "size": sides, "autocast": cast}
@@ -234,7 +240,11 @@ def _call_factory(source: str, name: str) -> Any:
 
 def _as_made(product: EmbeddingNetwork, arguments: dict[str, Any]) -> EmbeddingNetwork:
     """Return a factory's own `EmbeddingNetwork`, which settles everything by itself."""
-    network, device = arguments.pop("network"), arguments["device"]
+    network, device, layer = arguments.pop("network"), arguments["device"], arguments["layer"]
+    if "@" in str(layer):  # what is read inside an attention of it is another question
+        arguments["layer"] = None
+        base, reading = split_reading(str(layer))
+        product = at_layer(product, str(layer)) if base else read_by(product, reading)
     if device is not None and torch.device(device) == product.device:
         arguments["device"] = None
     defaults = inspect.signature(load_network).parameters
@@ -245,6 +255,8 @@ def _as_made(product: EmbeddingNetwork, arguments: dict[str, Any]) -> EmbeddingN
             "set it there, or return the module"
         )
     product.spec = {"network": network}
+    if split_reading(product.layer)[1]:
+        product.spec["layer"] = product.layer
     return product
 
 

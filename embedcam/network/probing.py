@@ -1,10 +1,11 @@
-"""Finding the layer that explains a network, by what happens to a probe picture in it.
+"""What happens to a probe picture in a network: which modules' positions reach the embedding.
 
 A layer explains an embedding where it still has positions, all of which reach the embedding. The
 last such layer is taken, but for what lies inside the last module that leaves positions behind (an
 attention whose class token alone is read on, an attention pooling): of that its input is.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -13,8 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EmbedcamError
-from .layers import MAX_PREFIX, Output, OutputChoice, choose_embedding, first_tensor, replace_first
-from .module import bare_name
+from .layers import (
+    MAX_PREFIX,
+    Output,
+    OutputChoice,
+    choose_embedding,
+    first_tensor,
+    replace_first,
+    same_aspect,
+)
 from .runner import run_part
 
 # Of a layer's positions that must reach the embedding; behind a class token's last attention it is
@@ -22,26 +30,25 @@ from .runner import run_part
 _MOST = 0.5
 
 
-@dataclass(frozen=True)
-class Found:
-    """The layer found, and how many tokens come before its patches, None where that is open."""
-
-    layer: str
-    prefix_tokens: int | None
-
-
 @dataclass(eq=False)
-class _Visit:
+class Visit:
     """One call of a module: its name, when it began and ended, what it was given and handed on."""
 
     name: str
+    kind: str
     began: int
     given: list[Tensor]
     ended: int = 0
     onward: Tensor | None = None
     reaches: bool = False
 
-    def holds(self, other: "_Visit") -> bool:
+    @property
+    def is_attention(self) -> bool:
+        """Whether the module is an attention by its class, not a block with one."""
+        kind = self.kind.lower()
+        return ("attention" in kind or "attn" in kind) and not kind.endswith(("block", "layer"))
+
+    def holds(self, other: "Visit") -> bool:
         """Return whether the other call lies inside this one."""
         return self.began < other.began and other.ended < self.ended
 
@@ -53,13 +60,13 @@ class _Recorder:
     So a gradient tells what is read after the call, not what went on inside.
     """
 
-    visits: list[_Visit] = field(default_factory=list)
-    _open: list[_Visit] = field(default_factory=list)
+    visits: list[Visit] = field(default_factory=list)
+    _open: list[Visit] = field(default_factory=list)
     _time: int = 0
 
-    def begin(self, name: str, given: list[Tensor]) -> None:
+    def begin(self, name: str, kind: str, given: list[Tensor]) -> None:
         self._time += 1
-        self._open.append(_Visit(name, self._time, given))
+        self._open.append(Visit(name, kind, self._time, given))
 
     def end(self, output: Output) -> Output:
         self._time += 1
@@ -75,21 +82,44 @@ class _Recorder:
         return output
 
 
-def find_explained(module: nn.Module, images: Tensor, output: OutputChoice = None) -> Found | None:
-    """Return the layer that explains `module(images)`, images `[1 C H W]`; None where none does."""
-    recorder = _Recorder()
-    try:
-        z = _run_recorded(module, images, output, recorder)
-    except EmbedcamError:
-        return None
-    visits = recorder.visits
-    _mark_reaching(visits, z)
-    calls = [visit.name for visit in visits]
-    candidates = [v for v in visits if v.reaches and calls.count(v.name) == 1]
-    if not candidates:
-        return None
-    chosen = _inside(_chosen(visits, candidates), candidates)
-    return Found(bare_name(chosen.name), _prefix(visits, chosen))
+class Probe:
+    """One run of a network in eval mode on images `[1 C H W]`, its graph kept.
+
+    z: the embedding `[1 D]`; visits: every call, in the order they ended; candidates: those whose
+    positions reach the embedding, of modules that are called once. Errors are the network's own.
+    """
+
+    def __init__(self, module: nn.Module, images: Tensor, output: OutputChoice = None) -> None:
+        recorder = _Recorder()
+        self.size = (images.shape[2], images.shape[3])
+        self.z = _run_recorded(module, images, output, recorder)
+        self.visits = recorder.visits
+        _mark_reaching(self.visits, self.z)
+        calls = Counter(visit.name for visit in self.visits)
+        self.candidates = [v for v in self.visits if v.reaches and calls[v.name] == 1]
+
+    def last(self) -> Visit | None:
+        """Return the call of the layer where positions last count."""
+        if not self.candidates:
+            return None
+        return _inside(self.outside(self.candidates[-1]), self.candidates)
+
+    def outside(self, last: Visit) -> Visit:
+        """Return a candidate, or the input of what it is an inner part of."""
+        return _outside(last, self.visits, self.candidates)
+
+    def prefix(self, visit: Visit) -> int | None:
+        """Return how many more tokens a layer has than a map before it had positions."""
+        return _prefix(self.visits, visit, self.size)
+
+    def leading(self, visit: Visit, others: Sequence[Visit]) -> list[Visit]:
+        """Return those of other calls whose positions a call's output depends on."""
+        last, direction = visit.onward, torch.Generator().manual_seed(0)
+        if last is None or not others:
+            return []
+        # Not the sum, which is constant behind a norm.
+        weights = torch.randn(last.shape, generator=direction).to(last)
+        return [one for one, _ in _slopes(last, others, weights)]
 
 
 def _run_recorded(
@@ -100,9 +130,12 @@ def _run_recorded(
             if name and not isinstance(part, torch.jit.ScriptModule):  # it takes no hooks
 
                 def begin(
-                    _: nn.Module, args: Sequence[Output], named: Mapping[str, Output], n: str = name
+                    part: nn.Module,
+                    args: Sequence[Output],
+                    named: Mapping[str, Output],
+                    n: str = name,
                 ) -> None:
-                    recorder.begin(n, [*_tensors([*args, *named.values()])])
+                    recorder.begin(n, type(part).__name__, [*_tensors([*args, *named.values()])])
 
                 def end(_: nn.Module, __: object, out: Output) -> Output:
                     return recorder.end(out)
@@ -123,22 +156,29 @@ def _tensors(values: Sequence[Output]) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _mark_reaching(visits: Sequence[_Visit], z: Tensor) -> None:
+def _mark_reaching(visits: Sequence[Visit], z: Tensor) -> None:
     """Mark the calls whose output has several positions, most of which reach z `[1 D]`."""
-    kept = [v for v in visits if v.onward is not None and _count(v.onward) > 1]
-    if not kept or not z.requires_grad:
-        return
     # No direction that a symmetry of the network could be blind to.
     direction = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
+    for visit, gradient in _slopes(z, visits, direction):
+        axis = 1 if gradient.ndim == 4 else 2
+        visit.reaches = float((gradient != 0).any(axis).float().mean()) >= _MOST
+
+
+def _slopes(
+    value: Tensor, visits: Sequence[Visit], direction: Tensor
+) -> list[tuple[Visit, Tensor]]:
+    """Return the derivative at each call with several positions that a value depends on."""
+    kept = [v for v in visits if v.onward is not None and count(v.onward) > 1]
+    if not kept or not value.requires_grad:
+        return []
     tensors = [v.onward for v in kept if v.onward is not None]
-    gradients = torch.autograd.grad(z, tensors, direction, allow_unused=True)
-    for visit, gradient in zip(kept, gradients, strict=True):
-        if gradient is not None:
-            axis = 1 if gradient.ndim == 4 else 2
-            visit.reaches = float((gradient != 0).any(axis).float().mean()) >= _MOST
+    slopes = torch.autograd.grad(value, tensors, direction, retain_graph=True, allow_unused=True)
+    pairs = zip(kept, slopes, strict=True)
+    return [(one, slope) for one, slope in pairs if slope is not None and bool(slope.any())]
 
 
-def _count(tensor: Tensor) -> int:
+def count(tensor: Tensor) -> int:
     """Return how many positions a tensor has: `[1 K H W]`, `[1 H W K]`, `[1 T K]` or `[T 1 K]`."""
     shape = tuple(tensor.shape)
     if len(shape) == 4 and shape[0] == 1:
@@ -148,12 +188,11 @@ def _count(tensor: Tensor) -> int:
     return 0
 
 
-def _chosen(visits: Sequence[_Visit], candidates: Sequence[_Visit]) -> _Visit:
-    """Return the last candidate, or the input of what it is an inner part of."""
-    last = max(candidates, key=lambda visit: visit.ended)
+def _outside(last: Visit, visits: Sequence[Visit], candidates: Sequence[Visit]) -> Visit:
+    """Return a candidate, or the input of what it is an inner part of."""
     sources = {id(v.onward): v for v in candidates}
 
-    def source(visit: _Visit) -> _Visit | None:
+    def source(visit: Visit) -> Visit | None:
         """Return the candidate whose positions a call was given."""
         for tensor in visit.given:
             if (found := sources.get(id(tensor))) is not None:
@@ -169,12 +208,14 @@ def _chosen(visits: Sequence[_Visit], candidates: Sequence[_Visit]) -> _Visit:
     if not around:
         return last
     innermost = max(around, key=lambda visit: visit.began)
-    if any(innermost.holds(v) and source(v) is last for v in leaving):
+    # A block around an attention that is given the layer, or the attention itself.
+    reads = any(innermost.holds(v) and source(v) is last for v in leaving)
+    if reads and not innermost.is_attention:
         return last
     return source(innermost) or last
 
 
-def _inside(chosen: _Visit, candidates: Sequence[_Visit]) -> _Visit:
+def _inside(chosen: Visit, candidates: Sequence[Visit]) -> Visit:
     """Return the last part of a whole network that made what the network itself handed on."""
     inner = [one for one in candidates if one is not chosen]
     same = [v for v in inner if v.onward is not None and _equal(v.onward, chosen.onward)]
@@ -187,15 +228,18 @@ def _equal(one: Tensor, other: Tensor | None) -> bool:
     return other is not None and one.shape == other.shape and torch.equal(one, other)
 
 
-def _prefix(visits: Sequence[_Visit], chosen: _Visit) -> int | None:
+def _prefix(visits: Sequence[Visit], chosen: Visit, size: tuple[int, int]) -> int | None:
     """Return how many more tokens a layer has than a map before it had positions."""
     if chosen.onward is None or chosen.onward.ndim != 3:
         return None
-    tokens = _count(chosen.onward)
+    tokens = count(chosen.onward)
     maps = {
         v.onward.shape[2] * v.onward.shape[3]
         for v in visits
-        if v.onward is not None and v.onward.ndim == 4 and v.ended < chosen.began
+        if v.onward is not None
+        and v.onward.ndim == 4
+        and v.ended < chosen.ended
+        and same_aspect(v.onward.shape[2:], size)
     }
     fitting = [tokens - count for count in maps if 0 <= tokens - count <= MAX_PREFIX]
     return min(fitting, default=None)

@@ -1,6 +1,6 @@
 """`Runner`: how a module is run: what goes in, in which precision, hooked where, read how.
 
-The only file that registers hooks, and the one that calls the user's code.
+The only file that registers hooks, but for those of an attention, and that calls the user's code.
 """
 
 import math
@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Self
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from .._files import ProcessLock
 from ..errors import EmbedcamError, EmbeddingError, InputError, NetworkError
 from ..preprocess import Embedded
+from .attention import AttentionLayer
 from .layers import (
     Images,
     Layout,
@@ -30,6 +32,7 @@ from .layers import (
     replace_first,
     resolve,
     smaller,
+    split_reading,
 )
 from .module import (
     MODAL,
@@ -42,6 +45,7 @@ from .module import (
     twin_of,
     uncompiled,
 )
+from .reading import LAYOUTS, Reading, ValueLayout, tokens_read
 
 Keep = Callable[[Tensor], tuple[Tensor, Tensor]]
 """A layer's output -> what to keep of it, and what to hand on."""
@@ -72,7 +76,8 @@ class Run:
     """One run hooked at one layer or several.
 
     names: of the layers, as asked for; z: the head's output `[B D]`; kept: each layer's output;
-    batch: the prepared input; layouts: of the layers; depth: their places in the order they ran.
+    batch: the prepared input; layouts: of the layers; depth: their places in the order they ran;
+    readings: by name, of the layers read inside an attention.
     """
 
     names: list[str]
@@ -81,12 +86,15 @@ class Run:
     batch: Tensor
     layouts: list[Layout]
     depth: list[int]
+    readings: dict[str, Reading] = field(default_factory=dict)
 
     def activations(self) -> list[Tensor]:
         """Return `[B K H W]` of each layer, without a graph."""
         return [
-            at_least_single(layout.to_maps(raw.detach())).contiguous()
-            for raw, layout in zip(self.kept, self.layouts, strict=True)
+            at_least_single(
+                self.readings[name].maps if name in self.readings else layout.to_maps(raw.detach())
+            ).contiguous()
+            for name, raw, layout in zip(self.names, self.kept, self.layouts, strict=True)
         ]
 
     def features(self, maps: Tensor, normalize: bool, allow_zero: bool = False) -> Features:
@@ -202,8 +210,9 @@ def with_positions(module: nn.Module, images: Tensor, before: str | None = None)
 class Runner:
     """Runs a module hooked at its layer, or a trunk and a head, and reads what they return.
 
-    Remembers the input's size, layouts, which layers reach the embedding, and in which type a
-    trunk returns one plain tensor.
+    Remembers the input's size, layouts, which layers reach the embedding, in which type a trunk
+    returns one plain tensor, and of `held_pass` which steps were opened (None: nothing is held)
+    and whether the embedding then is a sum over positions.
     """
 
     module: nn.Module
@@ -220,10 +229,14 @@ class Runner:
     layout_options: LayoutOptions = ("auto", None, None)
     example: Tensor | None = None
     plain_dtype: torch.dtype | None = None
+    opened: frozenset[int] | None = frozenset()
+    sums: bool = False
     lock: ProcessLock = field(default_factory=ProcessLock)
     reached: set[str] = field(default_factory=set)
     _layouts: dict[str, tuple[tuple[torch.Size, torch.Size], Layout]] = field(default_factory=dict)
     _told: dict[str, str] = field(default_factory=dict)
+    attentions: list[AttentionLayer] = field(default_factory=list)
+    _read: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.channels = input_channels(self.module)
@@ -309,11 +322,14 @@ class Runner:
             return self._run_prepared(self.prepare(images), keep, layers)
 
     def _run_prepared(self, batch: Tensor, keep: Keep, layers: Sequence[str] | None = None) -> Run:
-        named = self.find(layers)
-        z, kept, depth = self.call(batch, keep, len(batch), named)
+        named, readings = self.find(layers), dict[str, Reading]()
+        z, kept, depth = self.call(batch, keep, len(batch), named, readings)
         names = [name for name, _ in named]
-        layouts = [self.read_layout(n, raw, batch) for n, raw in zip(names, kept, strict=True)]
-        return Run(names, z, kept, batch, layouts, depth)
+        layouts = [
+            readings[name].layout if name in readings else self.read_layout(name, raw, batch)
+            for name, raw in zip(names, kept, strict=True)
+        ]
+        return Run(names, z, kept, batch, layouts, depth, readings)
 
     def find(self, layers: Sequence[str] | None) -> list[tuple[str, nn.Module]]:
         """Return bare names and modules of layers; None for the network's own."""
@@ -384,40 +400,64 @@ class Runner:
         keep: Keep,
         batch: int | None,
         layers: Sequence[tuple[str, nn.Module]] = (),
+        readings: dict[str, Reading] | None = None,
     ) -> tuple[Tensor, list[Tensor], list[int]]:
-        """Run once, hooked: z `[batch D]`, what `keep` kept of each layer, their order."""
+        """Run once, hooked: z `[batch D]`, what `keep` kept of each layer, their order.
+
+        What was read inside attentions is put among the `readings`.
+        """
         layers = layers or [(self.layer, self.part)]
+        readings = {} if readings is None else readings
         kept: dict[str, Tensor] = {}
         calls: list[str] = []
-        handles, thread = [], threading.get_ident()
+        thread = threading.get_ident()
 
-        def take(name: str, output: Output) -> Output:
+        def take(name: str, raw: Tensor) -> Tensor:
             calls.append(name)
             if name in kept:
-                return output
-            raw = first_tensor(output, name)
+                return raw
             kept[name], onward = keep(raw)
+            return onward
+
+        def take_first(name: str, output: Output) -> Output:
+            raw = first_tensor(output, name)
+            onward = take(name, raw)
             return onward if raw is output else replace_first(output, onward)
 
         def hook(name: str) -> Callable[[nn.Module, object, Output], Output]:
             # Another thread may be running the same module for somebody else.
-            return lambda _, __, out: take(name, out) if threading.get_ident() == thread else None
+            def taken(_: nn.Module, __: object, output: Output) -> Output:
+                return take_first(name, output) if threading.get_ident() == thread else None
+
+            return taken
+
+        def taking(name: str) -> Callable[[Tensor], Tensor]:
+            return lambda output: take(name, output)
 
         if self.parts is not None:
             trunk, head = self.parts
             raw = run_part(trunk, "trunk", images.clone())  # which it may change in place
             if self.autocast is None or torch.is_autocast_enabled(self.device.type):
                 self.plain_dtype = raw.dtype if isinstance(raw, Tensor) else None
-            output = run_part(head, "head", take(self.layer, raw))
+            output = run_part(head, "head", take_first(self.layer, raw))
+            z = at_least_single(choose_embedding(output, self.output, batch))
         else:
-            with self.lock:
-                try:
-                    for name, part in layers:
-                        handles.append(part.register_forward_hook(hook(name)))
-                    output = run_part(self.module, "network", images.clone())
-                finally:
-                    for handle in handles:
-                        handle.remove()
+            with self.lock, ExitStack() as stack:
+                for name, part in layers:
+                    if split_reading(name)[1]:
+                        rows = self.tokens_read(name, part, images)
+                        readings[name] = Reading(name, rows, images.shape[0])
+                        layout_of = partial(self.read_layout, name, images=images)
+                        stack.enter_context(readings[name].inside(part, taking(name), layout_of))
+                    else:
+                        stack.callback(part.register_forward_hook(hook(name)).remove)
+                output = run_part(self.module, "network", images.clone())
+                last = any(isinstance(one.layout, ValueLayout) for one in readings.values())
+                # What stands in z's place comes later, perhaps of more activations than images.
+                count = images.shape[0] if last else batch
+                z = at_least_single(choose_embedding(output, self.output, count))
+                for name, reading in readings.items():
+                    z = reading.embedded(z, taking(name))
         for name, _ in layers:
             if name not in kept:
                 raise NetworkError(
@@ -429,20 +469,38 @@ class Runner:
                     f"layer {name!r} is called {times} times in one forward, so its output "
                     "is not one thing; choose a layer called once, such as the block around it"
                 )
-        z, order = at_least_single(choose_embedding(output, self.output, batch)), list(kept)
+        order = list(kept)
         return z, [kept[name] for name, _ in layers], [order.index(name) for name, _ in layers]
+
+    def tokens_read(self, name: str, part: nn.Module, images: Tensor) -> tuple[int, ...]:
+        """Return which tokens of an attention reach the embedding; asked once."""
+        if name not in self._read:
+
+            def run() -> Tensor:
+                output = run_part(self.module, "network", images[:1].clone())
+                return at_least_single(choose_embedding(output, self.output, 1))
+
+            self._read[name] = tokens_read(name, part, run)
+        return self._read[name]
 
     # Layouts
 
     def read_layout(self, layer: str, raw: Tensor, images: Tensor) -> Layout:
         """Return the layout of a layer's output for `images`, read anew where shapes change."""
         shapes, known = (raw.shape, images.shape), self._layouts.get(layer)
+        if known is not None and torch.compiler.is_compiling():
+            return known[1]  # an exporter's shapes are no numbers
         if known is None or known[0] != shapes:
             kind, grid, prefix = self.layout_options
-            if layer != self.layer:  # the network's own options are for its own layer
+            if split_reading(layer)[1]:  # tokens, and those of an attention may be others
+                kind, grid, prefix = "btk", None, None
+            elif layer != self.layer:  # the network's own options are for its own layer
                 kind, grid, prefix = "bkl" if kind == "bkl" else "auto", None, None
             told = self._axes(layer, raw, images) if kind == "auto" else kind
-            known = shapes, resolve(raw, images, told, grid, prefix, layer)
+            layout = resolve(raw, images, told, grid, prefix, layer)
+            if reading := split_reading(layer)[1]:
+                layout = LAYOUTS[reading](layout.kind, layout.grid, layout.prefix)
+            known = shapes, layout
             self._layouts[layer] = known
         return known[1]
 

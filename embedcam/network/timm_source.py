@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EmbedcamError, NetworkError
-from ..preprocess import AnyPreprocess, Preprocess
+from ..preprocess import Preprocess
 from ..preprocess.probe import probe_inputs
 from .checkpoints import read_affine
-from .finding import Found, find_default, is_attention
+from .finding import Found, find_explained
 from .layers import Output, near_misses
 from .module import input_channels, no_gradients
 from .runner import run_part
@@ -69,12 +69,15 @@ def from_timm(name: str, weights: PathLike, head: PathLike, sides: Sides, seed: 
     load_weights(module, weights, [f"{name}." for name in names])
     affine = None if head is None else read_affine(head, module.head_hidden_size)
     whole, prefix = _TimmNetwork(module, affine), getattr(module, "num_prefix_tokens", None)
-    loaded = Loaded(whole, PARTS_LAYER, _timm_preprocess(config), prefix_tokens=prefix)
+    preprocess = _timm_preprocess(config)
+    preprocess = preprocess if sides is None else preprocess.sized(sides)
+    loaded = Loaded(whole, PARTS_LAYER, preprocess, prefix_tokens=prefix)
     if _by_class_token(module):
         # Only the class token is read: after the last attention the patches count no more.
         loaded.layer = f"blocks.{len(module.blocks) - 1}.norm1"
-    elif found := _found(whole, loaded.preprocess):
-        loaded.layer, loaded.said, loaded.prefix_tokens = found.layer, found.said, None
+    elif found := _found(whole, preprocess):
+        loaded.layer, loaded.said = found.layer, found.said
+        loaded.prefix_tokens = found.prefix_tokens
     else:
         loaded.head, loaded.trunk = whole.head, whole.trunk
     return loaded
@@ -88,7 +91,8 @@ def _by_class_token(module: Any) -> bool:
     begins_by_norm = hasattr(blocks[-1], "norm1") and "Post" not in type(blocks[-1]).__name__
     children = [part for name, part in module.named_children()]
     behind = children[children.index(blocks) + 1 :]
-    late = any(is_attention(part) for child in behind for part in child.modules())
+    kinds = [type(part).__name__.lower() for child in behind for part in child.modules()]
+    late = any("attention" in kind or "attn" in kind for kind in kinds)
     return begins_by_norm and bool(getattr(module, "num_prefix_tokens", 0)) and not late
 
 
@@ -96,15 +100,15 @@ def _reads_token(module: Any) -> bool:
     return getattr(module, "global_pool", "") == "token"
 
 
-def _found(whole: _TimmNetwork, preprocess: AnyPreprocess | None) -> Found | None:
+def _found(whole: _TimmNetwork, preprocess: Preprocess) -> Found | None:
     """Return the layer where the trunk's output is not what explains; None where it is."""
-    pictures = torch.from_numpy(probe_inputs(2, preprocess, (224, 224), input_channels(whole)))
+    picture = torch.from_numpy(probe_inputs(1, preprocess, preprocess.size, input_channels(whole)))
     if not _reads_token(whole.module):
         with no_gradients(), suppress(EmbedcamError):
-            output = run_part(whole.eval().trunk, "trunk", pictures[:1])
+            output = run_part(whole.eval().trunk, "trunk", picture)
             if not isinstance(output, list | tuple):
                 return None
-    return find_default(whole.eval(), pictures)
+    return find_explained(whole.eval(), picture)
 
 
 def _timm_preprocess(config: dict[str, Any]) -> Preprocess:

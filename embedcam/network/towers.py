@@ -10,8 +10,8 @@ from ..errors import NetworkError
 from ..preprocess import AnyPreprocess
 from ..preprocess.probe import probe_inputs
 from .checkpoints import read_affine
+from .finding import find_explained
 from .module import calls_of, input_channels, module_device, no_gradients
-from .probing import find_explained
 from .source import Loaded, PathLike
 
 Images = Callable[[nn.Module, Tensor], Tensor]

@@ -16,7 +16,7 @@ from ..images.sources import Listing
 from ..images.texts import LabelColumn, Texts, in_runs
 from ..index import Index, IndexRows, PartData, writer
 from ..index.encoding import Encoding, from_spec
-from ..network import EmbeddingNetwork
+from ..network import EmbeddingNetwork, as_indexed, read_by
 from ..recipe.recipe import Recipe
 from . import concepts, merge, plan, shard
 from .checkpoint import Checkpoint, finished_job, remove_checkpoint
@@ -109,7 +109,8 @@ def build_index(
     EmbedcamError
         The disk is full or cannot be written; what is finished is used again.
     """
-    path = Path(path)
+    path, recipe = Path(path), recipe or Recipe()
+    network = read_by(network, recipe.entry.reading)
     how = How(batch_size=batch_size, on_unreadable=on_unreadable, scratch_gb=scratch_gb)
     writer.check_target(path, replace=True)
     job, strategy = planned_build(
@@ -343,6 +344,7 @@ def add_images(
         Index.open(path) as index,
         network.one_thread_each(),
     ):
+        network = as_indexed(network, index.layers[0].name)
         stages, changes, gone = Stages(progress), None, list[str]()
         check_additions(index, source, network)
 
@@ -545,6 +547,7 @@ def calibrate_index(
         match = calibrate_match(ids, embeddings, labels, recipe, stages)
         made = {"match": (merge.plain(match), LEAST_MATCH)}
         if network is not None:
+            network = as_indexed(network, index.layers[0].name)
             repeated = network.repeat_run(manifest.run)
             encodings, _ = _encodings(index, recipe, network)
             of_run = plan.run_of(network, repeated if batch_size is None else batch_size)

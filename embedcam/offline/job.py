@@ -23,7 +23,7 @@ from ..images.texts import Texts
 from ..index.identity import Identity
 from ..index.manifest import RunEntry
 from ..index.records import Json, Wrong, of_type, read_as, text, whole
-from ..network import EmbeddingNetwork, load_network
+from ..network import EmbeddingNetwork, as_indexed, load_network
 from ..recipe.recipe import Recipe
 from .checkpoint import Checkpoint, give_name, publish, unfinished_name
 from .plan import (
@@ -170,7 +170,7 @@ class Job:
 
     def admit(self, network: EmbeddingNetwork | None) -> EmbeddingNetwork:
         """Return the network (None loads it) if it and the libraries are those of the plan."""
-        network = self._load() if network is None else network
+        network = self._load() if network is None else as_indexed(network, self.identity.layer)
         network.repeat_run(self.choices.run)
         if self.choices.run.runtime == "onnx" and network.onnx_file is None:
             network = self._by_onnx(network)
@@ -377,7 +377,7 @@ def job_of(
     files = source.fingerprints()
     folder = next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
     run = run_of(network, how["batch_size"])
-    per_chunk = chunk_size(run.batch_size, recipe.method)
+    per_chunk = chunk_size(run.batch_size, recipe.entry.formula)
     room = how["scratch_gb"] if own_maps else 0.0
     strategy.caches = caches_within(strategy, network, len(source), folder, room)
     choices = Choices(

@@ -226,7 +226,7 @@ def job_digest(
     # The probe speaks for code that parameters do not show, to the bit: so do the chunks.
     probe = [array for _, array in sorted(identity.arrays().items())]
     # A picture that was skipped for its size may be read by another limit.
-    choices += (chunk_size(run.batch_size, recipe.method), source.max_pixels)
+    choices += (chunk_size(run.batch_size, recipe.entry.formula), source.max_pixels)
     choices += (run.runtime, run.channels_last)
     for choice in (_CHUNKS, *sorted(libraries.items()), *probe, *choices):
         data = choice.tobytes() if isinstance(choice, np.ndarray) else repr(choice).encode()

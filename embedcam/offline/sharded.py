@@ -17,7 +17,7 @@ from ..errors import EmbedcamError, InputError, PiecesMissing
 from ..images import ImageSource
 from ..index import Index, writer
 from ..index.encoding import Encoding
-from ..network import EmbeddingNetwork
+from ..network import EmbeddingNetwork, as_indexed, read_by
 from ..recipe.recipe import Recipe
 from . import build, merge, plan, shard
 from .job import NAME, Choices, How, Job
@@ -113,6 +113,7 @@ def plan_job(
     source.describe()  # refuse what lives in this process alone
     how = How(batch_size=batch_size, on_unreadable=on_unreadable, scratch_gb=scratch_gb)
     if add_to is None:
+        network = read_by(network, (recipe or Recipe()).entry.reading)
         job, _ = build.planned_build(
             source,
             network,
@@ -128,6 +129,7 @@ def plan_job(
     else:
         plan.check_options(source, network, batch_size, on_unreadable, scratch_gb)
         with Index.open(add_to) as index:
+            network = as_indexed(network, index.layers[0].name)
             build.check_additions(index, source, network)
             plan.check_new(index, source)
             job, _ = build.planned_additions(index, source, network, **how)

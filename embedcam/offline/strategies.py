@@ -110,7 +110,7 @@ class PooledClosedForm(Strategy):
             for name in ("pooled", "positive_pooled" if "positive_pooled" in kept else "pooled")
         )
         of = (pooled, positive, at_head, used, int(np.prod(kept["grid"])))
-        return {"weights": to_numpy(weights_from_pooled(self.head, *of, self.recipe.method))}
+        return {"weights": to_numpy(weights_from_pooled(self.head, *of, self.recipe.entry.formula))}
 
 
 @dataclass
@@ -152,7 +152,7 @@ class HeadDerivative(SecondLook):
         """Return weights `[n K]`, and cached activations."""
         at_head, used = self._at_head(kept, rows, along)
         with closing(self.network.head_pass(images)) as head_pass:
-            weights = weights_from_head(head_pass, at_head, used, self.recipe.method)
+            weights = weights_from_head(head_pass, at_head, used, self.recipe.entry.formula)
             return self._with_cached(weights, head_pass.features.activations)
 
 
@@ -212,7 +212,7 @@ def strategy_for(
     shared, kind = (recipe, network.normalize, network.device, network), network.head_kind
     if recipe.layers:
         return SeveralLayers(*shared, batch_size, layers=_layers(network, recipe))
-    if recipe.method not in POOLED_METHODS:
+    if recipe.entry.formula not in POOLED_METHODS:
         return ZooMethod(*shared, batch_size)
     if exact and kind.matrix is not None:
         return HeadCodes(*shared, kind.matrix, mixed=not kind.identity)
@@ -243,7 +243,7 @@ def is_exact(recipe: Recipe, matrix: np.ndarray | None, normalize: bool = True) 
     """Return whether dy/dz in the head's own matrix W `[D K]`, if it has one, is all there is."""
     # Grad-CAM behind a pooled affine head is W^T dy/dz / Z, also averaged over triplets. A code
     # that is derived from the stored embedding takes no room, whatever its width.
-    if matrix is None or recipe.encoding != "low-rank" or recipe.method != "gradcam":
+    if matrix is None or recipe.encoding != "low-rank" or recipe.entry.formula != "gradcam":
         return False
     return is_derived(recipe, normalize) or len(matrix) <= recipe.rank
 

@@ -52,7 +52,7 @@ Rows = Callable[[int, np.ndarray], dict[str, np.ndarray]]
 def in_closed_form(recipe: Recipe, network: EmbeddingNetwork) -> bool:
     """Return whether weights are W^T dy/dz, so that a smaller index has them at once."""
     affine = network.head_kind.matrix is not None
-    return affine and recipe.method == "gradcam" and recipe.sampling != "given"
+    return affine and recipe.entry.formula == "gradcam" and recipe.sampling != "given"
 
 
 def trust_rows(ids: Sequence[str], recipe: Recipe, network: EmbeddingNetwork) -> np.ndarray:

@@ -1,23 +1,29 @@
 """Why did *these two* match? Receipts of a query and a result, which add up to the similarity."""
 
-from ..explain.sides import Contributions, DifferentiatedSide, PooledSide, Shown, Side
+from ..explain.sides import Contributions, HeldSide, PooledSide, Shown, Side
 from .explainer import PairExplainer, check_same, mean_of
-from .lines import Known, Line
+from .lines import NOTHING_KNOWN, Known, Line
+from .places import Place, covered
 from .receipt import Comparison, Link, Receipt, make_comparison, make_receipt
+from .texts import TextReceipt
 
 __all__ = [
+    "NOTHING_KNOWN",
     "Comparison",
-    "DifferentiatedSide",
     "Contributions",
+    "HeldSide",
     "Known",
     "Line",
     "Link",
     "PairExplainer",
+    "Place",
     "PooledSide",
     "Receipt",
     "Shown",
     "Side",
+    "TextReceipt",
     "check_same",
+    "covered",
     "make_comparison",
     "make_receipt",
     "mean_of",

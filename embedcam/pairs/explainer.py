@@ -10,15 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
 
-from ..errors import EmbeddingError, ImageError, InputError
+from ..errors import EmbedcamError, EmbeddingError, ImageError, InputError
 from ..explain.queries import query_name
 from ..explain.side_maker import SideMaker
 from ..explain.sides import Shown, Side
+from ..explain.texts import Texts, words_of
 from ..index.concepts import Concepts, Exemplar, read_names
 from ..index.in_memory import index_of_rows, listed
+from ..render import window
 from .lines import N_EXEMPLARS, Kind, Known
-from .receipt import Comparison, Receipt, make_comparison, make_receipt
+from .places import covered
+from .receipt import Comparison, Receipt, keep_exemplars, make_comparison, make_receipt
+from .texts import TextReceipt, make_text_receipt
 
 if TYPE_CHECKING:
     from ..explain.explainer import Explainer
@@ -78,7 +83,8 @@ class PairExplainer:
             named = None if concepts is None else concepts.named(self._names)
             self._concepts = weakref.ref(index), named
         # Of this index: the explainer may move on to another version.
-        return Known(self._concepts[1], partial(self._exemplars, index))
+        find, crop = partial(self._exemplars, index), partial(self._crop, index)
+        return Known(self._concepts[1], find, crop)
 
     def _exemplars(self, index: Index, kind: Kind, numbers: Sequence[int]) -> list[list[Exemplar]]:
         there = None
@@ -90,6 +96,16 @@ class PairExplainer:
                 return [[] for _ in numbers]
             there = index_of_rows(index, rows)
         return [index.exemplars(kind, number, N_EXEMPLARS, among=there) for number in numbers]
+
+    def _crop(self, index: Index, exemplar: Exemplar) -> Image.Image | None:
+        grid, preprocess = index.manifest.layers[0].grid, self.explainer.preprocess
+        if grid is None or preprocess is None:
+            return None
+        try:
+            picture = self.explainer.of_ids([exemplar.id]).picture(exemplar.id)
+        except EmbedcamError:  # moved, or replaced by what is none: the line does without
+            return None
+        return window(picture, preprocess.extent(*picture.size), grid, exemplar[1:3])
 
     def receipt(self, query: QueryLike, result: QueryLike, *, centred: bool = True) -> Receipt:
         """Return why the query and one result match.
@@ -114,9 +130,18 @@ class PairExplainer:
         return self.receipts(query, [result], centred=centred)[0]
 
     def receipts(
-        self, query: QueryLike, results: Sequence[QueryLike], *, centred: bool = True
+        self,
+        query: QueryLike,
+        results: Sequence[QueryLike],
+        *,
+        centred: bool = True,
+        box: Sequence[float] | None = None,
     ) -> list[Receipt]:
-        """Return the receipts of one query with several results; arguments as for `receipt`."""
+        """Return the receipts of one query with several results; arguments as for `receipt`.
+
+        With a `box`, (x0, y0, x1, y1) in pixels of the query (upright, or of the network's input
+        where that was given), of what lies in it: what *that part* matches in every result.
+        """
         if isinstance(results, str | bytes | Path):
             raise InputError("expected a list of results, got one; use receipt()")
         index = self.explainer.index
@@ -131,8 +156,13 @@ class PairExplainer:
         for result, side in zip(results, theirs, strict=True):
             if isinstance(result, str):
                 check_same(of.index, result, side)
-        shown = [picture for picture, _ in opened]
-        return [
+        shown, within = [picture for picture, _ in opened], None
+        if box is not None:
+            picture, (height, width) = shown[0].image, opened[0][1].shape[-2:]
+            size = (width, height) if picture is None else picture.size
+            seen = shown[0].extent or (0, 0, *size)
+            within = covered(box, size, seen, ours.activations.shape[1:])
+        receipts = [
             make_receipt(
                 ours,
                 side,
@@ -140,10 +170,14 @@ class PairExplainer:
                 centred=centred,
                 query_shown=shown[0],
                 result_shown=picture,
+                within=within,
                 known=known,
             )
             for side, picture in zip(theirs, shown[1:], strict=True)
         ]
+        if receipts:
+            keep_exemplars(receipts)
+        return receipts
 
     def above(
         self, query: QueryLike, result: QueryLike, rival: QueryLike, *, centred: bool = True
@@ -152,7 +186,41 @@ class PairExplainer:
         if isinstance(result, str) and result == rival:
             raise InputError(f"the result and its rival are both {result!r}; name two images")
         first, second = self.receipts(query, [result, rival], centred=centred)
-        return make_comparison(first.sides[0], first, second, self.explainer.index.metric)
+        why = make_comparison(first.sides[0], first, second, self.explainer.index.metric)
+        keep_exemplars([why])
+        return why
+
+    def text_receipt(
+        self,
+        text: str,
+        picture: QueryLike,
+        *,
+        texts: Texts | None = None,
+        above: str | None = None,
+    ) -> TextReceipt:
+        """Return why words and one picture match, or why it answers them rather than `above`.
+
+        Parameters
+        ----------
+        text, texts, above
+            As `Explainer.explain_text` takes them.
+        picture
+            Id of an image of the index (a `str`), or a picture as the query of a `receipt`.
+
+        Raises
+        ------
+        ImageError, InputError, NetworkError
+            As `receipt`; words that cannot be used, or a network without a tower for texts.
+        """
+        of = self.explainer.of_ids([picture] if isinstance(picture, str) else [])
+        snapshot = of.snapshot
+        (words,) = words_of(snapshot, [text], above, texts)
+        shown, inputs = self._open(picture, of)
+        (side,) = self.maker.sides(snapshot.index, [inputs])
+        if isinstance(picture, str):
+            check_same(snapshot.index, picture, side)
+        known = self.known(self.explainer.index)
+        return make_text_receipt(snapshot.index, words, side, shown, known)
 
     def _open(self, image: QueryLike, of: Explainer | None = None) -> tuple[Shown, Inputs]:
         """Return how a picture is drawn, and the input `[3 H W]`; a text names an image `of`."""

@@ -6,19 +6,23 @@ shown by the indexed pictures where they answer most (see `embedcam.index.concep
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+from PIL import Image
 
 from .._checks import whole
+from ..errors import InputError
 from ..explain.explanation import Json
 from ..index.concepts import Concepts, Exemplar
 
 MOST_LINES = 12
 """Of a receipt, all that adds up counted, unless more are asked for."""
-N_CONCEPTS, N_EXEMPLARS = 8, 3
+N_CHANNELS, N_CONCEPTS, N_EXEMPLARS = 10, 8, 3
+"""Lines shown where nothing is said, and exemplars beside each."""
 Kind = Literal["channel", "concept"]
 Amounts = list[tuple[str, float]]
 """Words and a number each."""
@@ -49,30 +53,58 @@ class Line:
         return self.name or f"{self.kind} {self.number}"
 
     def to_dict(self) -> Json:
-        """Return plain values, ready for JSON; exemplars where there are any."""
-        shown = {"exemplars": [one._asdict() for one in self.exemplars]} if self.exemplars else {}
-        named = {"name": self.name} if self.kind == "concept" else {}
-        return {self.kind: self.number, **named, "contribution": self.contribution, **shown}
+        """Return plain values, ready for JSON: a concept's exemplars too, of a channel none."""
+        told: Json = {self.kind: self.number, "contribution": self.contribution}
+        if self.kind == "concept":
+            told |= {"name": self.name, "exemplars": self.shown}
+        return told
+
+    @property
+    def shown(self) -> list[Json]:
+        """The exemplars, ready for JSON."""
+        return [one._asdict() for one in self.exemplars]
 
 
 Find = Callable[[Kind, Sequence[int]], Sequence[Sequence[Exemplar]]]
 """Returns the exemplars of lines of a kind, of each by its number."""
+Crop = Callable[[Exemplar], Image.Image | None]
 
 
-@dataclass(frozen=True, eq=False)
 class Known:
-    """What an index says of channels and concepts."""
+    """What an index says of channels and concepts: its `concepts`, and exemplars that `find` finds.
 
-    concepts: Concepts | None = None
-    find: Find = lambda _, numbers: [()] * len(numbers)
+    What was found is kept, for receipts outlive the index they are of. `crop` cuts out what an
+    exemplar shows, and returns None where its picture cannot be read any more.
+    """
+
+    def __init__(
+        self,
+        concepts: Concepts | None = None,
+        find: Find | None = None,
+        crop: Crop = lambda _: None,
+    ) -> None:
+        self.concepts, self._find, self.crop = concepts, find, crop
+        self._kept: dict[tuple[Kind, int], tuple[Exemplar, ...]] = {}
+
+    def keep(self, kind: Kind, numbers: Iterable[int]) -> None:
+        """Find the exemplars of lines, all that are not known yet at once."""
+        lacking = [n for n in dict.fromkeys(numbers) if (kind, n) not in self._kept]
+        if self._find is None or not lacking:
+            return
+        for number, found in zip(lacking, self._find(kind, lacking), strict=True):
+            self._kept[kind, number] = tuple(found)
 
     def shown(self, lines: list[Line]) -> list[Line]:
-        """Return lines of one kind with their exemplars."""
-        if not lines:
-            return []
-        found = self.find(lines[0].kind, [line.number for line in lines])
-        pairs = zip(lines, found, strict=True)
-        return [replace(line, exemplars=tuple(exemplars)) for line, exemplars in pairs]
+        """Return lines with those of their exemplars that are known, or can still be found."""
+        for kind in {line.kind for line in lines}:
+            with suppress(InputError):  # of an index that was closed
+                self.keep(kind, [line.number for line in lines])
+        exemplars = (self._kept.get((line.kind, line.number), ()) for line in lines)
+        return [replace(one, exemplars=of) for one, of in zip(lines, exemplars, strict=True)]
+
+    def crops(self, exemplars: Sequence[Exemplar]) -> list[Image.Image]:
+        """Return what exemplars show, of those whose pictures can be read."""
+        return [crop for one in exemplars if (crop := self.crop(one)) is not None]
 
 
 NOTHING_KNOWN = Known()

@@ -26,9 +26,10 @@ from ..explain.drawing import save_picture
 from ..explain.explanation import Json
 from ..explain.sides import NOT_SHOWN, Contributions, Shown, Side, evidence_of
 from ..index.concepts import Concepts
-from ..render import draw_on_axes, in_notebook, receipt_picture
+from ..render import Matched, draw_on_axes, in_notebook, receipt_picture
 from .lines import (
     MOST_LINES,
+    N_CHANNELS,
     N_CONCEPTS,
     NOTHING_KNOWN,
     Amounts,
@@ -37,6 +38,7 @@ from .lines import (
     in_words,
     lines_of,
 )
+from .places import Place, find_places
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,10 +47,6 @@ _PROBED = 16
 """Positions of the query that links begin at, where each costs a pass through the head."""
 _SMALL = 5e-4
 """Remainders that would be shown as 0.000."""
-_HOW = {
-    True: "Contributions are exact: behind average pooling and an affine head all add up.",
-    False: "Contributions are of first order; what is not is the last amount.",
-}
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ class Total(ABC):
         """
         return None if self.known.concepts is None else self._divided(self.known.concepts)
 
-    def lines(self, n: int = 10) -> list[Line]:
+    def lines(self, n: int = N_CHANNELS) -> list[Line]:
         """Return the n channels that give most, by magnitude, largest contribution first."""
         return self.known.shown(lines_of("channel", self.channels, n))
 
@@ -102,21 +100,28 @@ class Total(ABC):
 
     def _amounts(self, n: int, left: float, besides: int = 0) -> Amounts:
         """Return amounts with at most n lines of a kind; so many lines `besides` stand apart."""
-        last: Amounts = []
+        last: Amounts = list(self.parts.items())
         if self.divided is not None and abs(self.divided[1]) >= _SMALL:
             last.append(("what no concept explains", self.divided[1]))
         if not self.exact or abs(left) >= _SMALL:
             last.append(("the head's bias" if self.exact else "not of first order", left))
         # Two more: those that follow, and all others.
-        n = min(n, max(MOST_LINES, n) - besides - len(last) - 2)
+        n = max(0, min(n, max(MOST_LINES, n) - besides - len(last) - 2))
         if self.divided is None or self.known.concepts is None:
             return in_words("channel", self.channels, n) + last
         return in_words("concept", self.divided[0], n, self.known.concepts.names) + last
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """What is neither of a position nor of a channel, by name."""
+        return self.query.parts
 
     def _channels(self, n: int) -> Json:
         lines = self.lines(n)
         rest = float(self.channels.sum() - sum(line.contribution for line in lines))
         told: Json = {"channels": [line.to_dict() for line in lines], "other_channels": rest}
+        if any(line.exemplars for line in lines):
+            told["channel_exemplars"] = [line.shown for line in lines]
         if self.divided is not None:
             amounts, unexplained = self.divided
             shown = self.concepts()
@@ -134,9 +139,11 @@ class Total(ABC):
         self, *, lines: int = ..., links: int = ..., title: str | None = ..., ax: Axes
     ) -> Axes: ...
     def plot(
-        self, *, lines: int = 10, links: int = 5, title: str | None = None, ax: Axes | None = None
+        self, *, lines: int = 10, links: int = 0, title: str | None = None, ax: Axes | None = None
     ) -> Image.Image | Axes:
-        """Draw the pictures with their maps, and the sum; of a receipt the best `links`, too.
+        """Draw the pictures with their maps, and the sum; of a receipt first the places that match.
+
+        Of a receipt so many of the best `links` are drawn into the pictures, too.
 
         With matplotlib axes `ax`, the query's map alone is drawn into them; they are returned.
         """
@@ -145,7 +152,7 @@ class Total(ABC):
         return self._draw(lines, links, title)
 
     def save(
-        self, path: str | Path, *, lines: int = 10, links: int = 5, title: str | None = None
+        self, path: str | Path, *, lines: int = 10, links: int = 0, title: str | None = None
     ) -> Path:
         """Write the picture of `plot`; the ending chooses the format."""
         return save_picture(lambda: self._draw(lines, links, title), path)
@@ -159,10 +166,12 @@ class Receipt(Total):
     """Why a query and one result are similar.
 
     `similarity` is f . f', and `query` and `result` are what each side gives to it: of either
-    `cells.sum() + shared + remainder`, and `channels.sum() + ...`, is the similarity. Where not
-    `exact` (the head is more than average pooling and affine), the remainder holds what is not of
-    first order. `centred` is whether what the average image shares, `mean` `[D]`, was put apart.
-    `channels`, `shared` and `remainder` are means of both sides.
+    `cells.sum() + sum(parts.values()) + shared + remainder`, and `channels.sum() + ...`, is the
+    similarity. Where `exact`, the remainder is the head's biases, and `held` says what was held at
+    its values for that; else it holds what is not of first order. `centred` is whether what the
+    average image shares, `mean` `[D]`, was put apart. `channels`, `parts`, `shared` and `remainder`
+    are means of both sides. Of a part of the query, `within` `[H W]` is how much of each position
+    counts, and `outside` what all the others give.
     """
 
     similarity: float
@@ -172,11 +181,57 @@ class Receipt(Total):
     centred: bool
     sides: tuple[Side, Side]
     mean: np.ndarray
+    within: np.ndarray | None = None
     _alt = "query and result, and what their similarity is made of"
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """What was held at its values so that all adds up, in words: attention weights, ..."""
+        return tuple(dict.fromkeys(word for side in self.sides for word in side.held))
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """What is neither of a position nor of a channel, by name; means of both sides."""
+        names = dict.fromkeys((*self.query.parts, *self.result.parts))
+        both = self.query.parts, self.result.parts
+        return {name: sum(parts.get(name, 0.0) for parts in both) / 2 for name in names}
+
+    @property
+    def _how(self) -> str:
+        if not self.exact:
+            return "Contributions are of first order; what is not is the last amount."
+        held = " and ".join(filter(None, [", ".join(self.held[:-1]), *self.held[-1:]]))
+        return f"Contributions are exact{', with ' * bool(held)}{held}{' held' * bool(held)}."
+
+    @property
+    def outside(self) -> float:
+        """What the query gives outside of the part that was asked about; mean of both sides."""
+        return (self.query.outside + self.result.outside) / 2
+
+    @property
+    def beyond(self) -> float:
+        """What all pairs of positions give, of which places are a part; the channels' sum."""
+        return float(self.channels.sum())
+
+    def places(self, n: int = 5) -> list[Place]:
+        """Return the pairs of regions that match and give most, at most n, most first.
+
+        Each region takes at most 15% of its picture, all together at most 40% of either. What all
+        pairs of positions give is `beyond`; see `embedcam.pairs.places`.
+        """
+        return find_places(*self.sides, self.mean, n, self.within)
+
+    def in_words(self, n: int = 5) -> list[str]:
+        """Return sentences: what matches what, of n places at most, and what they carry."""
+        found = self.places(n)
+        told = [place.words(self.beyond) for place in found]
+        return told + list(filter(None, [self._said(found)]))
 
     def amounts(self, n: int = 10) -> Amounts:
         """Return what adds up to the similarity: the average, n channels, all that is left."""
         shared = [("shared with the average", self.shared)] if self.centred else []
+        if self.within is not None:
+            shared.append(("outside the box", self.outside))
         return shared + self._amounts(n, self.remainder, len(shared))
 
     def _divided(self, concepts: Concepts) -> tuple[np.ndarray, float]:
@@ -201,7 +256,7 @@ class Receipt(Total):
         return self._matched(other, self._vectors(side, [row * width + column])[0])
 
     def matrix(self) -> np.ndarray:
-        """Return `point` of every position, `[H W H' W']`; a head pass each where not `exact`."""
+        """Return `point` of every position, `[H W H' W']`."""
         grids = [side.activations.shape[1:] for side in self.sides]
         vectors = [
             self._vectors(side, range(height * width))
@@ -212,18 +267,20 @@ class Receipt(Total):
     def links(self, n: int = 5) -> list[Link]:
         """Return the best matching positions, best first, each position in one link at most.
 
-        A link beside a better one (both ends next to its ends) is left out. Where not `exact`,
+        A link beside a better one (both ends next to its ends) is left out. Behind attention,
         links begin only at the query's 16 positions that give most.
         """
         n = whole("links", n)
         query, result = self.sides
-        if self.exact:
+        if query.direct:
             cells = np.arange(self.query.cells.size)
             pairs = self.matrix().reshape(len(cells), -1)
         else:
             cells = np.argsort(-self.query.cells, axis=None, kind="stable")[:_PROBED]
             vectors = self._vectors(query, cells.tolist())
             pairs = np.array([self._matched(result, v).ravel() for v in vectors])
+        if self.within is not None:
+            pairs = pairs * self.within.ravel()[cells, None]
         links: list[Link] = []
         starts = np.stack(np.divmod(cells, query.activations.shape[2]), -1)
         ends = np.stack(np.divmod(np.arange(pairs.shape[1]), result.activations.shape[2]), -1)
@@ -239,10 +296,14 @@ class Receipt(Total):
             pairs[row], pairs[:, column] = 0, 0
         return links
 
-    def to_dict(self, lines: int = 10, links: int = 5) -> Json:
+    def to_dict(self, lines: int = 10, links: int = 5, places: int = 5) -> Json:
         """Return plain lists and numbers, ready for JSON; without pictures."""
-        names = ("similarity", "exact", "centred", "shared", "remainder")
+        names = ("similarity", "exact", "centred", "shared", "outside", "remainder")
+        found = self.places(places) if places else []
         return {name: getattr(self, name) for name in names} | {
+            "places": [place.to_dict(self.beyond) for place in found],
+            "held": list(self.held),
+            "parts": self.parts,
             **self._channels(lines),
             "query": self.query.to_dict(),
             "result": self.result.to_dict(),
@@ -253,20 +314,39 @@ class Receipt(Total):
         }
 
     def _draw(self, lines: int, links: int, title: str | None) -> Image.Image:
+        amounts, found = self.amounts(lines), self.places()
+        told = {words for words, _ in amounts}
+        crops = {line.words: line for line in self.reasons(lines) if line.words in told}
         return receipt_picture(
             [self.query.tile(), self.result.tile()],
-            self.amounts(lines),
+            amounts,
             ("similarity", self.similarity),
-            apart=int(self.centred),
+            apart=self.centred + (self.within is not None),
             headings=["Query", "Result"],
+            places=[
+                Matched((one.query, one.result), one.told(self.beyond), f"{one.contribution:+.3f}")
+                for one in found
+            ],
             links=[
                 (self.query.middle(*link.query), self.result.middle(*link.result))
-                for link in self.links(links)
+                for link in (self.links(links) if links else [])
             ],
+            crops={words: self.known.crops(line.exemplars) for words, line in crops.items()},
             title=title,
-            note="Red speaks for the match, blue against it; each map has its own scale. Links "
-            "join the cells that match best. " + _HOW[self.exact],
+            said=self._said(found),
+            note="Red speaks for the match, blue against it; each map has its own scale. "
+            + self._how,
         )
+
+    def _said(self, places: Sequence[Place]) -> str:
+        """Say how much of what the two share beyond the average these places carry."""
+        if not places or self.beyond <= 0:
+            return ""
+        share = sum(place.contribution for place in places) / self.beyond
+        several = f"These {len(places)} pairs of places carry" if len(places) > 1 else "It carries"
+        whose = "the two share" if self.within is None else "the box and the result share"
+        than = " (the other places speak against it)" if share > 1 else ""
+        return f"{several} {share:.0%} of what {whose} beyond the average picture{than}."
 
     def __repr__(self) -> str:
         first = ", ".join(f"{a.words}: {a.contribution:+.3f}" for a in self.reasons(2))
@@ -279,7 +359,7 @@ class Receipt(Total):
         return np.asarray(side.cell_vectors(cells) - self.mean / side.activations[0].size)
 
     def _matched(self, other: Side, vector: np.ndarray) -> np.ndarray:
-        _, cells = other.products(vector)
+        _, cells, _ = other.products(vector)
         return cells - float(vector @ self.mean) / cells.size
 
 
@@ -316,6 +396,7 @@ class Comparison(Total):
             "exact": self.exact,
             "similarities": [self.result.similarity, self.rival.similarity],
             "remainder": self.query.remainder,
+            "parts": self.parts,
             **self._channels(lines),
             "query": self.query.to_dict(),
             "result": self.result.result.to_dict(),
@@ -333,7 +414,7 @@ class Comparison(Total):
             headings=["Query", "Result", "Rival"],
             title=title,
             note="In all three red speaks for the result, blue for the rival: the maps of the two "
-            "show what in them matches the query. Each map has its own scale. " + _HOW[self.exact],
+            "show what in them matches the query. Each map has its own scale. " + self.result._how,
         )
 
     def __repr__(self) -> str:
@@ -349,16 +430,24 @@ def make_receipt(
     centred: bool = True,
     query_shown: Shown = NOT_SHOWN,
     result_shown: Shown = NOT_SHOWN,
+    within: np.ndarray | None = None,
     known: Known = NOTHING_KNOWN,
 ) -> Receipt:
     """Return the receipt of a pair behind one head, with the index's mean embedding `[D]`.
 
-    `known` is what the index says of channels and concepts.
+    With `within`, weights `[H W]` from 0 to 1, of that part of the query's positions; `known` is
+    what the index says of channels and concepts.
     """
     apart = np.asarray(mean, np.float64) if centred else np.zeros(len(mean))
     similarity = float(query.embedding @ result.embedding)
     ours = evidence_of(query, result.embedding, similarity, apart, query_shown)
     theirs = evidence_of(result, query.embedding, similarity, apart, result_shown)
+    if within is not None:
+        ours = ours.restricted(query.products(result.embedding - apart, within))
+        # What the part gives, with its share of what lies nowhere; see `places`.
+        part, whole_query = query.vectors(np.stack([within, np.ones_like(within)]))
+        direction = part + within.mean() * (query.embedding - whole_query - apart)
+        theirs = theirs.restricted(result.products(direction))
     return Receipt(
         query=ours,
         channels=(ours.channels + theirs.channels) / 2,
@@ -370,8 +459,19 @@ def make_receipt(
         centred=centred,
         sides=(query, result),
         mean=apart,
+        within=within,
         known=known,
     )
+
+
+def keep_exemplars(receipts: Sequence[Total]) -> None:
+    """Find the exemplars of the lines that receipts of one index show, all at once."""
+    known = receipts[0].known
+    channels = (lines_of("channel", one.channels, N_CHANNELS) for one in receipts)
+    known.keep("channel", [line.number for lines in channels for line in lines])
+    divided = (one.divided for one in receipts)
+    concepts = (lines_of("concept", one[0], N_CONCEPTS) for one in divided if one is not None)
+    known.keep("concept", [line.number for lines in concepts for line in lines])
 
 
 def make_comparison(query: Side, result: Receipt, rival: Receipt, metric: str) -> Comparison:

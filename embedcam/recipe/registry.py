@@ -29,6 +29,7 @@ class Method(NamedTuple):
     trained: bool = False  # it needs a branch of its own that was trained (`methods.learned`)
     per_triplet: bool = False  # not linear in the target: weights are averaged over triplets
     own_map: bool = False  # the map is more than weights draw: `cam_for` shows it, an index not
+    reading: str = ""  # what it reads inside a network's last attention (`network.reading`)
     nearest: str = ""  # of a method that no index can hold, the nearest that one can
     why: str = ""  # and why not
 
@@ -36,6 +37,16 @@ class Method(NamedTuple):
     def storable(self) -> bool:
         """Return whether an index can hold it."""
         return not isinstance(self, MapMethod)
+
+    @property
+    def attends(self) -> bool:
+        """Return whether it is of transformers alone."""
+        return self.where.startswith("attention:")
+
+    @property
+    def formula(self) -> str:
+        """Return the method whose weights it takes: Grad-CAM's, where it reads an attention."""
+        return "gradcam" if self.reading else self.name
 
     def load(self) -> "Callable[..., MethodOutput]":
         """Return the function: `function(subject, **options) -> MethodOutput`."""
@@ -66,6 +77,7 @@ FILLS = ("mean", "black", "blur")
 
 _EACH = "its gradient differs from position to position, so no one number a channel draws its map"
 _PIXELS = "it works on pixels and never sees the layer's channels"
+_ATTENTION = "its map is made of attention weights, which a query's own pass alone can give"
 _BRANCH = "its map comes out of a trained branch and not of a sum over channels"
 
 METHODS: dict[str, Method] = {
@@ -115,6 +127,16 @@ METHODS: dict[str, Method] = {
                      targeted=False, trained=True),
         MapMethod("abn", "ABN", "Fukui et al., CVPR 2019", "learned:abn", targeted=False,
                   trained=True, nearest="lficam", why=_BRANCH),
+        WeightMethod("gradeclip", "Grad-ECLIP", "Zhao et al., ICML 2024", "attention:gradeclip",
+                     reading="gradeclip"),
+        WeightMethod("maskclip", "MaskCLIP", "Zhou et al., ECCV 2022", "attention:maskclip",
+                     reading="value"),
+        MapMethod("rollout", "Attention Rollout", "Abnar and Zuidema, ACL 2020",
+                  "attention:rollout", targeted=False, nearest="gradeclip", why=_ATTENTION),
+        MapMethod("genericattention", "Generic Attention", "Chefer et al., ICCV 2021",
+                  "attention:generic_attention", nearest="gradeclip", why=_ATTENTION),
+        MapMethod("legrad", "LeGrad", "Bousselham et al., ICCV 2025", "attention:legrad",
+                  nearest="gradeclip", why=_ATTENTION),
     )
 }  # fmt: skip
 """Every method by name."""

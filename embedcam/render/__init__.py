@@ -5,12 +5,14 @@ Pillow draws; matplotlib lends fonts and all color maps but the default ones, an
 
 from .overlay import overlay
 from .page import Block, Chart, Notice, PageLink, Row, Table, drawn_blocks, in_notebook, page
-from .tiles import CHANGED, Tile, draw_on_axes, panel, receipt_picture, shrunk, top_value
+from .receipts import Matched, receipt_picture, window
+from .tiles import CHANGED, Tile, draw_on_axes, panel, shrunk, top_value
 
 __all__ = [
     "CHANGED",
     "Block",
     "Chart",
+    "Matched",
     "Notice",
     "PageLink",
     "Row",
@@ -25,4 +27,5 @@ __all__ = [
     "receipt_picture",
     "shrunk",
     "top_value",
+    "window",
 ]

@@ -23,20 +23,15 @@ if TYPE_CHECKING:
 Scale = Literal["joint", "each"]
 Font = tuple[int, bool]
 Color = tuple[int, int, int]
-Place = tuple[float, float]
-"""A point of a picture, (x, y) as shares of its width and height."""
 CHANGED: Final = "changed since the build"
 
-_PAPER, _INK, _QUIET = (255, 255, 255), (24, 28, 36), (98, 106, 120)
-_WARNING, _LINE, _MAT = (179, 66, 15), (222, 226, 232), (243, 245, 248)
-_TITLE, _HEADING, _CAPTION, _TEXT = (24, True), (13, True), (14, True), (13, False)
-_LEADING: Final = 20
-_MARGIN, _GAP, _BETWEEN = 40, 16, 44  # around the page, between results, between query and results
-_TILE, _COLUMNS, _PAIRED = 240, 5, 280  # sides of tiles; results on a line
+_PAPER, INK, QUIET = (255, 255, 255), (24, 28, 36), (98, 106, 120)
+_WARNING, LINE, _MAT = (179, 66, 15), (222, 226, 232), (243, 245, 248)
+TITLE, HEADING, CAPTION, TEXT = (24, True), (13, True), (14, True), (13, False)
+LEADING: Final = 20
+MARGIN, GAP, BETWEEN = 40, 16, 44  # around the page, between results, between query and results
+_TILE, _COLUMNS = 240, 5  # sides of tiles; results on a line
 _BAR: Final = (240, 12)
-_FOR, _AGAINST = (179, 3, 38), (59, 76, 192)  # the ends of the signed color map
-_SUM_WIDTH, _BAR_LEFT, _BAR_WIDTH = 400, 190, 140
-_LINK: Final = ((250, 204, 21), (74, 222, 128), (56, 189, 248), (244, 114, 182), (251, 146, 60))
 FRAME_NOTE: Final = "A frame marks what the network saw; there is no evidence outside it."
 
 
@@ -251,7 +246,7 @@ class Canvas:
     """Pictures, words and lines down a page whose height is known only at the end."""
 
     def __init__(self, width: int) -> None:
-        self.width, self.y = width, _MARGIN
+        self.width, self.y = width, MARGIN
         self._pictures: list[tuple[Image.Image, tuple[int, int]]] = []
         self._strokes: list[Callable[[ImageDraw.ImageDraw], object]] = []
 
@@ -282,8 +277,8 @@ class Canvas:
 
     def paragraph(self, text: str, font: Font, color: Color, advance: int) -> None:
         """Write lines across the page."""
-        for line in wrap(text, font, self.width - 2 * _MARGIN):
-            self.text(_MARGIN, line, font, color, advance)
+        for line in wrap(text, font, self.width - 2 * MARGIN):
+            self.text(MARGIN, line, font, color, advance)
 
     def pictures(
         self, x: int, box: tuple[int, int], pictures: Mapping[str, Image.Image | None]
@@ -295,7 +290,7 @@ class Canvas:
                 mat.paste(picture, ((box[0] - picture.width) // 2, (box[1] - picture.height) // 2))
             else:
                 middle = (box[0] // 2, box[1] // 2)
-                ImageDraw.Draw(mat).text(middle, missing, _QUIET, font_of(*_TEXT), anchor="mm")
+                ImageDraw.Draw(mat).text(middle, missing, QUIET, font_of(*TEXT), anchor="mm")
             self._pictures.append((mat, (x, self.y)))
             self.y += box[1] + 8
 
@@ -322,16 +317,16 @@ class Canvas:
             self.pictures(x, (side, height), {**shown, "no map": mapped} if maps else shown)
             self.y += 6
             if tile.caption:
-                self.text(x, tile.caption, _CAPTION, _INK, _LEADING, room=side, middle=True)
+                self.text(x, tile.caption, CAPTION, INK, LEADING, room=side, middle=True)
             if tile.subcaption:
-                self.text(x, tile.subcaption, _TEXT, _QUIET, _LEADING, room=side)
+                self.text(x, tile.subcaption, TEXT, QUIET, LEADING, room=side)
             end = max(end, self.y)
         self.y = end
         return frames
 
     def image(self) -> Image.Image:
         """Return the page."""
-        image = Image.new("RGB", (self.width, self.y + _MARGIN - 20), _PAPER)
+        image = Image.new("RGB", (self.width, self.y + MARGIN - 20), _PAPER)
         for picture, corner in self._pictures:
             image.paste(picture, corner, _round_corners(picture.size))
         draw = ImageDraw.Draw(image)
@@ -369,38 +364,38 @@ def panel(
     tiles = [*([] if query is None else [query]), *results]
     maps = any([tile.cam is not None for tile in tiles])
     on_line = min(_COLUMNS, len(results))
-    right = on_line * (side + _GAP) - _GAP if on_line else 0
-    left = _MARGIN
+    right = on_line * (side + GAP) - GAP if on_line else 0
+    left = MARGIN
     if query is not None:
-        left += side + _BETWEEN
-        right += side + _BETWEEN * bool(on_line)
+        left += side + BETWEEN
+        right += side + BETWEEN * bool(on_line)
 
-    canvas = Canvas(2 * _MARGIN + max(right, 2 * side))
-    canvas.paragraph(title or "", _TITLE, _INK, 36)
+    canvas = Canvas(2 * MARGIN + max(right, 2 * side))
+    canvas.paragraph(title or "", TITLE, INK, 36)
     if query is not None and query.warning:
-        canvas.text(_MARGIN, query.warning, _HEADING, _WARNING, 26)
+        canvas.text(MARGIN, query.warning, HEADING, _WARNING, 26)
     if title:
         canvas.y += 14
     if query is not None:
-        canvas.text(_MARGIN, "Query", _HEADING, _QUIET)
+        canvas.text(MARGIN, "Query", HEADING, QUIET)
     if results:
-        canvas.text(left, "Result" if len(results) == 1 else "Results", _HEADING, _QUIET)
+        canvas.text(left, "Result" if len(results) == 1 else "Results", HEADING, QUIET)
     canvas.y += 28
     begun = canvas.y
     placed = [
-        (left + place % _COLUMNS * (side + _GAP), tile, top)
+        (left + place % _COLUMNS * (side + GAP), tile, top)
         for place, (tile, top) in enumerate(zip(results, tops, strict=True))
     ]
     starts = range(0, max(len(placed), 1), _COLUMNS)
     lines = [placed[start : start + _COLUMNS] for start in starts]
     if query is not None:
-        lines[0].insert(0, (_MARGIN, query, query_top))
+        lines[0].insert(0, (MARGIN, query, query_top))
     for line in lines:
         canvas.tiles(line, side, maps)
         canvas.y += 24
     if results and query is not None:
-        x = left - _BETWEEN // 2
-        canvas.stroke(ImageDraw.ImageDraw.line, xy=(x, begun, x, canvas.y - 24), fill=_LINE)
+        x = left - BETWEEN // 2
+        canvas.stroke(ImageDraw.ImageDraw.line, xy=(x, begun, x, canvas.y - 24), fill=LINE)
     if maps:
         canvas.y += 8
         note = scale_note(None if query is None else query_top, tops, scale)
@@ -416,90 +411,9 @@ def _draw_legend(canvas: Canvas, note: str, ends: tuple[str, str], *, signed: bo
     low, high = (shorten(end, 40) for end in ends)
     # Over a light gray, as over a picture: the left end is transparent.
     gray = Image.new("RGB", _BAR, (226, 229, 234))
-    canvas.text(_MARGIN, low, _TEXT, _QUIET)
-    x = _MARGIN + round(font_of(*_TEXT).getlength(low)) + 12
-    canvas.text(x + _BAR[0] + 12, high, _TEXT, _QUIET, 2)
+    canvas.text(MARGIN, low, TEXT, QUIET)
+    x = MARGIN + round(font_of(*TEXT).getlength(low)) + 12
+    canvas.text(x + _BAR[0] + 12, high, TEXT, QUIET, 2)
     canvas.pictures(x, _BAR, {"": paint(gray, ramp, (0, 0, *_BAR), 1.0, signed=signed)})
     canvas.y += 4
-    canvas.paragraph(note, _TEXT, _QUIET, _LEADING)
-
-
-def receipt_picture(
-    tiles: Sequence[Tile],
-    amounts: Sequence[tuple[str, float]],
-    total: tuple[str, float],
-    *,
-    apart: int = 0,
-    headings: Sequence[str] = (),
-    links: Sequence[tuple[Place, Place]] = (),
-    title: str | None = None,
-    note: str = "",
-) -> Image.Image:
-    """Draw two or three pictures above their maps, links between the first two, and a sum.
-
-    `amounts` are (words, number) each, and sum to `total`; the first ones, so many as are `apart`,
-    are large beside the others, and have no bar. A link joins a point of each picture.
-    """
-    side = _PAIRED
-    lefts = [_MARGIN + place * (side + _BETWEEN) for place in range(len(tiles))]
-    across = lefts[-1] + side + _BETWEEN
-    canvas = Canvas(across + _SUM_WIDTH + _MARGIN)
-    canvas.paragraph(title or "", _TITLE, _INK, 36)
-    if title:
-        canvas.y += 14
-    for left, heading in zip(lefts, headings, strict=False):
-        canvas.text(left, heading, _HEADING, _QUIET)
-    canvas.text(across, "What adds up", _HEADING, _QUIET, 28)
-    begun = canvas.y
-    frames = canvas.tiles(
-        [(left, tile, top_value([tile])) for left, tile in zip(lefts, tiles, strict=True)], side
-    )
-    for number, link in reversed(list(enumerate(links))):
-        ends = [
-            (round(x + across * width), round(y + down * height))
-            for (x, y, width, height), (across, down) in zip(frames, link, strict=False)
-        ]
-        canvas.stroke(_draw_link, ends=ends, number=number)
-    end, canvas.y = canvas.y, begun
-    _draw_sum(canvas, across, amounts, total, apart)
-    canvas.y = max(canvas.y, end) + 8
-    canvas.paragraph(note, _TEXT, _QUIET, _LEADING)
-    return canvas.image()
-
-
-def _draw_link(draw: ImageDraw.ImageDraw, ends: list[tuple[int, int]], number: int) -> None:
-    """Draw a line with a numbered disc at both ends, edged to be seen on any picture."""
-    color = _LINK[number % len(_LINK)]
-    draw.line([*ends[0], *ends[1]], fill=_INK, width=4)
-    draw.line([*ends[0], *ends[1]], fill=color, width=2)
-    for x, y in ends:
-        draw.ellipse((x - 9, y - 9, x + 9, y + 9), fill=color, outline=_INK)
-        draw.text((x, y), str(number + 1), _INK, font_of(*_HEADING), anchor="mm")
-
-
-def _draw_sum(
-    canvas: Canvas,
-    left: int,
-    amounts: Sequence[tuple[str, float]],
-    total: tuple[str, float],
-    apart: int,
-) -> None:
-    """Draw each amount with a bar from a middle line: to the right for, to the left against."""
-    top = max((abs(number) for _, number in amounts[apart:]), default=0.0)
-    middle, right = left + _BAR_LEFT + _BAR_WIDTH // 2, left + _SUM_WIDTH - 6
-    begun = canvas.y + apart * (_LEADING + 4)
-    for place, (words, number) in enumerate(amounts):
-        if top > 0 and place >= apart:
-            end = middle + round(_BAR_WIDTH // 2 * number / top)
-            box = (min(middle, end), canvas.y + 4, max(middle, end), canvas.y + 14)
-            color = _FOR if number > 0 else _AGAINST
-            canvas.stroke(ImageDraw.ImageDraw.rectangle, xy=box, fill=color)
-        canvas.text(right, f"{number:+.3f}", _TEXT, _INK, anchor="ra")
-        canvas.text(left, words, _TEXT, _QUIET, _LEADING + 4, room=_BAR_LEFT - 10)
-    rule = (middle, begun, middle, canvas.y - 4)
-    canvas.stroke(ImageDraw.ImageDraw.line, xy=rule, fill=_LINE)
-    under = (left, canvas.y + 4, right, canvas.y + 4)
-    canvas.stroke(ImageDraw.ImageDraw.line, xy=under, fill=_LINE, width=2)
-    canvas.y += _GAP
-    canvas.text(right, f"{total[1]:+.3f}", _CAPTION, _INK, anchor="ra")
-    canvas.text(left, total[0], _CAPTION, _INK, _LEADING + 8)
+    canvas.paragraph(note, TEXT, QUIET, LEADING)

@@ -13,13 +13,14 @@ import numpy as np
 from fastapi import APIRouter, Path, Query, Request
 from PIL import Image
 from pydantic import BaseModel, Field
+from pydantic.json_schema import SkipJsonSchema
 from starlette.responses import Response
 
 from ..errors import EmbedcamError
 from ..explain.explainer import Explainer
 from ..images import is_there, is_url
 from ..images.places import inside, stamp_of
-from ..render import Tile, shrunk
+from ..render import Tile, shrunk, window
 from . import schemas
 from .errors import HTTPProblem, choose
 from .pictures import JPEG, JSON, PNG, WEBP, overlaid
@@ -40,6 +41,18 @@ class ItemParameters(BaseModel):
     )
 
 
+class ImageParameters(ItemParameters):
+    """Query parameters of an item's picture."""
+
+    cell: (
+        Annotated[str, Field(pattern=r"^[0-9]{1,3},[0-9]{1,3}$", examples=["2,5"])]
+        | SkipJsonSchema[None]
+    ) = Field(
+        default=None,
+        description="Row and column of a cell, from 0: it alone is shown, with those around it.",
+    )
+
+
 class ExamplesParameters(BaseModel):
     """Query parameters of the examples."""
 
@@ -57,7 +70,7 @@ def router(pipeline: Pipeline) -> APIRouter:
         "An indexed image, made small",
         None,
         *_PROBLEMS,
-        parameters=ItemParameters,
+        parameters=ImageParameters,
         drawn=(JPEG, WEBP),
         said="Its pixels.",
     )
@@ -78,11 +91,15 @@ def router(pipeline: Pipeline) -> APIRouter:
         described["responses"][304] = {"description": "It is still what `If-None-Match` names."}
 
     @routes.get("/items/{id:path}/image", **of_image)
-    async def item_image(request: Request, id: Name, asked: Asked) -> Response:
+    async def item_image(
+        request: Request, id: Name, asked: Annotated[ImageParameters, Query()]
+    ) -> Response:
         kind = choose(request, (JPEG, WEBP))
         async with pipeline.admitted(request):
             held = await pipeline.holding([id])
-            return await pipeline.in_thread(_item, held, request, id, kind, asked.size, False)
+            return await pipeline.in_thread(
+                _item, held, request, id, kind, asked.size, False, asked.cell
+            )
 
     @routes.get("/items/{id:path}/cam", **of_cam)
     async def item_cam(request: Request, id: Name, asked: Asked) -> Response:
@@ -113,12 +130,18 @@ def _examples(explainer: Explainer, request: Request, ids: Sequence[str]) -> Res
 
 
 def _item(
-    explainer: Explainer, request: Request, id: str, kind: str, size: int, with_map: bool
+    explainer: Explainer,
+    request: Request,
+    id: str,
+    kind: str,
+    size: int,
+    with_map: bool,
+    cell: str | None = None,
 ) -> Response:
     """Answer with an image or its map; where the client has it already, with that alone."""
     index = explainer.index
     position, place = find_live(index, id), explainer.picture_place(id)
-    about: list[object] = [index.manifest.manifest_sha256, id, kind, size, with_map]
+    about: list[object] = [index.manifest.manifest_sha256, id, kind, size, with_map, cell]
     row = index.select([position])  # a store's changes without its model
     about += [row.array(column).tobytes() for column in index.columns.values()]
     if place is not None and not is_url(place):  # what lies elsewhere is not asked about
@@ -138,7 +161,18 @@ def _item(
         return schemas.response(_cam(explainer, position, picture, kind, size), kind, headers)
     if picture is None:
         raise HTTPProblem(404, "no_picture", "the picture of this image cannot be read any more")
+    if cell is not None:
+        picture = _around(explainer, picture, cell)
     return schemas.response(shrunk(Tile(picture), size).image or picture, kind, headers)
+
+
+def _around(explainer: Explainer, picture: Image.Image, cell: str) -> Image.Image:
+    """Return what lies around a cell "row,column" of the layer's grid."""
+    grid, preprocess = explainer.index.manifest.layers[0].grid, explainer.preprocess
+    row, column = map(int, cell.split(","))
+    if grid is None or preprocess is None or row >= grid[0] or column >= grid[1]:
+        raise HTTPProblem(404, "unknown_cell", "the layer's grid has no such cell")
+    return window(picture, preprocess.extent(*picture.size), grid, (row, column))
 
 
 def _cam(

@@ -17,12 +17,15 @@ from starlette.responses import Response
 from ..errors import EmbedcamError, ImageError, InputError
 from ..explain.explainer import Explainer
 from ..explain.explanation import Explanation, Result
-from ..explain.side_maker import SideMaker
 from ..explain.sides import Shown, Side
 from ..index import Index
 from ..pairs import (
+    NOTHING_KNOWN,
+    Known,
+    PairExplainer,
     Receipt,
     check_same,
+    covered,
     make_comparison,
     make_receipt,
     mean_of,
@@ -72,6 +75,8 @@ WITH_WORDS["requestBody"]["description"] += " Or words, as JSON."
 WITH_WORDS["requestBody"]["content"][JSON] = {"schema": schemas.TextQuery.model_json_schema()}
 _PROBLEMS = (400, 403, 408, 413, 415, 422, 500, 502, 503)
 MAX_LINES = 50
+_NUMBER = r"-?[0-9]{1,6}(\.[0-9]{1,3})?"
+_BOX = rf"^{_NUMBER}(,{_NUMBER}){{3}}$"
 MAX_PAIRS = 250_000
 """Numbers of all `pairs` of an answer together, about 2 MB: a hundred receipts on maps of 7 x 7, or
 six of 14 x 14."""
@@ -144,6 +149,7 @@ def router(pipeline: Pipeline) -> APIRouter:
             return schemas.response(told, kind, {"Vary": "Accept"})
 
         async def answer_words(upload: Upload) -> Response:
+            await pipeline.holding(given(asked.result, asked.rival))
             for name in ("result", "rival"):
                 if getattr(asked, name) is not None:
                     said = f"{name}: is of a picture as the query; leave it out"
@@ -201,6 +207,12 @@ def router(pipeline: Pipeline) -> APIRouter:
             | SkipJsonSchema[None]
         ) = Field(default=None, description="Row and column of a cell, from 0: what does it match?")
         of: Literal["query", "result"] = Field(default="query", description="Whose cell it is.")
+        box: (
+            Annotated[str, Field(pattern=_BOX, examples=["40,32,180,200"])] | SkipJsonSchema[None]
+        ) = Field(
+            default=None,
+            description="x0,y0,x1,y1 in pixels of the picture: what does that part match?",
+        )
         centred: bool = Field(
             default=True, description="Put apart what the average image of the index shares."
         )
@@ -210,6 +222,16 @@ def router(pipeline: Pipeline) -> APIRouter:
         links: int = Field(
             default=5, ge=0, le=MAX_LINES, description="Links between cells, at most."
         )
+
+        def weights_of(self, query: Prepared, grid: Sequence[int]) -> np.ndarray | None:
+            if self.box is None:
+                return None
+            box = [float(end) for end in self.box.split(",")]
+            x0, y0, x1, y1 = query.extent
+            try:
+                return covered(box, query.size, (x0, y0, x1, y1), grid)
+            except InputError as error:
+                raise HTTPProblem(422, "unusable_box", str(error)) from None
 
         def point_of(self, receipt: Receipt) -> list[list[float]] | None:
             if self.cell is None:
@@ -242,6 +264,9 @@ def router(pipeline: Pipeline) -> APIRouter:
                 "application/json for more"
             )
             raise HTTPProblem(422, "not_drawable", said)
+        if asked.box is not None and rival is not None:
+            said = "a box asks what a part matches in each result; leave out the rival or the box"
+            raise HTTPProblem(422, "unusable_parameter", said)
         told: list[schemas.PairReceipt] = []
         kept: list[Receipt] = []
         left = MAX_PAIRS
@@ -250,13 +275,17 @@ def router(pipeline: Pipeline) -> APIRouter:
             """Write a receipt, with its `pairs` while there is room."""
             nonlocal left
             numbers = receipt.query.cells.size * receipt.result.cells.size
-            fits = receipt.exact and numbers <= left
+            fits = all(one.direct for one in receipt.sides) and numbers <= left
             left -= numbers * fits
             shown = receipt.to_dict(asked.lines, asked.links)
             pairs = receipt.matrix().reshape(receipt.query.cells.size, -1) if fits else None
             return schemas.built(
                 schemas.PairReceipt,
-                {**shown["result"], **shown},
+                {
+                    **shown["result"],
+                    **shown,
+                    **schemas.lines_of(request, shown),
+                },
                 picture=schemas.size_of(picture.size),
                 extent=picture.extent,
                 query=schemas.built(schemas.Evidence, shown["query"]),
@@ -285,25 +314,28 @@ def router(pipeline: Pipeline) -> APIRouter:
                     centred=asked.centred,
                     query_shown=Shown(query.small.image, query.small.extent),
                     result_shown=Shown(picture.small.image, picture.small.extent, name, label),
+                    within=asked.weights_of(query, query_side.activations.shape[1:]),
+                    known=maker.known(index),
                 )
                 if kind == JSON:
                     told.append(tell(picture, receipt))
-                # Others are let go of: of first order, one holds the graph of its picture's head.
+                # Others are let go of: behind attention, one holds the graph of its picture's head.
                 if kind != JSON or rival is not None:
                     kept.append(receipt)
 
             def answer() -> Response:
-                # A pass of the head where receipts are of first order.
+                # A pass of the head behind attention and the like.
                 why, contrast = None, None
                 if rival is not None:
                     why = make_comparison(query_side, kept[0], kept[1], index.metric)
                 if kind != JSON:
-                    lines, links = asked.lines, asked.links
-                    drawn = why.plot(lines=lines) if why else kept[0].plot(lines=lines, links=links)
+                    lines = asked.lines
+                    drawn = why.plot(lines=lines) if why else kept[0].plot(lines=lines)
                     return schemas.response(drawn, kind, {"Vary": "Accept"})
                 if why is not None:
                     shown = why.to_dict(asked.lines)
                     cells = shown["query"]["cells"]
+                    shown |= schemas.lines_of(request, shown)
                     contrast = schemas.built(schemas.Contrast, shown, query=cells)
                 box = {"picture": schemas.size_of(query.size), "extent": query.extent}
                 whole = schemas.built(schemas.CompareAnswer, box, receipts=told, contrast=contrast)
@@ -367,12 +399,14 @@ class ReceiptMaker:
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
-        self._maker = SideMaker(pipeline.network)
+        self._pairs: PairExplainer | None = None
 
     def sides(self, index: Index, pictures: Sequence[Prepared]) -> list[Side]:
         """Return what the network makes of pictures, or raise HTTPProblem 501 without its head."""
         try:
-            self._maker.head(index)
+            if self._pairs is None:
+                self._pairs = PairExplainer(self._pipeline.explainer)
+            self._pairs.maker.head(index)
         except InputError as error:
             # Of a file, or of another version of the index; what is wrong names files.
             logger.warning("no receipts: %s", error)
@@ -381,7 +415,11 @@ class ReceiptMaker:
                 "not tell; serve the network instead"
             )
             raise HTTPProblem(501, "no_receipts", said) from None
-        return self._maker.sides(index, [one.inputs for one in pictures])
+        return self._pairs.maker.sides(index, [one.inputs for one in pictures])
+
+    def known(self, index: Index) -> Known:
+        """Return what the index says of channels and concepts."""
+        return NOTHING_KNOWN if self._pairs is None else self._pairs.known(index)
 
     def read(self, explainer: Explainer, name: str, side: int | None) -> Prepared:
         """Return an indexed image's picture, decoded and prepared; what fails names no file."""

@@ -191,12 +191,30 @@ class ExplainAnswer(Strict):
     neighbors: list[Neighbor]
 
 
+_PARTS = _says('What is neither of a cell nor of a channel, such as "the MLP", by name.')
+
+
 class Evidence(Strict):
-    """What one picture gives to a score: `cells`, `shared` and `remainder` sum to it."""
+    """What one picture gives to a score: `cells`, `parts`, `shared` and `remainder` sum to it."""
 
     cells: Cells
+    parts: dict[str, float] = _PARTS
     shared: float = _says("What the average image of the index has too.")
+    outside: float = _says("What lies outside of the box that was asked about.")
     remainder: float = _says("What no cell or channel accounts for.")
+
+
+_EXEMPLARS = _says("Where it answers most, best first; none where the index keeps none.")
+
+
+class ExemplarOf(Strict):
+    """An indexed image and the cell of it where a channel or concept answers most."""
+
+    id: str
+    row: Count
+    column: Count
+    value: float
+    crop_url: str = _says("The cell and those around it.")
 
 
 class Channel(Strict):
@@ -204,6 +222,38 @@ class Channel(Strict):
 
     channel: int = Field(ge=0, examples=[417])
     contribution: float = Field(examples=[0.031])
+    exemplars: list[ExemplarOf] = _EXEMPLARS
+
+
+class Concept(Strict):
+    """A part that the layer's activations are made of, and what it gives."""
+
+    concept: int = Field(ge=0, examples=[3])
+    name: str = _says('What people call it, else "".')
+    contribution: float = Field(examples=[0.031])
+    exemplars: list[ExemplarOf] = _EXEMPLARS
+
+
+class Region(Strict):
+    """Cells of a picture that are joined."""
+
+    box: tuple[float, float, float, float] = _says(
+        "What encloses them: x0, y0, x1, y1 as shares of what the network saw of the picture."
+    )
+    cells: list[Cell]
+
+
+class PlacePair(Strict):
+    """A region of the query and one of the result that match."""
+
+    query: Region
+    result: Region
+    contribution: float = Field(examples=[0.062])
+    share: float | None = _says(
+        "Of what all pairs of cells give, the similarity beyond `shared`, parts and `remainder`; "
+        "null where that is none.",
+        0.31,
+    )
 
 
 class CellLink(Strict):
@@ -215,7 +265,7 @@ class CellLink(Strict):
 
 
 class PairReceipt(Indexed):
-    """Why the query and one result match: `shared`, the channels and `remainder` sum to it."""
+    """Why the query and one result match: `shared`, channels, parts and `remainder` sum to it."""
 
     picture: Size
     extent: Extent
@@ -227,18 +277,28 @@ class PairReceipt(Indexed):
     exact: bool = _says(
         "Contributions are exact; otherwise of first order, and `remainder` holds what is not."
     )
+    held: list[str] = _says("What was held at its values so that all adds up, in words.")
     centred: bool = _says("What both share with the average image was put apart.")
     shared: float = _says("What both share with the average image of the index.")
     remainder: float = _says("What no channel accounts for.")
+    outside: float = _says("What the query gives outside of the box that was asked about.")
+    places: list[PlacePair] = _says(
+        "The pairs of regions that match and give most, most first. A region takes at most 15% of "
+        "its picture, all together at most 40%."
+    )
     channels: list[Channel] = _says("Those that give most, largest first.")
     other_channels: float = _says("What all the others give together.")
+    concepts: list[Concept] = _says("Those that give most, largest first; none without concepts.")
+    other_concepts: float = _says("What all the other concepts give together.")
+    no_concept: float = _says("What no concept explains.")
+    parts: dict[str, float] = _PARTS
     query: Evidence
     result: Evidence
     links: list[CellLink] = _says("The cells that match best.")
     pairs: Rows | None = _says(
         "What each cell of the query (rows) has with each cell of the result (columns), both "
-        "counted row by row, to four digits; null where the receipt is not exact, or where all "
-        "together would be too many numbers: ask with `cell` then."
+        "counted row by row, to four digits; null where each takes a pass of the head, or where "
+        "all together would be too many numbers: ask with `cell` then."
     )
     point: Cells | None = _says(
         "What the cell asked for matches, on the other picture's grid; null where none was asked "
@@ -247,7 +307,7 @@ class PairReceipt(Indexed):
 
 
 class Contrast(Strict):
-    """Why the first result is nearer than the second: channels and remainder sum to `score`."""
+    """Why the first result is nearer than the second: channels, parts, remainder sum to `score`."""
 
     score: float = _says(
         "Half of the rival's squared distance less the result's; behind embeddings of length 1 the "
@@ -261,6 +321,10 @@ class Contrast(Strict):
     )
     channels: list[Channel]
     other_channels: float
+    concepts: list[Concept]
+    other_concepts: float
+    no_concept: float
+    parts: dict[str, float] = _PARTS
     query: Cells = _says("Positive where the query speaks for the result, negative for the rival.")
 
 
@@ -406,6 +470,27 @@ def is_known(request: Request, tag: str) -> bool:
 def size_of(size: tuple[int, int]) -> Size:
     """Return (width, height) as JSON has it."""
     return Size(width=size[0], height=size[1])
+
+
+def lines_of(request: Request, shown: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a receipt's channels and concepts, each exemplar with where its cell can be seen."""
+
+    def seen(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return [{**line, "exemplars": [*map(placed, line.get("exemplars", ()))]} for line in lines]
+
+    def placed(one: Mapping[str, Any]) -> dict[str, Any]:
+        image = urls_of(request, one["id"])["image_url"]
+        return {**one, "crop_url": f"{image}?cell={one['row']},{one['column']}"}
+
+    channels = shown["channels"]
+    kept = shown.get("channel_exemplars", [()] * len(channels))
+    lines = [{**line, "exemplars": some} for line, some in zip(channels, kept, strict=True)]
+    return {
+        "channels": seen(lines),
+        "concepts": seen(shown.get("concepts", ())),
+        "other_concepts": shown.get("other_concepts", 0.0),
+        "no_concept": shown.get("no_concept", 0.0),
+    }
 
 
 def urls_of(request: Request, name: str) -> dict[str, str]:

@@ -8,7 +8,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 from fastapi import Request
@@ -17,7 +16,8 @@ from pydantic import ValidationError
 from ..errors import EmbedcamError
 from ..explain.explainer import Explainer
 from ..explain.explanation import rounded
-from ..explain.side_maker import SideMaker
+from ..explain.side_maker import SideMaker, SlopeSide
+from ..explain.sides import PooledSide, Side
 from ..explain.text_explanation import TextExplanation, TextResult
 from ..explain.texts import Answers, Words, cells_of, embedded_words, explained_words
 from ..images import is_url
@@ -29,9 +29,6 @@ from . import schemas
 from .errors import HTTPProblem
 from .pictures import Prepared, Upload
 from .pipeline import Pipeline, logger
-
-if TYPE_CHECKING:
-    from ..explain.sides import Side
 
 MOST_BODY = 1 << 16
 MOST_CELLS = 256
@@ -173,19 +170,18 @@ class WordsMaker:
 
     def _sides(self, index: Index, pictures: Sequence[Prepared]) -> list[Kept]:
         """Return what is kept of pictures. Called in the network's thread."""
-        sides = self._maker.sides(index, [one.inputs for one in pictures])
-        closed = self._maker.head(index) is not None
+        sides = self._maker.map_sides(index, [one.inputs for one in pictures])
         return [
-            kept_of(side, one.size, one.extent, closed)
-            for side, one in zip(sides, pictures, strict=True)
+            kept_of(side, one.size, one.extent) for side, one in zip(sides, pictures, strict=True)
         ]
 
 
-def kept_of(side: Side, size: tuple[int, int], extent: Extent, closed: bool) -> Kept:
+def kept_of(side: Side | SlopeSide, size: tuple[int, int], extent: Extent) -> Kept:
     """Return what a picture's positions answer to any words, without its activations."""
     grid = side.activations.shape[1:]
     count = int(np.prod(grid))
-    if not closed and count > MOST_CELLS:
+    costly = not isinstance(side, PooledSide) and count > MOST_CELLS
+    if costly or isinstance(side, SlopeSide):
         return Kept(None, partial(cells_of, side), size, extent)
     vectors = np.asarray(side.cell_vectors(range(count)), np.float32).reshape(*grid, -1)
     return Kept(vectors, lambda direction: vectors.astype(np.float64) @ direction, size, extent)

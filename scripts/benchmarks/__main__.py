@@ -3,6 +3,7 @@
     python -m scripts.benchmarks --network resnet50 mobilenet_v2 --output docs/results/benchmark.md
     python -m scripts.benchmarks explain peers --quick
     python -m scripts.benchmarks service --output docs/results/service.md
+    python -m scripts.benchmarks words --output docs/results/words.md
     python -m scripts.benchmarks soak --minutes 10 --output docs/results/soak.md
     python -m scripts.benchmarks forward --old CHECKOUT --output docs/results/forward.md
 
@@ -10,8 +11,8 @@ Needs no data: random weights and synthetic pictures in a temporary folder. Case
 in one process and strictly alternate, A B A B; each ratio is the median over rounds of (this case /
 the first case of the same round), with the smallest and largest beside it; garbage collection is
 off while a case is timed. The A/A row is the first case run a second time in each round: how
-far it lies from 1 is how far any other ratio can be believed. `service`, `soak` and `forward` have
-options of their own.
+far it lies from 1 is how far any other ratio can be believed. `service`, `words`, `soak` and
+`forward` have options of their own.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from pathlib import Path
 import torch
 
 from . import (
+    attention,
     building,
     evaluating,
     exactness,
@@ -40,6 +42,7 @@ from . import (
     soak,
     stores,
     trusting,
+    words,
     zoo,
 )
 from .timing import written
@@ -89,6 +92,9 @@ SECTIONS: dict[str, Section] = {
     "trust": lambda o, folder: (
         trusting.report(name, o.images, o.rounds, folder) for name in o.network
     ),
+    "attention": _one(
+        lambda o, folder: attention.report("torchvision:vit_b_16", 4 * o.rounds, folder)
+    ),
     "receipts": _each(receipts.report, 20),
     "features": _one(lambda o, folder: features.report(o.rows, 100 * o.rounds, folder)),
     "onnx": _each(onnx.onnx_report, 4),
@@ -100,7 +106,9 @@ SECTIONS: dict[str, Section] = {
     ),
     "large": _one(lambda o, folder: large.report(o.large, folder)),
 }
-OTHERS = {"service": service.main, "soak": soak.main, "forward": forward.main}
+OTHERS = {
+    "service": service.main, "words": words.main, "soak": soak.main, "forward": forward.main,
+}  # fmt: skip
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from embedcam import EmbeddingNetwork, Explainer, PairExplainer
 from .cases import frozen_network, index_of, linear_network, query_input
 from .timing import alternate, milliseconds, section, verdict
 
-BAR_MS, POINT_BAR_MS = 3.0, 50.0
+BAR_MS, POINT_BAR_MS = 5.0, 50.0
 
 
 def report(name: str, rounds: int, folder: Path) -> str:
@@ -29,7 +29,7 @@ def _report(title: str, network: EmbeddingNetwork, rounds: int, path: Path) -> s
     first = np.asarray(query_input())
     second = np.ascontiguousarray(first[:, ::-1])
     both, made = np.stack([first, second]), pairs.receipt(first, second)
-    base, as_json = "the two forward passes", "receipt, as JSON with 10 lines and 5 links"
+    base, as_json = "the two forward passes", "receipt, as JSON with 5 places, 10 lines and 5 links"
     # As the service has it: on few cores BLAS's threads and torch's come to a stop over each other.
     with threadpool_limits(limits=1, user_api="blas"):
         passes = alternate(

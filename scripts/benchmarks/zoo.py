@@ -179,7 +179,11 @@ def once(model: str, which: str) -> None:
 def online_report(model: str, rounds: int, folder: Path) -> str:
     """Explaining from indexes built with different methods costs the same: only bytes differ."""
     network, image = frozen_network(model), query_input()
-    names = [n for n, m in METHODS.items() if isinstance(m, WeightMethod) and not m.trained]
+    names = [
+        n
+        for n, m in METHODS.items()
+        if isinstance(m, WeightMethod) and not (m.trained or m.attends)
+    ]
     explainers = {
         name: Explainer(
             index_of(network, folder / f"online-{name}", method=name), network, n_neighbors=10

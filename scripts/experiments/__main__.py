@@ -5,6 +5,7 @@
     python -m scripts.experiments trust DATA/birds20 DATA/objects24 DATA/natural/single --weights FILE
     python -m scripts.experiments match DATA/birds20 DATA/objects24 DATA/natural/single --weights FILE
     python -m scripts.experiments pairs DATA/birds20 DATA/objects24 --weights FILE
+    python -m scripts.experiments places DATA/birds20 DATA/objects24 DATA/natural --weights FILE
     python -m scripts.experiments concepts DATA/birds20 DATA/objects24 DATA/natural --weights FILE
     python -m scripts.experiments positions [--natural DATA/natural --weights FILE]
     python -m scripts.experiments attended NETWORKS
@@ -32,6 +33,7 @@ EXPERIMENTS = (
     "trust",
     "match",
     "pairs",
+    "places",
     "concepts",
     "positions",
     "attended",

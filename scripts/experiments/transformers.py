@@ -207,20 +207,23 @@ class Case:
 
 def arms(case: Case, reading: str, count: int) -> Iterator[tuple[str, list[np.ndarray]]]:
     """Yield maps of every kind, by their names; what a method refuses is left out."""
-    usable = {n: one for n, one in METHODS.items() if not one.trained and n not in LEFT_OUT}
+    usable = {
+        name: one
+        for name, one in METHODS.items()
+        if not (one.trained or one.reading or name in LEFT_OUT or isinstance(one, LayersMethod))
+    }
     stored = dict(RECIPES)
     if not reading:
         yield MEAN, case.mean()
         stored |= {
             one.title: Recipe(method=name)
             for name, one in usable.items()
-            if one.storable and not isinstance(one, LayersMethod) and name not in SLOW
+            if one.storable and name not in SLOW
         }
         stored.pop(METHODS["gradcam"].title)  # the default
     for name, recipe in stored.items():
         yield f"{READINGS[reading]}{name}, transferred", case.transferred(recipe)
-    drawn = [name for name, one in usable.items() if not isinstance(one, LayersMethod)]
-    for name in ["gradcam"] if reading else drawn:
+    for name in ["gradcam"] if reading else usable:
         title = READINGS[reading].removesuffix(", ") or METHODS[name].title
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", MethodWarning)  # a method that ignores the target

@@ -135,7 +135,7 @@ def _targets(options: argparse.Namespace) -> Iterator[Table]:
 
 
 def _methods(options: argparse.Namespace) -> Iterator[Table]:
-    names = [n for n, one in METHODS.items() if not one.trained and n != "polycam"]
+    names = [n for n, one in METHODS.items() if not (one.trained or one.attends or n == "polycam")]
     sizes = {"limit": options.pictures, "faithfulness": options.pictures}
     sizes["scenes"] = min(options.scenes, options.pictures)
     yield "Methods", {**OBJECTS, **sizes, "methods": options.methods or names}

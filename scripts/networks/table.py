@@ -28,15 +28,17 @@ positions side by side (CoaT, CrossViT) the finest is explained; loading says so
 - **what follows** the layer: *pooled, affine* is linear in the mean over positions; *pooled* does
   something else with that mean; *other* reads positions, as attention does.
 - **receipt**: *exact*, perhaps with parts of what follows *held* as they are, or of *first order*.
-- **remainder**: the share of the similarity that no position has; the median of three receipts.
+- **positions, parts**: the shares of the similarity that positions have, and parts that are none,
+  such as the class token before the last attention or an MLP behind it; what is left to 100% is
+  the head's biases, or not of first order. Medians of three receipts, nothing put apart.
 - **seconds** for all of it, on one core of a machine that others use, too.
 
 Random weights say nothing about how good a map is, and with trained ones remainders are others.
 Written by `python -m scripts.networks --export --output docs/networks.md`.
 """
 _HEAD = """\
-| family | network | layer | grid, channels | what follows | receipt | remainder | seconds |
-|---|---|---|---|---|---|---|---|"""
+| family | network | layer | grid, channels | what follows | receipt | positions | parts | seconds |
+|---|---|---|---|---|---|---|---|---|"""
 
 
 def page(tried: Mapping[str, Tried]) -> str:
@@ -72,8 +74,8 @@ def summary(tried: Sequence[Tried]) -> str:
 
 def _row(family: str, name: str, one: Tried) -> str:
     if not one.works:
-        return f"| {family} | {name} | `{one.layer}` | | refused, see below | | | |"
-    grid, remainder = one.grid or (0, 0), one.remainder or 0.0
+        return f"| {family} | {name} | `{one.layer}` | | refused, see below | | | | |"
+    grid = one.grid or (0, 0)
     held = f"exact; held: {', '.join(one.held)}" if one.held else "exact"
     cells = (
         family,
@@ -82,7 +84,8 @@ def _row(family: str, name: str, one: Tried) -> str:
         f"{grid[0]} x {grid[1]}, {one.channels}",
         one.kind,
         held if one.exact else "first order",
-        f"{remainder:.1%}",
+        f"{one.positions:.0%}",
+        f"{one.parts:.0%}" if one.parts else "",
         f"{sum(one.seconds.values()) - one.seconds.get('export', 0):.0f}",
     )
     return f"| {' | '.join(cells)} |"

@@ -5,7 +5,7 @@ import logging
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 from embedcam import EmbedcamError, Explainer, PairExplainer, build_index, find_images, load_network
 from embedcam.export import export_onnx
 from embedcam.network import EmbeddingNetwork
+from embedcam.pairs import Receipt
 
 _PICTURES = 8
 _SIDES = (120, 96)
@@ -27,7 +28,8 @@ class Tried:
 
     failed: the step that did not work, empty where all did; said: the sentence it was refused
     with, or how a traceback ended; crashed: whether it was a traceback; kind: of the head;
-    remainder: the largest of a pair's remainders as a share of the similarity; seconds: by step.
+    positions, parts, remainder: what receipts give to positions, to what is none, and to neither,
+    as shares of the similarity, nothing put apart; medians of three; seconds: by step.
     """
 
     name: str
@@ -38,7 +40,9 @@ class Tried:
     kind: str = ""
     exact: bool | None = None
     held: tuple[str, ...] = ()
-    remainder: float | None = None
+    positions: float = 0.0
+    parts: float = 0.0
+    remainder: float = 0.0
     chosen: str = ""
     failed: str = ""
     said: str = ""
@@ -143,12 +147,8 @@ class Trial:
                     raise ArithmeticError("the map is not finite")
             with self._step("receipt"):
                 results = [one.id for one in explanation.neighbors()[:3]]
-                receipts = PairExplainer(explainer).receipts(query, results)
-            tried.exact = receipts[0].exact
-            tried.held = tuple(getattr(receipts[0], "held", ()))
-            tried.remainder = float(
-                np.median([abs(one.remainder / one.similarity) for one in receipts])
-            )
+                receipts = PairExplainer(explainer).receipts(query, results, centred=False)
+            self._read(receipts)
         if self._export:
             self._try_export(index, network)
 
@@ -159,6 +159,14 @@ class Trial:
         self.tried.channels, self.tried.width = len(maps), features.embedding.shape[1]
         pooled = "pooled" if kind.pooled else "other"
         self.tried.kind = "pooled, affine" if kind.affine else pooled
+
+    def _read(self, receipts: Sequence[Receipt]) -> None:
+        tried, shares = self.tried, []
+        for one in receipts:
+            parts = (one.channels.sum(), sum(one.parts.values()), one.remainder)
+            shares.append([part / one.similarity for part in parts])
+        tried.positions, tried.parts, tried.remainder = np.median(shares, 0).tolist()
+        tried.exact, tried.held = receipts[0].exact, receipts[0].held
 
     def _try_export(self, index: Path, network: EmbeddingNetwork) -> None:
         begun = time.perf_counter()

@@ -1,15 +1,17 @@
 /* The page: what is asked, what is looked at, and what follows from it.
 
    What is looked at is one of: the whole answer; a result (pinned, or pointed at meanwhile); a point
-   of the query; two results compared. `look` draws it, and is called whenever anything changes. */
+   of the query; a part of it, in a box; two results compared. `look` draws it, and is called whenever anything changes. */
 
+import { BoxView } from "./box.js";
 import { announce, find, make } from "./dom.js";
 import { startIntake } from "./intake.js";
 import { mapOf } from "./maps.js";
 import { showContrast, showGuide, showPicked, showReceipt, showState } from "./panel.js";
 import { QueryView, showMatch, showTrust } from "./query.js";
-import { Card, drawOwn, drawPoint, drawSome, loadAll, showCards, showWaiting } from "./results.js";
-import { about, compare, examples, explain, picture, pictureAddress } from "./service.js";
+import { Card, drawOwn, drawPart, drawPoint, drawSome, loadAll, prepared, showCards, showWaiting } from "./results.js";
+import { about, compare, examples, explain, explainWords, picture, pictureAddress } from "./service.js";
+import { WordsCard, drawAnswers, noteAnswers, offerText, showAsked, startText } from "./text.js";
 import { startTheme } from "./theme.js";
 import { counted, described, fixed, nameOf, placeOf, sentence, shortened, signed } from "./words.js";
 
@@ -19,8 +21,9 @@ const PICTURE_SIDE = 1024; // Of an indexed image that is searched with.
 const LEAVING = 180; // Milliseconds that a result stays in view after the mouse has left it.
 
 const query = new QueryView(choosePoint);
-const known = { blob: null, id: null, retry: null, answer: null, cards: [], usual: 5, count: null, detail: {} };
-const at = { hovered: null, last: null, pinned: null, point: null, picked: [], contrast: null };
+const boxed = new BoxView(query.shot, chooseBox);
+const known = { blob: null, id: null, words: null, retry: null, answer: null, cards: [], usual: 5, count: null, detail: {} };
+const at = { hovered: null, last: null, pinned: null, point: null, picked: [], contrast: null, part: null };
 let work = new AbortController();
 let leaving = 0;
 let returning = false;
@@ -29,9 +32,9 @@ let returning = false;
 
 /** @param id of the indexed image that it is; null for a picture of the visitor's own */
 async function begin(blob, id = null) {
-  Object.assign(known, { blob, id, retry: lookUp });
+  Object.assign(known, { blob, id, words: null, retry: lookUp });
   find("query-title").textContent = id === null ? "Your picture" : `From the index: ${shortened(id)}`;
-  showAddress(id);
+  showAddress(id === null ? {} : { id });
   known.cards.forEach((card) => card.forget());
   Object.assign(known, { answer: null, cards: [] });
   query.begin(blob);
@@ -43,8 +46,8 @@ async function beginWith(id) {
   work.abort();
   work = new AbortController();
   const { signal } = work;
-  Object.assign(known, { id, answer: null, retry: () => beginWith(id) });
-  showAddress(id);
+  Object.assign(known, { id, words: null, answer: null, retry: () => beginWith(id) });
+  showAddress({ id });
   try {
     await begin(await picture(pictureAddress(id), PICTURE_SIDE, signal), id);
   } catch (error) {
@@ -52,11 +55,43 @@ async function beginWith(id) {
   }
 }
 
+/** Begins with words; `above` are those that they are held against, or null. */
+async function beginWords(text, above = null) {
+  work.abort();
+  work = new AbortController();
+  const { signal } = work;
+  known.cards.forEach((card) => card.forget());
+  const words = above === null ? { text } : { text, above };
+  Object.assign(known, { blob: null, id: null, words, answer: null, cards: [], retry: () => beginWords(text, above) });
+  showAddress(words);
+  showAsked(text, above);
+  stage("asking");
+  find("ask-again").elements.text.focus({ preventScroll: true });
+  announce("Looking it up");
+  showWaiting(known.count ?? known.usual);
+  let answer;
+  try {
+    answer = await explainWords(text, above, known.count, signal);
+  } catch (error) {
+    if (!signal.aborted) fail(error);
+    return;
+  }
+  const cards = answer.neighbors.map((one, place) => new WordsCard(one, place + 1, searchWith));
+  known.cards = cards;
+  noteAnswers(answer);
+  showCards(cards);
+  drawAnswers(cards, above !== null);
+  stage("answered");
+  announce(`${counted(cards.length, "result")}. Nearest: ${cards[0].told()}. ${find("words-note").textContent}`);
+  await loadAll(cards, signal, () => {});
+}
+
 /** Asks, of the picture that there is, for as many results as are wanted. */
 async function lookUp() {
   work.abort();
   work = new AbortController();
   const { signal } = work;
+  noBox();
   Object.assign(at, { hovered: null, last: null, pinned: null, point: null, picked: [], contrast: null });
   stage("asking");
   announce("Looking it up");
@@ -115,16 +150,21 @@ function fail(error) {
 }
 
 function stage(name) {
+  const words = known.words !== null && name !== "empty";
   document.body.dataset.stage = name;
+  document.body.dataset.asked = words ? "words" : "picture";
   find("intake").hidden = name !== "empty";
-  find("query").hidden = name === "empty" || name === "failed";
+  find("query").hidden = words || name === "empty" || name === "failed";
+  find("words").hidden = !words;
   find("results").hidden = name === "empty";
   find("again").hidden = name === "empty";
-  find("panel").hidden = name !== "answered";
+  find("panel").hidden = words || name !== "answered";
+  find("picture-hint").hidden = words;
   find("problem").hidden = name !== "failed";
   find("legend").hidden = name !== "answered";
   find("grid").hidden = name === "failed";
   if (name !== "answered") {
+    find("part").hidden = true;
     find("match").hidden = true;
     find("trust").hidden = true;
     find("back").hidden = true;
@@ -151,7 +191,9 @@ function look() {
   const { point, pinned, contrast } = at;
   if (contrast !== null) lookAtTwo();
   else if (point !== null) lookAtPoint(point);
+  else if (at.part !== null) lookAtPart(pinned ?? at.hovered);
   else lookAtResult(pinned ?? at.hovered);
+  find("part").hidden = known.cards.every((card) => card.receipt === null);
   mark();
 }
 
@@ -172,7 +214,22 @@ function lookAtResult(card) {
 function lookAtPanel(card) {
   if (at.picked.length === 1) showPicked(at.picked[0], back);
   else if (card === null) showGuide(known.cards.every((one) => one.receipt !== null || one.trouble !== null));
-  else showReceipt(card, query, { search: () => searchWith(card), close: back });
+  else {
+    const receipt = at.part?.receipts.get(card);
+    const asked = { search: () => searchWith(card.result.id), close: back };
+    showReceipt(card, query, receipt ? { ...asked, receipt, boxed: true } : asked);
+  }
+}
+
+/** What the box's part of the query matches; of one result its own evidence, too. */
+function lookAtPart(card) {
+  const { receipts, trouble } = at.part;
+  const receipt = receipts.get(card);
+  if (receipt) query.showSigned(receipt.queryMap);
+  else query.showNothing();
+  drawPart(known.cards, receipts);
+  tell(trouble ?? "Red in the results matches what is in the box.", "two");
+  lookAtPanel(card ?? at.last);
 }
 
 function lookAtPoint({ row, column }) {
@@ -212,7 +269,7 @@ function mark() {
   const { pinned, hovered, contrast, picked, point } = at;
   const busy = pinned !== null || contrast !== null;
   document.body.dataset.sheet = busy ? "open" : picked.length > 0 ? "low" : "shut";
-  find("back").hidden = !(busy || point !== null);
+  find("back").hidden = !(busy || point !== null || at.part !== null);
   for (const card of known.cards) {
     const two = contrast !== null && (card === contrast.above || card === contrast.below);
     const inView = two || card === pinned || (!busy && point === null && card === hovered);
@@ -264,6 +321,7 @@ function pin(card, byKey) {
 function pick(card) {
   const others = at.picked.filter((one) => one !== card);
   const picked = others.length < at.picked.length ? others : [...others.slice(-1), card];
+  noBox();
   Object.assign(at, { picked, pinned: null, point: null, contrast: null, last: null, hovered: null });
   if (picked.length === 2) contrastThem();
   else {
@@ -324,12 +382,48 @@ async function askStored(mine) {
 function choosePoint(row, column) {
   const start = performance.now();
   if (at.point?.row === row && at.point.column === column) return;
+  noBox();
   Object.assign(at, { point: { row, column }, pinned: null, picked: [], contrast: null });
   look();
   performance.measure("embedcam: point", { start });
   const missing = known.cards.filter((card) => card.receipt !== null && card.matched(row, column) === null);
   if (missing.length > 0) askPoint(row, column, missing);
   else sayPoint(row, column);
+}
+
+/** What is in the box, as shares of the picture, is asked about; null for no box. */
+async function chooseBox(ends) {
+  const mine = ends === null ? null : { receipts: new Map(), trouble: null };
+  at.part = mine;
+  if (mine !== null) Object.assign(at, { point: null, picked: [], contrast: null });
+  look();
+  if (mine === null) return;
+  const { signal } = work;
+  const { width, height } = query.shot.size;
+  const words = boxed.words(); // Of this box, wherever it is moved to meanwhile.
+  const box = ends.map((end, axis) => (end * (axis % 2 === 0 ? width : height)).toFixed(1)).join(",");
+  const cards = known.cards.filter((card) => card.receipt !== null);
+  for (let start = 0; start < cards.length; start += TOGETHER) {
+    const some = cards.slice(start, start + TOGETHER);
+    try {
+      const found = await compare(known.blob, some.map((card) => card.result.id), { box, links: 0 }, signal);
+      found.receipts.forEach((receipt, place) => mine.receipts.set(some[place], prepared(receipt)));
+    } catch (error) {
+      mine.trouble = sentence(error.message);
+    }
+    if (signal.aborted || at.part !== mine) return;
+    look();
+    if (mine.trouble !== null) return;
+  }
+  const best = [...mine.receipts]
+    .map(([card, { queryMap }]) => ({ card, value: queryMap.values.reduce((total, value) => total + value, 0) }))
+    .sort((one, other) => other.value - one.value)[0];
+  announce(`${words}. Result ${best.card.rank} has most of it, ${signed(best.value)}.`);
+}
+
+function noBox() {
+  at.part = null;
+  boxed.clear(true);
 }
 
 /** Where receipts are not exact, the service follows the point through the network. */
@@ -363,8 +457,8 @@ function sayPoint(row, column) {
   announce(`${placeOf(row, column)}. ${found}`);
 }
 
-async function searchWith(card) {
-  await beginWith(card.result.id);
+async function searchWith(id) {
+  await beginWith(id);
   find("results").focus();
 }
 
@@ -372,6 +466,7 @@ async function searchWith(card) {
 function back() {
   const before = at.pinned;
   const within = find("panel").contains(document.activeElement);
+  noBox();
   Object.assign(at, { hovered: null, last: null, pinned: null, point: null, picked: [], contrast: null });
   look();
   if (before === null || !within) return;
@@ -380,26 +475,29 @@ function back() {
   returning = false;
 }
 
-// The address: #id=... is an indexed image, and can be handed on
+// The address: #id=... is an indexed image, #text=... words, and can be handed on
 
 function addressed() {
-  return new URLSearchParams(location.hash.slice(1)).get("id") || null;
+  return new URLSearchParams(location.hash.slice(1));
 }
 
-function showAddress(id) {
-  if (addressed() === id) return;
-  const hash = id === null ? "" : `#${new URLSearchParams({ id })}`;
+function showAddress(named) {
+  const wanted = new URLSearchParams(named).toString();
+  if (addressed().toString() === wanted) return;
+  const hash = wanted === "" ? "" : `#${wanted}`;
   history.pushState(null, "", `${location.pathname}${location.search}${hash}`);
 }
 
 function startAddress() {
   const follow = () => {
-    const id = addressed();
-    if (id === known.id || (id === null && location.hash !== "")) return;
+    const [id, text, above] = ["id", "text", "above"].map((name) => addressed().get(name) || null);
+    const same = id === known.id && text === (known.words?.text ?? null) && above === (known.words?.above ?? null);
+    if (same || (id === null && text === null && location.hash !== "")) return;
     if (id !== null) beginWith(id);
+    else if (text !== null) beginWords(text, above);
     else {
       work.abort();
-      known.id = null;
+      Object.assign(known, { id: null, words: null });
       stage("empty");
     }
   };
@@ -445,7 +543,8 @@ function startControls() {
 }
 
 async function startAbout() {
-  const { images, most, usual } = await about();
+  const { images, most, usual, words } = await about();
+  offerText(words);
   if (images !== null) find("about").textContent = counted(images, "image");
   known.usual = usual ?? known.usual;
   const limit = Math.min(most ?? 100, images ?? Infinity);
@@ -457,6 +556,7 @@ async function startAbout() {
 startTheme();
 startControls();
 startIntake(begin);
+startText(beginWords);
 startAbout();
 startTries();
 startAddress();

@@ -2,11 +2,14 @@
 
 import { draw, find, make } from "./dom.js";
 import { mapOf, strongest } from "./maps.js";
+import { carried, exemplarsOf, outlineAll, placeList } from "./places.js";
 import { Shot } from "./shot.js";
 import { fixed, nameOf, placeOf, sentence, signed } from "./words.js";
 
 const LINES = 6;
+const CONCEPTS = 8;
 const SMALL = 5e-4; // Would be shown as 0.000.
+const FEATURES = "A channel is one of the network’s own features, a concept several that go together; beside them is where in the index they answer most.";
 
 let observer = null;
 
@@ -58,22 +61,22 @@ export function showState(title, text, busy, close, retry = null) {
   show(title, close, make("p", { class: busy ? "quiet busy" : "lead", text: sentence(text) }), again);
 }
 
-/** Why a result matches. */
-export function showReceipt(card, query, { search, close }) {
-  const { receipt } = card;
-  const title = `Why result ${card.rank} matches`;
+/** Why a result matches: all of the query, or what of it lies in a box. */
+export function showReceipt(card, query, { search, close, receipt = card.receipt, boxed = false }) {
+  const title = boxed ? `What result ${card.rank} has of the box` : `Why result ${card.rank} matches`;
   if (receipt === null) {
     if (card.trouble === null) showState(title, "Adding up what it matches …", true, close);
     else showState(title, card.trouble, false, close);
     return;
   }
-  const channels = chosen(receipt);
   const amounts = [
     { words: "shared with the average image", value: receipt.shared, apart: true },
-    ...channels.lines,
-    { words: "other channels", value: channels.others, rest: true },
+    ...(boxed ? [{ words: "outside the box", value: receipt.outside, apart: true }] : []),
+    ...chosen(receipt),
+    ...parts(receipt),
     ...remainder(receipt),
   ];
+  const placed = receipt.places.length > 0;
   const pair = make("div", { class: "pair" });
   const shots = [
     pictured(query.shot, query.address, receipt.queryMap, "what in your picture matches"),
@@ -83,15 +86,21 @@ export function showReceipt(card, query, { search, close }) {
   show(
     title,
     close,
+    placed ? placeList(receipt, query, card) : null,
+    placed ? make("p", { class: "quiet", text: carried(receipt, boxed) }) : null,
     pair,
-    make("p", { class: "quiet", text: "Red speaks for the match, blue against it. Lines join the places that match best." }),
+    make("p", { class: "quiet", text: `Red speaks for the match, blue against it.${placed ? " Outlines are the places above." : " Lines join the places that match best."}` }),
     sum(amounts, { words: "similarity", value: receipt.similarity }, "What adds up to the similarity"),
-    spoken(receipt),
-    make("p", { class: "quiet", text: exactness(receipt.exact) }),
+    placed ? null : spoken(receipt),
+    make("p", { class: "quiet", text: exactness(receipt) }),
     make("p", { class: "buttons" },
       make("button", { type: "button", class: "plain", text: "Search with this result", click: search })),
   );
-  link(pair, shots, receipt);
+  if (!placed) link(pair, shots, receipt);
+  else {
+    outlineAll(shots[0], receipt.places.map((one) => one.query), receipt.queryMap);
+    outlineAll(shots[1], receipt.places.map((one) => one.result), receipt.resultMap);
+  }
 }
 
 /**
@@ -100,8 +109,7 @@ export function showReceipt(card, query, { search, close }) {
  */
 export function showContrast(above, below, query, answer, { close, change, stored }) {
   const { contrast } = answer;
-  const channels = chosen(contrast);
-  const amounts = [...channels.lines, { words: "other channels", value: channels.others, rest: true }, ...remainder(contrast)];
+  const amounts = [...chosen(contrast), ...parts(contrast), ...remainder(contrast)];
   const three = make("div", { class: "pair three" });
   const map = mapOf(contrast.query);
   three.append(
@@ -120,7 +128,7 @@ export function showContrast(above, below, query, answer, { close, change, store
       make("b", { class: "against", text: `blue for result ${below.rank}` }),
       ": their own maps show what in them matches your picture."),
     sum(amounts, { words: `result ${above.rank} is more similar by`, value: contrast.score }, "What adds up to the difference"),
-    make("p", { class: "quiet", text: exactness(contrast.exact) }),
+    make("p", { class: "quiet", text: exactness(contrast) }),
     make("p", { class: "buttons" },
       make("button", { type: "button", class: "plain", id: "stored", click: change,
         text: stored ? "Show the map that adds up" : "Show the stored weights’ map" })),
@@ -128,18 +136,28 @@ export function showContrast(above, below, query, answer, { close, change, store
   return map;
 }
 
-/** A few channels, by magnitude, largest contribution first; and all the rest. */
-function chosen({ channels, other_channels: others }) {
-  const kept = [...channels]
+/** A few concepts or channels, by magnitude, largest contribution first; and all the rest. */
+function chosen({ channels, other_channels: others, concepts = [], other_concepts: left, no_concept: none }) {
+  const named = concepts.length > 0;
+  const lines = named ? concepts : channels;
+  const kept = [...lines]
     .sort((one, other) => Math.abs(other.contribution) - Math.abs(one.contribution))
-    .slice(0, LINES);
-  const rest = channels.filter((line) => !kept.includes(line));
-  return {
-    lines: channels
-      .filter((line) => kept.includes(line))
-      .map((line) => ({ words: `channel ${line.channel}`, value: line.contribution })),
-    others: rest.reduce((total, line) => total + line.contribution, others),
-  };
+    .slice(0, named ? CONCEPTS : LINES);
+  const rest = lines.filter((line) => !kept.includes(line));
+  const value = rest.reduce((total, line) => total + line.contribution, named ? left : others);
+  const shown = lines.filter((line) => kept.includes(line)).map((line) => ({
+    words: named ? line.name || `concept ${line.concept}` : `channel ${line.channel}`,
+    value: line.contribution,
+    exemplars: exemplarsOf(line),
+  }));
+  shown.push({ words: named ? "other concepts" : "other channels", value, rest: true });
+  if (named && Math.abs(none) >= SMALL) shown.push({ words: "what no concept explains", value: none, rest: true });
+  return shown;
+}
+
+/** What is neither of a cell nor of a channel, such as "the MLP". */
+function parts({ parts: named }) {
+  return Object.entries(named).map(([words, value]) => ({ words, value, rest: true }));
 }
 
 function remainder({ exact, remainder: value }) {
@@ -147,10 +165,10 @@ function remainder({ exact, remainder: value }) {
   return [{ words: exact ? "the head’s bias" : "not of first order", value }];
 }
 
-function exactness(exact) {
+function exactness({ exact, held = [] }) {
   return exact
-    ? "The amounts are exact. A channel is one of the network’s own features."
-    : "The amounts are of first order. A channel is one of the network’s own features.";
+    ? `The amounts are exact${held.length ? `, with ${held.join(", ")} held` : ""}. ${FEATURES}`
+    : `The amounts are of first order. ${FEATURES}`;
 }
 
 /** A table of amounts with bars: to the right for, to the left against. */
@@ -158,13 +176,13 @@ function sum(amounts, total, caption) {
   const barred = amounts.filter((one) => !one.apart).map((one) => one.value);
   const top = Math.max(...barred.map(Math.abs), 1e-12);
   const zero = Math.min(...barred) < -SMALL ? 50 : 0;
-  const rows = amounts.map(({ words, value, apart, rest }) => {
+  const rows = amounts.map(({ words, value, apart, rest, exemplars = null }) => {
     const bar = make("span", { class: `amount ${value < 0 ? "against" : "for"}${rest ? " rest" : ""}` });
     const length = apart ? 0 : ((100 - zero) * Math.abs(value)) / top;
     bar.style.width = `${length}%`;
     bar.style.left = `${value < 0 ? zero - length : zero}%`;
     return make("tr", { class: apart ? "apart" : null },
-      make("th", { scope: "row", colspan: apart ? "2" : null, text: words }),
+      make("th", { scope: "row", colspan: apart ? "2" : null }, make("span", { text: words }), exemplars),
       apart ? null : make("td", { class: "bars", "aria-hidden": "true" }, bar),
       make("td", { class: "value", text: signed(value) }));
   });

@@ -147,6 +147,12 @@ export class QueryView {
     this.mark(null);
   }
 
+  /** The picture alone. */
+  showNothing() {
+    this.shot.setMap(null, 0);
+    this.mark(null);
+  }
+
   /** The picture alone, with the chosen point. */
   showPoint(row, column) {
     this.shot.setMap(null, 0);

@@ -14,6 +14,19 @@ function breakable(text) {
   return text.split(/(?<=[_/.-])/).flatMap((part, place) => (place === 0 ? [part] : [make("wbr"), part]));
 }
 
+/** A receipt as the page draws it. */
+export function prepared(receipt) {
+  const resultMap = mapOf(receipt.result.cells);
+  return {
+    ...receipt,
+    shape: { rows: resultMap.rows, columns: resultMap.columns },
+    queryMap: mapOf(receipt.query.cells),
+    resultMap,
+    rivalMap: opposite(resultMap), // Where it is the lower one of two: all of it in the other colour.
+    points: new Map(),
+  };
+}
+
 /** One result and everything that is known of it. */
 export class Card {
   /**
@@ -122,16 +135,7 @@ export class Card {
   /** What the service says of the pair. */
   setReceipt(receipt) {
     this.setSize(receipt.picture, receipt.extent);
-    const resultMap = mapOf(receipt.result.cells);
-    const shape = { rows: receipt.result.cells.length, columns: receipt.result.cells[0].length };
-    this.receipt = {
-      ...receipt,
-      shape,
-      queryMap: mapOf(receipt.query.cells),
-      resultMap,
-      rivalMap: opposite(resultMap), // Where it is the lower one of two: all of it in the other colour.
-      points: new Map(),
-    };
+    this.receipt = prepared(receipt);
   }
 
   /** What a cell of the query matches here; null where it is not known yet. */
@@ -216,6 +220,16 @@ export function drawPoint(cards, row, column) {
     card.ring(map);
   });
   return maps;
+}
+
+/** What a part of the query matches in each, on one scale; those not known yet stay plain. */
+export function drawPart(cards, receipts) {
+  const maps = cards.map((card) => receipts.get(card)?.resultMap ?? null);
+  const top = strongest(maps.filter((map) => map !== null), true);
+  cards.forEach((card, place) => {
+    card.show(maps[place], top, true);
+    card.ring(null);
+  });
 }
 
 /**

@@ -73,6 +73,15 @@ export async function explain(picture, count, signal, more = {}) {
   return (await ask(`explain?${wanted}`, posted(picture, signal))).json();
 }
 
+/** The pictures that answer words, and where; `above` are other words to tell them from, or null. */
+export async function explainWords(text, above, count, signal) {
+  const wanted = new URLSearchParams({ map_size: "56" });
+  if (count !== null) wanted.set("n_neighbors", String(count));
+  const headers = { Accept: "application/json", "Content-Type": "application/json" };
+  const body = JSON.stringify(above === null ? { text } : { text, above });
+  return (await askPatiently(`explain?${wanted}`, { method: "POST", body, headers, signal })).json();
+}
+
 /** Receipts of results; `more` are other parameters: rival, or cell. */
 export async function compare(picture, ids, more, signal) {
   const wanted = new URLSearchParams(more);
@@ -108,16 +117,17 @@ export async function ownMap(address, signal) {
   return (await askPatiently(address, { headers, signal })).json();
 }
 
-/** How many images there are, and how many results may be asked for; null where it is not told. */
+/** How many images there are, how many results may be asked for (null where it is not told), and
+    whether a query may be words. */
 export async function about() {
-  const found = { images: null, most: null, usual: null };
+  const found = { images: null, most: null, usual: null, words: false };
   try {
     const [described, ready] = await Promise.all(["openapi.json", "readyz"].map((one) => fetch(one)));
     const asked = (await described.json()).paths["/explain"].post.parameters;
     const { schema } = asked.find((one) => one.name === "n_neighbors");
     found.most = schema.maximum ?? null;
     found.usual = schema.default ?? null;
-    if (ready.ok) found.images = (await ready.json()).images;
+    if (ready.ok) Object.assign(found, await ready.json());
   } catch {
     // The page works without.
   }

@@ -53,6 +53,18 @@ export function placeOf(row, column) {
   return `row ${row + 1}, column ${column + 1}`;
 }
 
+const THIRDS = [
+  ["upper left", "top", "upper right"],
+  ["left", "middle", "right"],
+  ["lower left", "bottom", "lower right"],
+];
+
+/** "upper left": which part of a grid these cells are. */
+export function whereOf(cells, { rows, columns }) {
+  const middle = (axis) => cells.reduce((total, cell) => total + cell[axis] + 0.5, 0) / cells.length;
+  return THIRDS[Math.floor((3 * middle(0)) / rows)][Math.floor((3 * middle(1)) / columns)];
+}
+
 /** With a capital, and a full stop. */
 export function sentence(text) {
   const plain = clean(text);

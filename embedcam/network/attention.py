@@ -1,0 +1,290 @@
+"""Attention modules: where they are, and what one computes, as q, k, v `[B h T d]` and weights.
+
+An attention is seen as it is called, whatever library it is from: `scaled_dot_product_attention`,
+`multi_head_attention_forward`, or a softmax between two products. Nothing is replaced in a module,
+and a mode is entered inside one attention of one thread, and left there, also by an exception.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..errors import NetworkError
+
+Change = Callable[[Tensor], Tensor]
+"""What an attention goes on with, in place of its weights `[B h Q T]` or its output `[B h Q d]`."""
+_PRODUCTS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)
+_SOFTMAX = (torch.softmax, F.softmax, Tensor.softmax)
+
+
+@dataclass(frozen=True, eq=False)
+class Attended:
+    """One attention of B images: q `[B h Q d]`, k and v `[B h T d]`, output `[B h Q d]`.
+
+    The output is that before the projection. weights: `[B h Q T]` where they were asked for, or the
+    attention is not a fused one.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor
+    weights: Tensor | None
+
+
+class AttentionWatch(TorchFunctionMode):
+    """Sees every attention of a batch that is called inside, in order: `seen`.
+
+    `weights` and `output` change what goes on; with `weights` attention is computed by its formula.
+    `noted` is told each with its output as it goes on.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        weights: Change | None = None,
+        output: Change | None = None,
+        noted: Callable[[Attended, Tensor], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.seen: list[Attended] = []
+        self._batch, self._weights, self._output = batch, weights, output
+        self._noted = noted
+        self._seen_by: dict[object, Callable[..., object]] = {
+            F.scaled_dot_product_attention: self._fused,
+            F.multi_head_attention_forward: self._multi_head,
+            **dict.fromkeys(_SOFTMAX, self._softmax),
+            **dict.fromkeys(_PRODUCTS, self._product),
+        }
+        self._last: tuple[Tensor, Tensor] | None = None
+        self._soft: Tensor | None = None
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Tensor],
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        kwargs = kwargs or {}
+        seen = self._seen_by.get(func)
+        if seen is not None and (func not in _PRODUCTS or len(args) == 2):
+            return seen(func, *args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _fused(self, func: Callable[..., Tensor], *args: Tensor, **kwargs: Tensor) -> Tensor:
+        given: Callable[..., tuple[Tensor, Tensor | None]] = self._attend
+        return given(*args, **kwargs)[0]
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        formula: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the output of scaled dot-product attention, and its weights if they were made."""
+        if enable_gqa:
+            repeats = query.shape[-3] // key.shape[-3]
+            key, value = (one.repeat_interleave(repeats, -3) for one in (key, value))
+        weights = None
+        if self._weights is None and not formula:
+            output = F.scaled_dot_product_attention(
+                query, key, value, attn_mask, is_causal=is_causal, scale=scale
+            )
+        else:
+            scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+            if is_causal:
+                attn_mask = torch.ones_like(scores, dtype=torch.bool).tril()
+            if attn_mask is not None and attn_mask.dtype == torch.bool:
+                scores = scores.masked_fill(~attn_mask, -torch.inf)
+            elif attn_mask is not None:
+                scores = scores + attn_mask
+            weights = self._changed(scores.softmax(-1), self._weights)
+            output = weights @ value
+        return self._note(query, key, value, output, weights), weights
+
+    def _multi_head(
+        self,
+        func: Callable[..., Tensor],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        embed_dim: int,
+        num_heads: int,
+        in_proj_weight: Tensor | None,
+        in_proj_bias: Tensor | None,
+        bias_k: Tensor | None,
+        bias_v: Tensor | None,
+        add_zero_attn: bool,
+        dropout_p: float,
+        out_proj_weight: Tensor,
+        out_proj_bias: Tensor | None,
+        training: bool = True,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        use_separate_proj_weight: bool = False,
+        q_proj_weight: Tensor | None = None,
+        k_proj_weight: Tensor | None = None,
+        v_proj_weight: Tensor | None = None,
+        static_k: Tensor | None = None,
+        static_v: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what `multi_head_attention_forward` does: `[Q B C]`, weights if asked for."""
+        unusual = (bias_k, bias_v, add_zero_attn or None, key_padding_mask, static_k, static_v)
+        if any(one is not None for one in unusual):
+            raise NetworkError(
+                "an attention with bias_k, add_zero_attn, a padding mask or static keys cannot be "
+                "read; take the layer before it"
+            )
+        matrices: Sequence[Tensor | None] = (q_proj_weight, k_proj_weight, v_proj_weight)
+        if in_proj_weight is not None and not use_separate_proj_weight:
+            matrices = in_proj_weight.chunk(3)
+        biases = [None] * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
+        q, k, v = (
+            F.linear(given, matrix, bias)
+            .reshape(*given.shape[:2], num_heads, -1)
+            .permute(1, 2, 0, 3)
+            for given, matrix, bias in zip((query, key, value), matrices, biases, strict=True)
+            if matrix is not None
+        )
+        if attn_mask is not None and attn_mask.ndim == 3:
+            attn_mask = attn_mask.reshape(-1, num_heads, *attn_mask.shape[1:])
+        output, weights = self._attend(q, k, v, attn_mask, formula=need_weights)
+        tokens = output.permute(2, 0, 1, 3).flatten(2)
+        projected = F.linear(tokens, out_proj_weight, out_proj_bias)
+        if weights is None or not need_weights:
+            return projected, None
+        return projected, weights.mean(1) if average_attn_weights else weights
+
+    def _product(self, func: Callable[..., Tensor], left: Tensor, right: Tensor) -> Tensor:
+        """Return a product: of queries and keys, of weights and values, or of something else."""
+        soft, last, self._last = self._soft, self._last, None
+        product = func(left, right)
+        if soft is not None and last is not None and left.shape == soft.shape:
+            self._soft = None
+            return self._note(last[0], last[1], right, product, left)
+        if soft is None and left.ndim == right.ndim > 2:
+            self._last = left, right.mT
+        return product
+
+    def _softmax(self, func: Callable[..., Tensor], *args: Tensor, **kwargs: Tensor) -> Tensor:
+        weights = func(*args, **kwargs)
+        if self._last is None or weights.ndim < 3:
+            return weights
+        query, key = self._last
+        if weights.shape[-2:] != (query.shape[-2], key.shape[-2]):
+            return weights
+        self._soft = self._changed(weights, self._weights)
+        return self._soft
+
+    def _note(
+        self, query: Tensor, key: Tensor, value: Tensor, output: Tensor, weights: Tensor | None
+    ) -> Tensor:
+        """Keep an attention, and return what it goes on with."""
+        output = self._changed(output, self._output)
+        q, k, v, o = map(self._by_image, (query, key, value, output))
+        seen = Attended(q, k, v, o, None if weights is None else self._by_image(weights))
+        self.seen.append(seen)
+        if self._noted is not None:
+            self._noted(seen, output)
+        return output
+
+    def _changed(self, tensor: Tensor, change: Change | None) -> Tensor:
+        if change is None:
+            return tensor
+        changed = change(self._by_image(tensor))
+        return changed.flatten(0, 1) if tensor.ndim == 3 else changed
+
+    def _by_image(self, tensor: Tensor) -> Tensor:
+        """Return `[B h T d]` of what may be `[B*h T d]`."""
+        apart = (self._batch, -1, *tensor.shape[1:])
+        return tensor.reshape(apart) if tensor.ndim == 3 else tensor
+
+
+@contextmanager
+def watching(
+    part: nn.Module, mode: TorchFunctionMode, before: Callable[[], object] | None = None
+) -> Iterator[None]:
+    """Enter a mode for as long as this thread is inside a module's forward, `before` it is called.
+
+    What `before` enters lies around the mode and is not left with it.
+    """
+    thread, inside = threading.get_ident(), ExitStack()
+    depth = list[None]()
+
+    def enter(*_: object) -> None:
+        if threading.get_ident() == thread and not depth:
+            if before is not None:
+                before()
+            inside.enter_context(mode)
+            depth.append(None)
+
+    def leave(*_: object) -> None:
+        if threading.get_ident() == thread and depth:
+            depth.clear()
+            inside.close()
+
+    handles = [
+        part.register_forward_pre_hook(enter),
+        part.register_forward_hook(leave, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        leave()
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """An attention by the name of the module that computes it: Q queries, T keys, its batch."""
+
+    name: str
+    queries: int
+    keys: int
+    batch: int
+
+
+@contextmanager
+def attention_layers(module: nn.Module, batch: int) -> Iterator[list[AttentionLayer]]:
+    """Yield a list that names the attentions of a forward that runs inside, in their order."""
+    thread, inside, found = threading.get_ident(), list[str](), list[AttentionLayer]()
+
+    def noted(seen: Attended, _: Tensor) -> None:
+        name, shape = inside[-1] if inside else "", seen.query.shape
+        found.append(AttentionLayer(name, shape[2], seen.key.shape[2], shape[0]))
+
+    def entering(name: str) -> Callable[..., None]:
+        return lambda *_: inside.append(name) if threading.get_ident() == thread else None
+
+    def leave(*_: object) -> None:
+        if threading.get_ident() == thread:
+            inside.pop()
+
+    handles = []
+    try:
+        for name, part in module.named_modules():
+            if name and not isinstance(part, torch.jit.ScriptModule):  # it takes no hooks
+                handles.append(part.register_forward_pre_hook(entering(name)))
+                handles.append(part.register_forward_hook(leave, always_call=True))
+        with AttentionWatch(batch, noted=noted):
+            yield found
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -35,7 +35,7 @@ from ..preprocess import (
 from ..preprocess.probe import probe_inputs
 from . import open_clip_source, sentence_transformers_source, transformers_source
 from .gradients import HeadPass
-from .head import HeadAlone, HeadKind, ask_head, pooled_vjp, refuse_difference, tolerance_of
+from .head import HeadAlone, HeadKind, ask_head, pooled_vjp, tolerance_of
 from .held import HeldPass, held_pass
 from .layers import (
     TOKENS,
@@ -47,11 +47,8 @@ from .layers import (
     split_reading,
 )
 from .module import (
-    RandomOperations,
     advice_of,
     bare_name,
-    by_batch,
-    by_chance,
     calls_of,
     full_float32,
     hash_parameters,
@@ -64,9 +61,8 @@ from .module import (
     refuse_module,
     refuse_parts,
     twin_of,
-    uncompiled,
 )
-from .reading import Reading, as_indexed
+from .reading import as_indexed
 from .runner import (
     Features,
     Head,
@@ -80,6 +76,7 @@ from .runner import (
 )
 from .settings import place_of, refuse_settings
 from .source import Foreign
+from .steadiness import refuse_difference, takes_batches
 from .texts import TextTower, embed_texts
 
 if TYPE_CHECKING:
@@ -87,8 +84,6 @@ if TYPE_CHECKING:
 
 Numbers = TypeVar("Numbers", np.ndarray, Tensor)
 DEFAULT_INPUT_SIZE = (224, 224)
-# Runs of one picture that show chance which leaves most embeddings as they are.
-_REPEATS = 8
 
 
 class EmbeddingNetwork:
@@ -565,20 +560,7 @@ class EmbeddingNetwork:
 
     def traceable(self, layers: Sequence[str]) -> Callable[[Tensor], tuple[Tensor, list[Tensor]]]:
         """Return images -> z `[B D]` and layers' `[B K H W]`, for exporters; nothing is checked."""
-        layouts, named = (
-            self.runner.run(self.probe_images(), layers).layouts,
-            self.runner.find(layers),
-        )
-
-        def run(images: Tensor) -> tuple[Tensor, list[Tensor]]:
-            readings = dict[str, Reading]()
-            z, raws, _ = self.runner.call(images, copied, None, named, readings)
-            return z, [
-                readings[name].maps if name in readings else layout.to_maps(raw)
-                for (name, _), layout, raw in zip(named, layouts, raws, strict=True)
-            ]
-
-        return run
+        return self.runner.traceable(self.probe_images(), layers)
 
     # Checks
 
@@ -627,33 +609,13 @@ class EmbeddingNetwork:
         """
         if self._steady or self.runner.over_positions:
             return
-        probes, random = self.probe_images(2), RandomOperations()
+        probes = self.probe_images(2)
         allowed = tolerance_of(self.autocast or self.dtype, self.device)
         with full_float32(self.device):
             with self.probing():
                 alone = self.forward(probes[:1])
-
-            def run_again() -> None:
-                with uncompiled(), random:
-                    again = self.forward(probes[:1])
-                how = "the same picture run twice"
-                refuse_difference(alone, again, allowed, how, by_chance(random.names))
-
-            run_again()
-            # What is drawn may change an embedding only now and then.
-            for _ in range(_REPEATS if random.names else 0):
-                run_again()
-            try:
-                beside = self.forward(probes)
-            except NetworkError:
+            if not takes_batches(self.forward, self.module, alone, probes, allowed):
                 return  # a network of one picture at a time has no batch to depend on
-            how, cause = "a picture alone and beside another", by_batch(self.module)
-            try:
-                refuse_difference(alone, beside, allowed, how, cause)
-            except NetworkError:
-                for _ in range(_REPEATS):  # chance that torch knows nothing of
-                    run_again()
-                raise
             if not self._format_known:
                 self._choose_format(alone, probes[:1], allowed)
         self._steady = True

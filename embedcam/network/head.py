@@ -17,7 +17,7 @@ from .gradients import derivatives, unreachable
 from .layers import Images, Layout, choose_embedding
 from .module import no_gradients
 from .reading import Reading
-from .runner import Features, Runner, at_least_single, run_part
+from .runner import Runner, at_least_single, run_part
 
 # Scale and sign (0: both) of the random activations. Signed ones tell a ReLU or a power mean from a
 # mean, different scales a normalization or a saturating unit from an affine map.
@@ -324,17 +324,3 @@ def _distance(a: Tensor, b: Tensor) -> Tensor:
 
 def _near(values: Tensor, target: float, tolerance: float) -> bool:
     return bool(((values - target).abs() <= tolerance).all())
-
-
-def refuse_difference(one: Features, other: Features, allowed: float, how: str, cause: str) -> None:
-    """Refuse first embeddings or pooled activations that differ by more than |a - b| / |a|."""
-    off = 0.0
-    for a, b in (
-        (one.embedding[0].double(), other.embedding[0].double()),
-        (one.activations[0].double().mean((1, 2)), other.activations[0].double().mean((1, 2))),
-    ):
-        off = max(off, float((a - b).norm()) / (float(a.norm()) or 1.0))
-    if off > allowed:
-        raise NetworkError(
-            f"{how} gives embeddings that differ by {off:.2g} (allowed: {allowed:g}): {cause}"
-        )

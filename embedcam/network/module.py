@@ -4,13 +4,12 @@ import copy
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import FunctionType
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import EmbedcamError, InputError, NetworkError, ran_out, text_of
 
@@ -327,42 +326,3 @@ def _place(error: BaseException, module: object) -> str:
     if innermost is None:
         return ""
     return f", in its layer {innermost[0]!r} ({type(innermost[1]).__name__}),"
-
-
-class RandomOperations(TorchDispatchMode):
-    """Notes the names of the operations that draw random numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(
-        self,
-        func: torch._ops.OpOverload,
-        types: Sequence[type],
-        args: Sequence[object] = (),
-        kwargs: Mapping[str, object] | None = None,
-    ) -> object:
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            self.names.add(func.name().partition("::")[2].partition(".")[0].rstrip("_"))
-        return func(*args, **(kwargs or {}))
-
-
-def by_chance(operations: set[str]) -> str:
-    """Return what is wrong with a network that embeds one picture otherwise each time."""
-    cause = "something in it depends on chance or on what ran before"
-    if operations:
-        names = ", ".join(sorted(operations)[:3])
-        cause = f"it draws random numbers ({names}), as a dropout that is always on does"
-    return f"{cause}; switch that off in eval mode, as in F.dropout(x, p, self.training)"
-
-
-def by_batch(module: nn.Module) -> str:
-    """Return what is wrong with a network that embeds a picture otherwise beside another one."""
-    cause = "something mixes the pictures of a batch, such as a norm by the batch's statistics"
-    for name, part in module.named_modules():
-        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None:
-            kind = type(part).__name__
-            cause = f"{name!r} ({kind}) keeps no running statistics and norms by the batch's"
-            break
-    return f"{cause}; make each its own, as batch norm with running statistics does"

@@ -331,6 +331,22 @@ class Runner:
         ]
         return Run(names, z, kept, batch, layouts, depth, readings)
 
+    def traceable(
+        self, probe: Images, layers: Sequence[str]
+    ) -> Callable[[Tensor], tuple[Tensor, list[Tensor]]]:
+        """Return images -> z `[B D]` and layers' `[B K H W]`, which lie as those of the probe."""
+        layouts, named = self.run(probe, layers).layouts, self.find(layers)
+
+        def run(images: Tensor) -> tuple[Tensor, list[Tensor]]:
+            readings = dict[str, Reading]()
+            z, raws, _ = self.call(images, copied, None, named, readings)
+            return z, [
+                readings[name].maps if name in readings else layout.to_maps(raw)
+                for (name, _), layout, raw in zip(named, layouts, raws, strict=True)
+            ]
+
+        return run
+
     def find(self, layers: Sequence[str] | None) -> list[tuple[str, nn.Module]]:
         """Return bare names and modules of layers; None for the network's own."""
         if layers is None or list(layers) == [self.layer]:

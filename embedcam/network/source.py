@@ -21,6 +21,7 @@ from .runner import Head, Trunk
 from .texts import TextTower
 
 Fetched = TypeVar("Fetched")
+Made = TypeVar("Made")
 Foreign: TypeAlias = Any
 """An object of a library that says nothing of its types."""
 Sides = tuple[int, int] | None
@@ -92,7 +93,7 @@ def quiet() -> Iterator[None]:
         root.removeHandler(silent)
 
 
-def made(build: Callable[[bool], Any], name: str, weights: PathLike, seed: int) -> Any:
+def made(build: Callable[[bool], Made], name: str, weights: PathLike, seed: int) -> Made:
     """Return a module pretrained, or random by a seed of its own; no generator's state changes."""
     if weights is None:
         try:

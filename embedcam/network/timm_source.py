@@ -1,9 +1,8 @@
 """timm's networks by name, explained at the end of their trunk or before the last attention."""
 
-import importlib
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +15,21 @@ from .finding import Found, find_explained
 from .layers import Output, near_misses
 from .module import input_channels, no_gradients
 from .runner import run_part
-from .source import Loaded, PathLike, Sides, load_weights, made
+from .source import Foreign, Loaded, PathLike, Sides, imported, load_weights, made
 
 PARTS_LAYER = "forward_features"
 """What the output of a timm model's own trunk is called."""
+
+
+class _DataConfig(TypedDict):
+    """Of what timm says of a model's pictures, what is asked here."""
+
+    input_size: tuple[int, int, int]
+    interpolation: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    crop_pct: float
+    crop_mode: NotRequired[str]
 
 
 class _TimmNetwork(nn.Module):
@@ -27,7 +37,7 @@ class _TimmNetwork(nn.Module):
 
     def __init__(self, module: nn.Module, head: nn.Linear | None) -> None:
         super().__init__()
-        self.module: Any = module
+        self.module: Foreign = module
         self.embedding_head = nn.Identity() if head is None else head
 
     def forward(self, images: Tensor) -> Output:
@@ -44,18 +54,11 @@ class _TimmNetwork(nn.Module):
 
 def from_timm(name: str, weights: PathLike, head: PathLike, sides: Sides, seed: int) -> Loaded:
     """Load any timm model, explained at the end of its trunk, or before its last attention."""
-    try:
-        import timm
-
-        data: Any = importlib.import_module("timm.data")
-    except ImportError as error:
-        raise NetworkError(
-            f"timm:{name} needs timm, which is not installed; run pip install 'embedcam[timm]'"
-        ) from error
+    timm = imported("timm", f"timm:{name}")
     if not timm.is_model(name):
         raise NetworkError(f"timm has no model {name!r}{near_misses(name, timm.list_models())}")
 
-    def build(pretrained: bool) -> nn.Module:
+    def build(pretrained: bool) -> Foreign:
         create = partial(timm.create_model, name, pretrained=pretrained, num_classes=0)
         if sides is not None:
             with suppress(TypeError):  # a network that takes any size has no such argument
@@ -63,7 +66,7 @@ def from_timm(name: str, weights: PathLike, head: PathLike, sides: Sides, seed: 
         return create()
 
     module = made(build, f"timm:{name}", weights, seed)
-    config: dict[str, Any] = data.resolve_model_data_config(module)
+    config: _DataConfig = timm.data.resolve_model_data_config(module)
     classifier = module.pretrained_cfg.get("classifier") or ()
     names = [classifier] if isinstance(classifier, str) else classifier
     load_weights(module, weights, [f"{name}." for name in names])
@@ -83,7 +86,7 @@ def from_timm(name: str, weights: PathLike, head: PathLike, sides: Sides, seed: 
     return loaded
 
 
-def _by_class_token(module: Any) -> bool:
+def _by_class_token(module: nn.Module) -> bool:
     """Return whether a class token goes through all blocks, the last of which begins by a norm."""
     blocks = getattr(module, "blocks", None)
     if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not _reads_token(module):
@@ -96,7 +99,7 @@ def _by_class_token(module: Any) -> bool:
     return begins_by_norm and bool(getattr(module, "num_prefix_tokens", 0)) and not late
 
 
-def _reads_token(module: Any) -> bool:
+def _reads_token(module: nn.Module) -> bool:
     return getattr(module, "global_pool", "") == "token"
 
 
@@ -111,7 +114,7 @@ def _found(whole: _TimmNetwork, preprocess: Preprocess) -> Found | None:
     return find_explained(whole.eval(), picture)
 
 
-def _timm_preprocess(config: dict[str, Any]) -> Preprocess:
+def _timm_preprocess(config: _DataConfig) -> Preprocess:
     _, height, width = config["input_size"]
     look = (config["interpolation"], config["mean"], config["std"])
     if config.get("crop_mode", "center") != "center":

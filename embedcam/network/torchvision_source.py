@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -99,11 +98,13 @@ def from_torchvision(
     wanted = sides[0] if sides else own
     shape = {"image_size": wanted, "input_size": (wanted, wanted)}
 
-    def build(pretrained: bool) -> Any:
+    def build(pretrained: bool) -> nn.Module:
         if pretrained:
-            return models.get_model(name, weights=default)
+            network: nn.Module = models.get_model(name, weights=default)
+            return network
         sized = {family.size: shape[family.size]} if family.size else {}
-        return models.get_model(name, weights=None, **family.random, **sized)
+        network = models.get_model(name, weights=None, **family.random, **sized)
+        return network
 
     module = made(build, full, weights, seed)
     if family.size and weights is None and wanted != own:
@@ -160,7 +161,7 @@ def _resized(trained: nn.Module, module: nn.Module) -> nn.Module:
 def _classified(module: nn.Module, activations: Output) -> Output:
     classifier = module.get_submodule("classifier")
     # MaxViT's classifier pools by itself.
-    pool: Any = getattr(module, "avgpool", nn.Identity())
+    pool = getattr(module, "avgpool", nn.Identity())
     # ConvNeXt's classifier begins with a normalization over channels of `[B K 1 1]`.
     flat = isinstance(classifier.get_submodule("0"), nn.Linear)
     pooled: Tensor = pool(activations)

@@ -148,7 +148,7 @@ def _from_processor(processor: Any, name: str | None) -> AnyPreprocess:
     return custom(process, name=name or f"{type(processor).__module__}.{kind}", extent=extent)
 
 
-def _readings(processor: Any) -> Iterator[Preprocess]:
+def _readings(processor: object) -> Iterator[Preprocess]:
     """Yield what an image processor's settings may mean, the usual meaning first."""
     setting = partial(getattr, processor)
     size, crop = (_sides_of(setting(key, None)) for key in ("size", "crop_size"))
@@ -169,7 +169,7 @@ def _readings(processor: Any) -> Iterator[Preprocess]:
             yield reading
 
 
-def _levels(processor: Any) -> tuple[list[float], list[float]]:
+def _levels(processor: object) -> tuple[list[float], list[float]]:
     """Return mean and std for values in [0, 1] of how a processor rescales and normalizes."""
     setting = partial(getattr, processor)
     scale = setting("rescale_factor", 1 / 255) if setting("do_rescale", True) else 1.0
@@ -200,7 +200,7 @@ def _agree(reading: Preprocess, process: Callable[[Image.Image], np.ndarray]) ->
     return bool(off.max() <= _MOST_LEVELS and off.mean() <= 1)
 
 
-def _sides_of(size: Any) -> list[int] | None:
+def _sides_of(size: object) -> list[int] | None:
     """Return [shorter side] or [H, W] of a processor's size; None for what it else may be."""
     if isinstance(size, int):
         return [size, size]

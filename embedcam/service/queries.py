@@ -3,10 +3,10 @@
 import asyncio
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from fastapi import APIRouter, Query, Request
@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from ..errors import EmbedcamError, ImageError, InputError
 from ..explain.explainer import Explainer
-from ..explain.explanation import Explanation, Result
+from ..explain.explanation import Explanation, Json, Result
 from ..explain.sides import Shown, Side
 from ..index import Index
 from ..pairs import (
@@ -367,7 +367,7 @@ def _explained(
     height, width = why.cam.shape
     shown = why.to_dict((min(map_size, height), min(map_size, width)), signed=signed)
 
-    def neighbor(told: Mapping[str, Any] | None, one: Result | None) -> schemas.Neighbor | None:
+    def neighbor(told: Json | None, one: Result | None) -> schemas.Neighbor | None:
         if told is None or one is None:
             return None
         urls = schemas.urls_of(request, one.id)

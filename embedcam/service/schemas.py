@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import SkipJsonSchema
 from starlette.responses import Response
 
+from ..explain.explanation import Json
 from .errors import only
 from .pictures import JSON, encoded
 
@@ -472,13 +473,13 @@ def size_of(size: tuple[int, int]) -> Size:
     return Size(width=size[0], height=size[1])
 
 
-def lines_of(request: Request, shown: Mapping[str, Any]) -> dict[str, Any]:
+def lines_of(request: Request, shown: Json) -> Json:
     """Return a receipt's channels and concepts, each exemplar with where its cell can be seen."""
 
-    def seen(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def seen(lines: Sequence[Json]) -> list[Json]:
         return [{**line, "exemplars": [*map(placed, line.get("exemplars", ()))]} for line in lines]
 
-    def placed(one: Mapping[str, Any]) -> dict[str, Any]:
+    def placed(one: Json) -> Json:
         image = urls_of(request, one["id"])["image_url"]
         return {**one, "crop_url": f"{image}?cell={one['row']},{one['column']}"}
 

@@ -359,7 +359,11 @@ def export(command: ArgumentParser) -> None:
 
 def info(command: ArgumentParser) -> None:
     """Declare the options of `embedcam info`."""
-    _common(command, INDEX)("--ids", "list the ids of its images, one a line")
+    add = _common(command, INDEX)
+    add("--ids", "list the ids of its images, one a line")
+    text = "print a concepts.toml of the words in this file, one a line, by a network's text tower"
+    add("--suggest-names FILE", text)
+    _network(command)
 
 
 def verify(command: ArgumentParser) -> None:

@@ -153,10 +153,29 @@ def info(options: Namespace) -> None:
     with Index.open(options.index, with_faiss=False) as index:
         if options.ids:
             return _list_ids(options, index)
+        if options.suggest_names is not None:
+            return _suggest_names(options, index)
         manifest = index.manifest
         evidence = _evidence(index)
     summary = {**manifest.entries(*_TOLD), **evidence}
     emit(options, summary, options.index, *_lines(manifest, evidence))
+
+
+def _suggest_names(options: Namespace, index: "Index") -> None:
+    """Print words for concepts as a concepts.toml, with their cosines; or as JSON."""
+    from ..explain import Explainer
+    from ..offline.prompts import read_prompts
+    from ..pairs import suggest_names
+    from .networks import torch_network
+
+    words = read_prompts(options.suggest_names)
+    found = suggest_names(Explainer(index, torch_network(options, index.manifest)), words)
+    lines = ["[concepts]"]
+    for number, (word, cosine) in found.items():
+        quoted = word.replace("\\", r"\\").replace('"', r"\"")
+        lines.append(f'{number} = "{quoted}"  # {cosine:.2f}')
+    told: dict[str, Plain] = {str(n): {"name": w, "cosine": near} for n, (w, near) in found.items()}
+    emit(options, {"concepts": told}, *lines)
 
 
 def _list_ids(options: Namespace, index: "Index") -> None:

@@ -3,6 +3,7 @@
 from ..explain.sides import Contributions, HeldSide, PooledSide, Shown, Side
 from .explainer import PairExplainer, check_same, mean_of, named_concepts
 from .lines import NOTHING_KNOWN, Known, Line
+from .naming import suggest_names
 from .places import Place, covered
 from .receipt import Comparison, Link, Receipt, make_comparison, make_receipt
 from .texts import TextReceipt
@@ -28,4 +29,5 @@ __all__ = [
     "make_receipt",
     "mean_of",
     "named_concepts",
+    "suggest_names",
 ]

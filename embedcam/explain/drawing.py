@@ -7,11 +7,21 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from .._files import write_whole
 from ..errors import EmbedcamError, InputError
-from ..images import PLACE, Root, is_url, open_place, read_image
+from ..images import (
+    PLACE,
+    FileState,
+    Root,
+    file_state,
+    is_url,
+    open_place,
+    place_state,
+    read_image,
+)
 from ..images.places import is_below
 from ..preprocess import AnyPreprocess, Extent
 
@@ -40,24 +50,29 @@ def may_follow(path: str, root: Root | None, only_below: bool) -> bool:
 
 def read_shown(
     path: str,
+    mark: np.ndarray | None,
     root: Root | None,
     only_below: bool,
     max_pixels: int,
     preprocess: AnyPreprocess | None,
-) -> tuple[Image.Image | None, Extent | None]:
-    """Return an indexed image's picture and what of it the network saw; None where it is not read.
+) -> tuple[Image.Image | None, Extent | None, bool]:
+    """Return an indexed image's picture, what of it the network saw, and whether it was changed.
 
-    A map over the wrong part of a picture would be worse than one beside it.
+    None where it is not read: a map over the wrong part of a picture would be worse than one
+    beside it.
     """
     if not may_follow(path, root, only_below):
-        return None, None
+        return None, None, False
     own = PLACE.match(path) is None  # a file of its own, as most are
+    state: Callable[..., FileState | None] = file_state if own else place_state
     read: Callable[..., Image.Image] = read_image if own else open_place
+    changed = mark is not None and state(path, mark) == "changed"
     try:
         picture = read(path, max_pixels=max_pixels)
-        return picture, None if preprocess is None else preprocess.extent(*picture.size)
+        extent = None if preprocess is None else preprocess.extent(*picture.size)
+        return picture, extent, changed
     except EmbedcamError:
-        return None, None
+        return None, None, changed
 
 
 def save_picture(draw: Callable[[], Image.Image], path: str | Path) -> Path:

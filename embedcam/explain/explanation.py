@@ -291,8 +291,7 @@ class Explanation:
 
     def _tile(self, result: Result) -> Tile:
         of = (self.root, self.only_below, self.max_pixels, self.preprocess)
-        picture, extent = read_shown(result.path, *of)
-        changed = self._state(result) == "changed"
+        picture, extent, changed = read_shown(result.path, result.mark, *of)
         name, words = self._short_name(result.id), []
         if result.label is not None:
             pair = (result.label, name) if self.prototypes else (name, result.label)
@@ -355,9 +354,8 @@ class Explanation:
 
     def results(self) -> list[Result]:
         """Return all that pictures show, the images that were named first."""
-        named = [one for one in (self.asked, self.rival) if one is not None]
-        names = [one.id for one in named]
-        return named + [one for one in self.neighbors() if one.id not in names]
+        named = {one.id: one for one in (self.asked, self.rival) if one is not None}
+        return [*named.values()] + [one for one in self.neighbors() if one.id not in named]
 
     def _follows(self, result: Result) -> bool:
         return may_follow(result.path, self.root, self.only_below)

@@ -12,7 +12,7 @@ from PIL import Image
 from ..images import MAX_PIXELS, FileState, Root, is_there, place_state
 from ..preprocess import AnyPreprocess
 from ..render import CHANGED, Tile, draw_on_axes, in_notebook, panel
-from ..render.tiles import Scale
+from ..render.tiles import Scale, shorten
 from .drawing import may_follow, read_shown, save_picture
 from .explanation import Json, rounded
 
@@ -161,7 +161,7 @@ class TextExplanation:
             return draw_on_axes(ax, tiles[0], title)
         ends = ("no evidence", "strongest")
         if self.above is not None:
-            ends = (self.above, self.text)
+            ends = (shorten(self.above, 40), shorten(self.text, 40))
         return panel(None, tiles, scale=scale, title=title, ends=ends)
 
     def save(self, path: str | Path, *, scale: Scale = "joint", title: str | None = None) -> Path:
@@ -176,17 +176,17 @@ class TextExplanation:
         return [self._tile(one) for one in self.results]
 
     def _tile(self, result: TextResult) -> Tile:
-        picture, extent = result.image, None
+        picture, extent, changed = result.image, None, False
         if picture is None:
             of = (self.root, self.only_below, self.max_pixels, self.preprocess)
-            picture, extent = read_shown(result.path, *of)
+            picture, extent, changed = read_shown(result.path, result.mark, *of)
         elif self.preprocess is not None:
             extent = self.preprocess.extent(*picture.size)
         name, words = result.id.rpartition("/")[2], [result.label] if result.label else []
         similar = f"similarity {result.similarity:.3f}"
         if result.rival_similarity is not None:
             similar += f" (above {result.rival_similarity:.3f})"
-        words += [similar] + [CHANGED] * (self.state(result) == "changed")
+        words += [similar] + [CHANGED] * changed
         signed = self.above is not None
         cam = result.signed_cam if signed else result.cam
         return Tile(picture, cam, extent, name, "\n".join(words), signed=signed)

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ from ..errors import NetworkError
 Change = Callable[[Tensor], Tensor]
 """What an attention goes on with, in place of its weights `[B h Q T]` or its output `[B h Q d]`."""
 _PRODUCTS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)
+MULTI_HEAD = signature(F.multi_head_attention_forward)
+"""Its arguments by name, of which there are twenty-five."""
 _SOFTMAX = (torch.softmax, F.softmax, Tensor.softmax)
 
 
@@ -116,60 +119,37 @@ class AttentionWatch(TorchFunctionMode):
         return self._note(query, key, value, output, weights), weights
 
     def _multi_head(
-        self,
-        func: Callable[..., Tensor],
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        embed_dim: int,
-        num_heads: int,
-        in_proj_weight: Tensor | None,
-        in_proj_bias: Tensor | None,
-        bias_k: Tensor | None,
-        bias_v: Tensor | None,
-        add_zero_attn: bool,
-        dropout_p: float,
-        out_proj_weight: Tensor,
-        out_proj_bias: Tensor | None,
-        training: bool = True,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,
-        attn_mask: Tensor | None = None,
-        use_separate_proj_weight: bool = False,
-        q_proj_weight: Tensor | None = None,
-        k_proj_weight: Tensor | None = None,
-        v_proj_weight: Tensor | None = None,
-        static_k: Tensor | None = None,
-        static_v: Tensor | None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
+        self, func: Callable[..., Tensor], *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor | None]:
         """Return what `multi_head_attention_forward` does: `[Q B C]`, weights if asked for."""
-        unusual = (bias_k, bias_v, add_zero_attn or None, key_padding_mask, static_k, static_v)
-        if any(one is not None for one in unusual):
+        bound = MULTI_HEAD.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        unusual = ("bias_k", "bias_v", "key_padding_mask", "static_k", "static_v")
+        if given["add_zero_attn"] or any(given[name] is not None for name in unusual):
             raise NetworkError(
                 "an attention with bias_k, add_zero_attn, a padding mask or static keys cannot be "
                 "read; take the layer before it"
             )
-        matrices: Sequence[Tensor | None] = (q_proj_weight, k_proj_weight, v_proj_weight)
-        if in_proj_weight is not None and not use_separate_proj_weight:
-            matrices = in_proj_weight.chunk(3)
-        biases = [None] * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
+        matrices = [given[f"{name}_proj_weight"] for name in "qkv"]
+        if not given["use_separate_proj_weight"]:
+            matrices = given["in_proj_weight"].chunk(3)
+        bias, heads = given["in_proj_bias"], given["num_heads"]
+        biases = [None] * 3 if bias is None else bias.chunk(3)
+        tokens = [given[name] for name in ("query", "key", "value")]
         q, k, v = (
-            F.linear(given, matrix, bias)
-            .reshape(*given.shape[:2], num_heads, -1)
-            .permute(1, 2, 0, 3)
-            for given, matrix, bias in zip((query, key, value), matrices, biases, strict=True)
-            if matrix is not None
+            F.linear(one, matrix, bias).reshape(*one.shape[:2], heads, -1).permute(1, 2, 0, 3)
+            for one, matrix, bias in zip(tokens, matrices, biases, strict=True)
         )
-        if attn_mask is not None and attn_mask.ndim == 3:
-            attn_mask = attn_mask.reshape(-1, num_heads, *attn_mask.shape[1:])
-        output, weights = self._attend(q, k, v, attn_mask, formula=need_weights)
-        tokens = output.permute(2, 0, 1, 3).flatten(2)
-        projected = F.linear(tokens, out_proj_weight, out_proj_bias)
-        if weights is None or not need_weights:
+        mask = given["attn_mask"]
+        if mask is not None and mask.ndim == 3:
+            mask = mask.reshape(-1, heads, *mask.shape[1:])
+        output, weights = self._attend(q, k, v, mask, formula=given["need_weights"])
+        joined = output.permute(2, 0, 1, 3).flatten(2)
+        projected = F.linear(joined, given["out_proj_weight"], given["out_proj_bias"])
+        if weights is None or not given["need_weights"]:
             return projected, None
-        return projected, weights.mean(1) if average_attn_weights else weights
+        return projected, weights.mean(1) if given["average_attn_weights"] else weights
 
     def _product(self, func: Callable[..., Tensor], left: Tensor, right: Tensor) -> Tensor:
         """Return a product: of queries and keys, of weights and values, or of something else."""

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .attention import MULTI_HEAD
 from .runner import at_least_single
 
 Argument: TypeAlias = "Tensor | float | str | slice | Sequence[Argument] | None"
@@ -365,79 +366,31 @@ class Holding(TorchFunctionMode):
             )
         return weights @ (v.repeat_interleave(times, -3) if enable_gqa else v)
 
-    def _multi_head(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        embed_dim_to_check: int,
-        num_heads: int,
-        in_proj_weight: Tensor | None,
-        in_proj_bias: Tensor | None,
-        bias_k: Tensor | None,
-        bias_v: Tensor | None,
-        add_zero_attn: bool,
-        dropout_p: float,
-        out_proj_weight: Tensor,
-        out_proj_bias: Tensor | None,
-        training: bool = True,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,
-        attn_mask: Tensor | None = None,
-        use_separate_proj_weight: bool = False,
-        q_proj_weight: Tensor | None = None,
-        k_proj_weight: Tensor | None = None,
-        v_proj_weight: Tensor | None = None,
-        static_k: Tensor | None = None,
-        static_v: Tensor | None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+    def _multi_head(self, *args: Argument, **kwargs: Argument) -> tuple[Tensor, Tensor | None]:
         self._words[ATTENTION] = None
+        bound = MULTI_HEAD.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given, weighing = bound.arguments, {"dropout_p": 0.0, "training": False}
+        weighing |= {"need_weights": True, "average_attn_weights": False}
+        plain = {name: given[name].detach() for name in ("query", "key", "value")}
         with torch.no_grad():
-            _, weights = F.multi_head_attention_forward(
-                query.detach(),
-                key.detach(),
-                value.detach(),
-                embed_dim_to_check,
-                num_heads,
-                in_proj_weight,
-                in_proj_bias,
-                bias_k,
-                bias_v,
-                add_zero_attn,
-                0.0,
-                out_proj_weight,
-                out_proj_bias,
-                False,
-                key_padding_mask,
-                True,
-                attn_mask,
-                use_separate_proj_weight,
-                q_proj_weight,
-                k_proj_weight,
-                v_proj_weight,
-                static_k,
-                static_v,
-                False,
-                is_causal,
-            )
-        width = embed_dim_to_check
-        matrix = v_proj_weight if use_separate_proj_weight else in_proj_weight
-        assert matrix is not None
+            weights = F.multi_head_attention_forward(**{**given, **plain, **weighing})[1]
         assert weights is not None
-        bias = None if in_proj_bias is None else in_proj_bias[-width:].detach()
-        v = F.linear(self._joined(value), matrix[-width:].detach(), bias)  # [S (B) E]
-        if bias_v is not None:
-            v = torch.cat([v, bias_v.detach().reshape(1, *[1] * (v.ndim - 2), -1).expand_as(v[:1])])
-        if add_zero_attn:
+        separate, width = given["use_separate_proj_weight"], given["embed_dim_to_check"]
+        matrix = given["v_proj_weight"] if separate else given["in_proj_weight"]
+        bias, last = _detached(given["in_proj_bias"]), given["bias_v"]
+        bias = None if bias is None else bias[-width:]
+        v = F.linear(self._joined(given["value"]), matrix[-width:].detach(), bias)  # [S (B) E]
+        if last is not None:
+            v = torch.cat([v, last.detach().reshape(1, *[1] * (v.ndim - 2), -1).expand_as(v[:1])])
+        if given["add_zero_attn"]:
             v = torch.cat([v, torch.zeros_like(v[:1])])
-        heads = v.reshape(*v.shape[:-1], num_heads, -1).movedim(0, -2)  # [(B) H S E/H]
+        heads = v.reshape(*v.shape[:-1], given["num_heads"], -1).movedim(0, -2)  # [(B) H S E/H]
         mixed = (weights @ heads).movedim(-2, 0).flatten(-2)
-        out = F.linear(mixed, out_proj_weight.detach(), _detached(out_proj_bias))
-        if not need_weights:
+        out = F.linear(mixed, given["out_proj_weight"].detach(), _detached(given["out_proj_bias"]))
+        if not given["need_weights"]:
             return out, None
-        return out, weights.mean(-3) if average_attn_weights else weights
+        return out, weights.mean(-3) if given["average_attn_weights"] else weights
 
 
 _RULES: dict[str, Callable[..., Argument]] = {

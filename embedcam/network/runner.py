@@ -460,7 +460,7 @@ class Runner:
         else:
             with self.lock, ExitStack() as stack:
                 for name, part in layers:
-                    if split_reading(name)[1]:
+                    if "@" in name:  # read inside an attention
                         rows = self.tokens_read(name, part, images)
                         readings[name] = Reading(name, rows, images.shape[0])
                         layout_of = partial(self.read_layout, name, images=images)

@@ -357,7 +357,7 @@ def panel(
 
     Without a query, which words may be, the results stand alone. scale "joint" gives the results
     one color scale, so that weak evidence looks weak beside strong; "each" gives every map its own.
-    `ends` are what the legend calls the ends of the scale.
+    `ends` are what the legend calls the ends of the scale, in few words.
     """
     side = _TILE
     query_top, tops = top_values(query or Tile(None), results, scale)
@@ -371,11 +371,11 @@ def panel(
         right += side + BETWEEN * bool(on_line)
 
     canvas = Canvas(2 * MARGIN + max(right, 2 * side))
-    canvas.paragraph(title or "", TITLE, INK, 36)
+    if title:
+        canvas.paragraph(title, TITLE, INK, 36)
     if query is not None and query.warning:
         canvas.text(MARGIN, query.warning, HEADING, _WARNING, 26)
-    if title:
-        canvas.y += 14
+    canvas.y += 14 * bool(title)
     if query is not None:
         canvas.text(MARGIN, "Query", HEADING, QUIET)
     if results:
@@ -386,12 +386,9 @@ def panel(
         (left + place % _COLUMNS * (side + GAP), tile, top)
         for place, (tile, top) in enumerate(zip(results, tops, strict=True))
     ]
-    starts = range(0, max(len(placed), 1), _COLUMNS)
-    lines = [placed[start : start + _COLUMNS] for start in starts]
-    if query is not None:
-        lines[0].insert(0, (MARGIN, query, query_top))
-    for line in lines:
-        canvas.tiles(line, side, maps)
+    for start in range(0, max(len(placed), 1), _COLUMNS):
+        first = [(MARGIN, query, query_top)] if query is not None and start == 0 else []
+        canvas.tiles([*first, *placed[start : start + _COLUMNS]], side, maps)
         canvas.y += 24
     if results and query is not None:
         x = left - BETWEEN // 2
@@ -401,14 +398,14 @@ def panel(
         note = scale_note(None if query is None else query_top, tops, scale)
         if any(map(attrgetter("cropped"), tiles)):
             note += f" {FRAME_NOTE}"
-        signed = any(tile.signed for tile in tiles)
+        signed = any(map(attrgetter("signed"), tiles))
         _draw_legend(canvas, note, ends, signed=signed)
     return canvas.image()
 
 
 def _draw_legend(canvas: Canvas, note: str, ends: tuple[str, str], *, signed: bool) -> None:
     ramp = np.linspace(-1 if signed else 0, 1, 256, dtype=np.float32)[None]
-    low, high = (shorten(end, 40) for end in ends)
+    low, high = ends
     # Over a light gray, as over a picture: the left end is transparent.
     gray = Image.new("RGB", _BAR, (226, 229, 234))
     canvas.text(MARGIN, low, TEXT, QUIET)

@@ -41,11 +41,16 @@ async function begin(blob, id = null) {
   await lookUp();
 }
 
-/** Begins with an indexed image. */
-async function beginWith(id) {
+/** Lets go of what was asked before; returns the signal of what is asked now. */
+function anew() {
   work.abort();
   work = new AbortController();
-  const { signal } = work;
+  return work.signal;
+}
+
+/** Begins with an indexed image. */
+async function beginWith(id) {
+  const signal = anew();
   Object.assign(known, { id, words: null, answer: null, retry: () => beginWith(id) });
   showAddress({ id });
   try {
@@ -57,18 +62,15 @@ async function beginWith(id) {
 
 /** Begins with words; `above` are those that they are held against, or null. */
 async function beginWords(text, above = null) {
-  work.abort();
-  work = new AbortController();
-  const { signal } = work;
+  const signal = anew();
   known.cards.forEach((card) => card.forget());
   const words = above === null ? { text } : { text, above };
   Object.assign(known, { blob: null, id: null, words, answer: null, cards: [], retry: () => beginWords(text, above) });
   showAddress(words);
   showAsked(text, above);
-  stage("asking");
+  stage("asking"); // Only what is shown takes the focus.
   find("ask-again").elements.text.focus({ preventScroll: true });
-  announce("Looking it up");
-  showWaiting(known.count ?? known.usual);
+  showAsking();
   let answer;
   try {
     answer = await explainWords(text, above, known.count, signal);
@@ -86,16 +88,17 @@ async function beginWords(text, above = null) {
   await loadAll(cards, signal, () => {});
 }
 
-/** Asks, of the picture that there is, for as many results as are wanted. */
-async function lookUp() {
-  work.abort();
-  work = new AbortController();
-  const { signal } = work;
-  noBox();
-  Object.assign(at, { hovered: null, last: null, pinned: null, point: null, picked: [], contrast: null });
+function showAsking() {
   stage("asking");
   announce("Looking it up");
   showWaiting(known.count ?? known.usual);
+}
+
+/** Asks, of the picture that there is, for as many results as are wanted. */
+async function lookUp() {
+  const signal = anew();
+  lookAway();
+  showAsking();
   try {
     known.answer = await explain(known.blob, known.count, signal, known.detail);
   } catch (error) {
@@ -116,11 +119,14 @@ async function lookUp() {
   await Promise.all([addUp(signal), loadAll(fresh, signal, soon)]);
 }
 
+function* fewAtATime(cards) {
+  for (let start = 0; start < cards.length; start += TOGETHER) yield cards.slice(start, start + TOGETHER);
+}
+
 /** Receipts, nearest first, a few at a time. */
 async function addUp(signal) {
-  const left = known.cards.filter((card) => card.receipt === null);
-  for (let start = 0; start < left.length && !signal.aborted; start += TOGETHER) {
-    await settle(left.slice(start, start + TOGETHER), signal);
+  for (const some of fewAtATime(known.cards.filter((card) => card.receipt === null))) {
+    await settle(some, signal);
     if (signal.aborted) return;
     const first = known.cards.find((card) => card.receipt !== null);
     if (first) query.setCells(first.receipt.queryMap);
@@ -403,8 +409,7 @@ async function chooseBox(ends) {
   const words = boxed.words(); // Of this box, wherever it is moved to meanwhile.
   const box = ends.map((end, axis) => (end * (axis % 2 === 0 ? width : height)).toFixed(1)).join(",");
   const cards = known.cards.filter((card) => card.receipt !== null);
-  for (let start = 0; start < cards.length; start += TOGETHER) {
-    const some = cards.slice(start, start + TOGETHER);
+  for (const some of fewAtATime(cards)) {
     try {
       const found = await compare(known.blob, some.map((card) => card.result.id), { box, links: 0 }, signal);
       found.receipts.forEach((receipt, place) => mine.receipts.set(some[place], prepared(receipt)));
@@ -430,8 +435,7 @@ function noBox() {
 async function askPoint(row, column, cards) {
   const { signal } = work;
   find("note").textContent = `Following ${placeOf(row, column)} …`;
-  for (let start = 0; start < cards.length; start += TOGETHER) {
-    const some = cards.slice(start, start + TOGETHER);
+  for (const some of fewAtATime(cards)) {
     try {
       const found = await compare(known.blob, some.map((card) => card.result.id), { cell: `${row},${column}`, links: 0 }, signal);
       found.receipts.forEach((receipt, place) => some[place].setMatched(row, column, receipt.point));
@@ -462,12 +466,17 @@ async function searchWith(id) {
   find("results").focus();
 }
 
+/** Nothing in particular is looked at. */
+function lookAway() {
+  noBox();
+  Object.assign(at, { hovered: null, last: null, pinned: null, point: null, picked: [], contrast: null });
+}
+
 /** One step out of whatever is looked at. */
 function back() {
   const before = at.pinned;
   const within = find("panel").contains(document.activeElement);
-  noBox();
-  Object.assign(at, { hovered: null, last: null, pinned: null, point: null, picked: [], contrast: null });
+  lookAway();
   look();
   if (before === null || !within) return;
   returning = true; // The focus alone is no wish to see it again.

@@ -14,6 +14,14 @@ function breakable(text) {
   return text.split(/(?<=[_/.-])/).flatMap((part, place) => (place === 0 ? [part] : [make("wbr"), part]));
 }
 
+/** What is written below a result's picture, `last` under it. */
+export function caption(result, numbers, last = null) {
+  const id = result.label === null ? null : make("bdi", { class: "id", title: clean(result.id), text: shortened(result.id, 44) });
+  const name = make("bdi", { class: "name", title: clean(result.label ?? result.id) }, ...breakable(nameOf(result)));
+  const number = make("span", { class: "number", title: "similarity", text: numbers });
+  return make("div", { class: "caption" }, make("div", {}, name, number), id, last);
+}
+
 /** A receipt as the page draws it. */
 export function prepared(receipt) {
   const resultMap = mapOf(receipt.result.cells);
@@ -71,25 +79,8 @@ export class Card {
       "aria-label": `Compare result ${rank} with another`,
       text: "Compare",
     });
-    const shown = nameOf(result);
-    const below = result.label === null ? null : shortened(result.id, 44);
-    this.element = make(
-      "li",
-      { class: "card" },
-      this.button,
-      make(
-        "div",
-        { class: "caption" },
-        make(
-          "div",
-          {},
-          make("bdi", { class: "name", title: clean(result.label ?? result.id) }, ...breakable(shown)),
-          make("span", { class: "number", title: "similarity", text: fixed(result.similarity) }),
-        ),
-        below === null ? null : make("bdi", { class: "id", title: clean(result.id), text: below }),
-        make("div", {}, make("span", { class: "far", text: `distance ${fixed(result.distance)}` }), this.pick),
-      ),
-    );
+    const last = make("div", {}, make("span", { class: "far", text: `distance ${fixed(result.distance)}` }), this.pick);
+    this.element = make("li", { class: "card" }, this.button, caption(result, fixed(result.similarity), last));
     const tell = (what) => (event) => heard(what, this, event);
     // Anywhere on it, its name and its buttons too.
     this.element.addEventListener("pointerenter", tell("hover"));

@@ -2,9 +2,10 @@
 
 import { find, make } from "./dom.js";
 import { mapOf, peak, strongest } from "./maps.js";
+import { caption } from "./results.js";
 import { picture } from "./service.js";
 import { Shot } from "./shot.js";
-import { clean, described, fixed, nameOf, placeOf, sentence, shortened } from "./words.js";
+import { clean, described, fixed, placeOf, sentence, shortened } from "./words.js";
 
 const PICTURE_SIDE = 512;
 
@@ -65,22 +66,7 @@ export class WordsCard {
     );
     const rival = result.rival_similarity ?? null;
     const numbers = rival === null ? fixed(result.similarity) : `${fixed(result.similarity)} above ${fixed(rival)}`;
-    this.element = make(
-      "li",
-      { class: "card" },
-      this.button,
-      make(
-        "div",
-        { class: "caption" },
-        make(
-          "div",
-          {},
-          make("bdi", { class: "name", title: clean(result.label ?? result.id), text: nameOf(result) }),
-          make("span", { class: "number", title: "similarity", text: numbers }),
-        ),
-        result.label === null ? null : make("bdi", { class: "id", title: clean(result.id), text: shortened(result.id, 44) }),
-      ),
-    );
+    this.element = make("li", { class: "card" }, this.button, caption(result, numbers));
   }
 
   /** The card in words: where the map is strongest, too, for those who do not see it. */

@@ -1,11 +1,12 @@
 """How `data/golden-format-1/` was made: run once, with format version 1, and never again.
 
-    python tests/make_golden.py FOLDER [--marked | --by-position]
+    python tests/make_golden.py FOLDER [--marked | --by-position | --concepts]
 
 A later version of this program may write other bytes; it says where every value came from. Two
 layers (low-rank in half precision with coarse maps, and top-m), two parts, one removed image, Flat.
 `data/golden-marks-1/` is the same with marks of files, `data/golden-positions-1/` has weights by
-position in place of low-rank ones, of the same codes.
+position in place of low-rank ones, of the same codes. `data/golden-concepts-1/` also keeps
+the mean embedding of texts, parts of activations, and exemplars.
 """
 
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 from index_samples import header_of
 
 from embedcam.index import PartData, append, create, quantize_coarse, remove, verify
+from embedcam.index.concepts import Best, arrays_of
 from embedcam.index.encoding import Encoding, LowRank, TopM
 
 WIDTH, CHANNELS = 4, 6
@@ -52,7 +54,22 @@ def rows(start: int, stop: int) -> PartData:
     )
 
 
-def main(path: Path, marked: bool = False, by_position: bool = False) -> None:
+def concepts() -> dict[str, np.ndarray]:
+    """Channel k answers 6 - k in image k at position k, and 1 in the image added later.
+
+    Channel 5 is dead. Concept 0 is strongest in the image that is removed.
+    """
+    number = np.arange(CHANNELS)
+    values = np.stack([6 - number, np.ones(CHANNELS)], 1) * (number < 5)[:, None]
+    channels = Best(values, np.stack([number, number * 0 + 6], 1), np.stack([number, number], 1))
+    places, cells = np.array([[1, 0], [3, 2]]), np.array([[5, 4], [0, 3]])
+    parts = np.array([[1, 2, 1, 0, 0, 0], [0, 0, 2, 1, 2, 0]], np.float32) / 4
+    ids = [f"{name}.jpg" for name in NAMES]
+    found = arrays_of(channels, Best(np.array([[4, 3], [2, 1]]), places, cells), parts, ids)
+    return found | {"text_mean": np.array([0.5, 0, -0.25, 0.125], np.float32)}
+
+
+def main(path: Path, marked: bool = False, by_position: bool = False, shown: bool = False) -> None:
     layers = [header_of(encoding)["layers"][0] for encoding in encodings(by_position)]
     layers[1] |= {"name": "features.10", "grid": [14, 14], "cells": 196, "coarse_grid": None}
     network, images = {"name": "golden", "layer": "features.18"}, {"root": "pictures"}
@@ -63,6 +80,8 @@ def main(path: Path, marked: bool = False, by_position: bool = False) -> None:
         "probe_embedding": np.array([1, 0, 0, 0], np.float32),
         "probe_pooled": np.arange(CHANNELS, dtype=np.float32),
     }
+    if shown:
+        shared |= concepts()
     first = rows(0, 6)
     if marked:
         first.marks = np.arange(6, dtype=np.uint32)[:, None] * np.array([1, 10, 100, 1000], "u4")
@@ -74,4 +93,5 @@ def main(path: Path, marked: bool = False, by_position: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), "--marked" in sys.argv, "--by-position" in sys.argv)
+    given = [name in sys.argv for name in ("--marked", "--by-position", "--concepts")]
+    main(Path(sys.argv[1]), *given)

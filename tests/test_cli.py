@@ -254,6 +254,9 @@ def test_info_says_what_the_manifest_holds(say: Say, built: Path) -> None:
         "triplets",
         "stored as": "low-rank 5, the head's own basis, float16",
         "own maps": "8 x 8",
+        "concepts": "none",
+        "exemplars": "5 of each channel",
+        "texts": "no mean of theirs, so maps of words show what any words would, too",
         "search": "FAISS Flat, squared L2",
         "recipe": manifest["recipe_sha256"][:16],
     }
@@ -261,6 +264,14 @@ def test_info_says_what_the_manifest_holds(say: Say, built: Path) -> None:
     told = answer(say, "info", built)
     for key in ("recipe", "network", "layers", "metric", "sign", "counts", "faiss"):
         assert told[key] == manifest[key]
+    assert (told["concepts"], told["exemplars"], told["text_mean"]) == (0, 5, False)
+    golden = Path(__file__).parent / "data" / "golden-concepts-1"
+    for line in (
+        "  concepts    2 parts of the activations\n",
+        "  exemplars   2 of each channel and concept\n",
+        "  texts       their mean is kept, which maps of words leave out\n",
+    ):
+        assert line in say("info", golden)[1]
     # 5 halves, their scale, the count of triplets, 64 bytes of map and its scale.
     assert told["bytes_an_image"] == 10 + 4 + 4 + 64 + 4
     on_disk = sum(f.stat().st_size for f in built.rglob("*") if f.is_file())

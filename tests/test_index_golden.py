@@ -50,6 +50,30 @@ def test_the_golden_index_of_weights_by_position_opens_for_ever() -> None:
         assert len(index.verify()) == 8
 
 
+def test_golden_concepts_and_exemplars_open_for_ever() -> None:
+    with Index.open(GOLDEN.with_name("golden-concepts-1")) as index:
+        concepts = index.concepts()
+        assert concepts is not None
+        assert concepts.parts.tolist() == [[0.25, 0.5, 0.25, 0, 0, 0], [0, 0, 0.5, 0.25, 0.5, 0]]
+        assert index.fitted("text_mean").tolist() == [0.5, 0, -0.25, 0.125]
+        # 4 of part 0 and 2 of part 1, in channel 2 as much of the one as of the other
+        picture = np.array([1, 2, 2, 0.5, 1, 0])[:, None, None] * np.ones((6, 2, 3)) / 6
+        np.testing.assert_allclose(
+            concepts.shares(picture), [[1, 1, 0.5, 0, 0, 0], [0, 0, 0.5, 1, 1, 0]], atol=1e-6
+        )
+        # "late.jpg" came behind the fit, "crane.jpg" was removed, channel 5 is dead
+        shown = [[tuple(one) for one in index.exemplars("channel", k)] for k in range(6)]
+        assert shown == [
+            [("owl.jpg", 0, 0, 6)], [], [("åland.jpg", 0, 2, 4)], [("猫.jpg", 1, 0, 3)],
+            [("owl 2.jpg", 1, 1, 2)], [],
+        ]  # fmt: skip
+        assert index.exemplar_ids("channel", 1) == ["crane.jpg", "late.jpg"]
+        assert index.exemplars("concept", 0) == [("owl.jpg", 1, 1, 3)]
+        assert index.exemplars("concept", 1) == [("猫.jpg", 0, 0, 2), ("åland.jpg", 1, 0, 1)]
+        assert index.generation == "9f7d02ef5941deaa"  # as without them
+        assert len(index.verify()) == 9
+
+
 def test_golden_rows_and_their_model_open_for_ever() -> None:
     rows = json.loads((GOLDEN.with_name("golden-rows-1") / "rows.json").read_text("utf-8"))
     with (

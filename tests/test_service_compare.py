@@ -15,8 +15,9 @@ from service_client import ask, built, data_of, explainer, picture, post
 from embedcam import EmbeddingNetwork, Explainer
 from embedcam.errors import InputError
 from embedcam.export import export_onnx
+from embedcam.offline import concepts
 from embedcam.pairs import PairExplainer, make_receipt
-from embedcam.service import Limits, queries, receipts
+from embedcam.service import Limits, create_app, queries, receipts
 from embedcam.service.schemas import CompareAnswer
 
 QUERY = data_of(picture(3))
@@ -119,6 +120,20 @@ def test_what_lies_in_a_box(app, index):
     assert_same_picture(drawn, made.convert("RGB"))
     assert post(app, target(IDS[0], box="90,90,99,99"), QUERY).error == (422, "unusable_box")
     assert post(app, target(IDS[0], box="9,9,3,12"), QUERY).error == (422, "unusable_box")
+
+
+def test_a_concept_is_told_by_the_name_a_user_gave_it(index, tmp_path, monkeypatch, service):
+    with pytest.raises(InputError, match="has no concepts"):
+        create_app(explainer(index), concept_names={1: "wheel"})
+    monkeypatch.setattr(concepts, "LEAST_IMAGES", 4)
+    monkeypatch.setattr(concepts, "LEAST_CHANNELS", 4)
+    path = built(tmp_path)
+    with pytest.raises(InputError, match="concept 9 is named 'wheel', and the index has 4"):
+        create_app(explainer(path), concept_names={9: "wheel"})
+    app = service(explainer(path), concept_names={1: "wheel"})
+    (one,) = post(app, target(IDS[1]), QUERY).json()["receipts"]
+    told = {line["concept"]: line["name"] for line in one["concepts"]}
+    assert told == {0: "", 1: "wheel", 2: "", 3: ""}
 
 
 def test_a_line_shows_where_it_answers_most(app, index):

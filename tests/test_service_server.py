@@ -167,6 +167,7 @@ def test_what_is_said_of_a_model_and_a_store(here, models, monkeypatch, say):
     missing = "rows.lance holds no row of the generation {other}, which other.embedcam reads "
     missing += "(generations there: {my}); `embedcam rows` writes them"
     assert (code, missing.format(**models) in told) == (0, True)
+    (here / "names.toml").write_text('[concepts]\n1 = "wheel"\n')
     for words, said in (
         ([], "no index was given; name its folder, or give --model and --store"),
         (["--model", "my.embedcam"], "say with --store URL where its rows are"),
@@ -174,6 +175,7 @@ def test_what_is_said_of_a_model_and_a_store(here, models, monkeypatch, say):
         (["my.index", "--store", "rows.lance"], "--store goes with the file of a model"),
         (["--model", "my.embedcam", "--store", "rows.lance", "--fallback"], "leave out --fallback"),
         (["--model", "my.embedcam", "--store", "there.lance"], "write rows to it first"),
+        (["my.index", "--concept-names", "names.toml"], "my.index: has no concepts"),
     ):
         code, told = say(*words, *usual)
         assert (code > 0, said in told, told.count("\n")) == (True, True, 1), told

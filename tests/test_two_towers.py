@@ -220,7 +220,7 @@ OPEN_CLIP: dict[str, tuple[dict[str, Any], str, int | None]] = {
     "vit": ({"vision_cfg": VIT}, "visual.transformer.resblocks.1.ln_1", 1),
     "resnet": (
         {"vision_cfg": {"image_size": 64, "layers": [1] * 4, "width": 16, "patch_size": None}},
-        "visual.layer4",
+        "visual.layer4.0",
         None,
     ),
     "convnext": (
@@ -236,7 +236,7 @@ OPEN_CLIP: dict[str, tuple[dict[str, Any], str, int | None]] = {
             "multimodal_cfg": {**TEXT, "attn_pooler_heads": 2},
             "custom_text": True,
         },
-        "visual.attn_pool.ln_k",
+        "visual.transformer",
         1,
     ),
 }

@@ -15,6 +15,7 @@ SHARE = Setting(kind=float, least=0, most=1).from_text
 NAMES = Setting(kind=tuple).from_text
 INDEX = "index INDEX", "folder of the index"
 JOB = "job JOB", "folder of the job"
+NAMED = "--concept-names FILE", 'TOML of names: [concepts], then lines such as 3 = "wheel"'
 MOVED = "--images FOLDER", "where the indexed images lie now, also an address"
 COLLECTION = "folder, CSV, tar shards or tables, here or at an address (docs/inputs.md)"
 
@@ -226,7 +227,7 @@ def compare(command: ArgumentParser) -> None:
     ends = ("X0", "Y0", "X1", "Y1")
     command.add_argument("--box", help=text, type=float, nargs=4, metavar=ends)
     add("--lines N", "channels listed (default 10)", POSITIVE, default=10)
-    add("--concept-names FILE", 'TOML of names: [concepts], then lines such as 3 = "wheel"')
+    add(*NAMED)
     add("--not-centred", "do not put apart what the average image of the index shares")
     add("--store URL", "where the rows are, INDEX being the file of their model")
     _online(add)
@@ -308,6 +309,7 @@ def serve(command: ArgumentParser) -> None:
     add("--allow-host NAME", text, action="append")
     add("-n --n-neighbors N", "results a query (default 5)", POSITIVE)
     _transfer(add)
+    add(*NAMED)
     _online(add)
     _runtime(command, onnx=False)
     group = command.add_argument_group(

@@ -198,13 +198,17 @@ def _evidence(index: "Index") -> dict[str, float]:
     known = ("ids.", "labels.", "paths.", "embeddings.", "marks.")
     kept = sum(entry.bytes for name, entry in parts if not name.startswith(known))
     marks = sum(entry.bytes for name, entry in parts if name.startswith("marks."))
-    rows = max(manifest.counts.rows, 1)
+    rows, shared = max(manifest.counts.rows, 1), index.shared()
+    shown = shared.get("channel_values")
     return {
         "labels": len(sizes),
         "unlabelled_images": unlabelled,
         # A number needs no other image that has it.
         "labels_of_one_image": sum(size == 1 for size in sizes.values()) * (not numbers),
         "images_without_evidence": int((index.triplets_used(live) == 0).sum()),
+        "concepts": len(shared.get("concept_parts", ())),
+        "exemplars": 0 if shown is None else shown.shape[1],
+        "text_mean": "text_mean" in shared,
         "bytes": manifest.named_bytes,
         "bytes_an_image": round(kept / rows, 1),
         "bytes_a_mark": round(marks / rows, 1),

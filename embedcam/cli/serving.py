@@ -27,6 +27,8 @@ def serve(options: Namespace) -> None:
     """Explain over HTTP until a signal."""
     check_installed()
     from ..index import Index
+    from ..index.concepts import read_names
+    from ..pairs import named_concepts
     from ..service import server
     from ..service.app import create_app
     from ..service.limits import Limits
@@ -41,6 +43,8 @@ def serve(options: Namespace) -> None:
     level = logging.INFO if options.progress is None else logging.WARNING
     with ExitStack() as stack:
         with Index.open(options.index, with_faiss=False) as index:
+            names = {} if options.concept_names is None else read_names(options.concept_names)
+            named_concepts(index, names)
             bound = stack.enter_context(closing(server.bind(options.host, options.port)))
             runtime_of(options)
             network: EmbeddingNetwork | OnnxNetwork
@@ -66,7 +70,13 @@ def serve(options: Namespace) -> None:
 
             explainer = opened()
             say_run(options, explainer.network, limits.batch)
-        app = create_app(explainer, limits=limits, hosts=_hosts(options, bound), renew=opened)
+        app = create_app(
+            explainer,
+            limits=limits,
+            hosts=_hosts(options, bound),
+            renew=opened,
+            concept_names=names,
+        )
         _announce(options, bound, explainer)
         if options.images is None and (address := _address_of(explainer)) is not None:
             note(

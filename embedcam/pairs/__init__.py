@@ -1,7 +1,7 @@
 """Why did *these two* match? Receipts of a query and a result, which add up to the similarity."""
 
 from ..explain.sides import Contributions, HeldSide, PooledSide, Shown, Side
-from .explainer import PairExplainer, check_same, mean_of
+from .explainer import PairExplainer, check_same, mean_of, named_concepts
 from .lines import NOTHING_KNOWN, Known, Line
 from .places import Place, covered
 from .receipt import Comparison, Link, Receipt, make_comparison, make_receipt
@@ -27,4 +27,5 @@ __all__ = [
     "make_comparison",
     "make_receipt",
     "mean_of",
+    "named_concepts",
 ]

@@ -74,14 +74,7 @@ class PairExplainer:
     def known(self, index: Index) -> Known:
         """Return what an index of the explainer says of channels and concepts."""
         if self._concepts is None or self._concepts[0]() is not index:
-            concepts = index.concepts()
-            if self._names and concepts is None:
-                raise InputError(
-                    f"{index.path}: has no concepts, so names of concepts mean nothing; build it "
-                    "again, or leave them out"
-                )
-            named = None if concepts is None else concepts.named(self._names)
-            self._concepts = weakref.ref(index), named
+            self._concepts = weakref.ref(index), named_concepts(index, self._names)
         # Of this index: the explainer may move on to another version.
         find, crop = partial(self._exemplars, index), partial(self._crop, index)
         return Known(self._concepts[1], find, crop)
@@ -239,6 +232,17 @@ class PairExplainer:
         if picture is not None and self.explainer.preprocess is not None:
             extent = self.explainer.preprocess.extent(*picture.size)
         return Shown(picture, extent, name, label), inputs
+
+
+def named_concepts(index: Index, names: Mapping[int, str]) -> Concepts | None:
+    """Return an index's concepts, if it has any, with names; InputError of names it lacks."""
+    concepts = index.concepts()
+    if names and concepts is None:
+        raise InputError(
+            f"{index.path}: has no concepts, so names of concepts mean nothing; build it again, or "
+            "leave them out"
+        )
+    return None if concepts is None else concepts.named(names)
 
 
 def mean_of(index: Index, centred: bool) -> np.ndarray:

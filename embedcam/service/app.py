@@ -15,6 +15,7 @@ from starlette.responses import Response
 from .. import __version__
 from ..errors import EmbedcamError
 from ..explain.explainer import Explainer
+from ..pairs import named_concepts
 from . import items, queries
 from .errors import handle
 from .frame import Frame
@@ -42,6 +43,7 @@ def create_app(
     limits: Limits | None = None,
     hosts: Collection[str] | None = None,
     renew: Callable[[], Explainer] | None = None,
+    concept_names: Mapping[int, str] | None = None,
 ) -> FastAPI:
     """Return explanations over HTTP, as an ASGI application for one process.
 
@@ -54,17 +56,20 @@ def create_app(
     limits : of requests; None takes the defaults
     hosts : names that a request's `Host` header may have, such as "localhost"; None takes any
     renew : of a model and a store: opens both as they are now, for `app.state.pipeline.reload`
+    concept_names : what a user calls concepts, by number (`embedcam.index.concepts.read_names`)
 
     Raises
     ------
     InputError
-        An explainer that cannot explain pictures.
+        An explainer that cannot explain pictures; names of concepts that its index does not have.
     """
     limits = limits or Limits()
     if getattr(explainer, "store", None) is None:
         pipeline = Pipeline(explainer, limits)
     else:
         pipeline = StorePipeline(explainer, limits, renew)
+    pipeline.concept_names = dict(concept_names or {})
+    named_concepts(pipeline.index, pipeline.concept_names)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

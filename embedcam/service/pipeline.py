@@ -6,10 +6,11 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -157,8 +158,11 @@ class Telemetry:
 class Pipeline:
     """All the work of a service; its endpoints only read parameters and write answers.
 
-    Raises InputError for an explainer that cannot explain pictures.
+    Raises InputError for an explainer that cannot explain pictures. `concept_names` are what a user
+    calls concepts, by number.
     """
+
+    concept_names: Mapping[int, str] = MappingProxyType({})
 
     def __init__(self, explainer: Explainer, limits: Limits) -> None:
         if not isinstance(explainer, Explainer):

@@ -31,7 +31,8 @@ class ReceiptMaker:
         """Return what the network makes of pictures, or raise HTTPProblem 501 without its head."""
         try:
             if self._pairs is None:
-                self._pairs = PairExplainer(self._pipeline.explainer)
+                names = self._pipeline.concept_names
+                self._pairs = PairExplainer(self._pipeline.explainer, concept_names=names)
             self._pairs.maker.head(index)
         except InputError as error:
             # Of a file, or of another version of the index; what is wrong names files.

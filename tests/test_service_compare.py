@@ -17,7 +17,7 @@ from embedcam.errors import InputError
 from embedcam.export import export_onnx
 from embedcam.offline import concepts
 from embedcam.pairs import PairExplainer, make_receipt
-from embedcam.service import Limits, create_app, queries
+from embedcam.service import Limits, create_app, queries, receipts
 from embedcam.service.schemas import CompareAnswer
 
 QUERY = data_of(picture(3))
@@ -197,7 +197,7 @@ def test_graphs_of_heads_do_not_pile_up(other, monkeypatch, service):
 
 
 def test_pairs_are_left_out_where_they_would_be_too_many(app, monkeypatch):
-    monkeypatch.setattr(queries, "MAX_PAIRS", 600)
+    monkeypatch.setattr(receipts, "MAX_PAIRS", 600)
     body = post(app, target(*IDS), QUERY).json()
     assert [one["pairs"] is None for one in body["receipts"]] == [False, False, True]
 

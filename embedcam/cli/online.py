@@ -489,6 +489,21 @@ def _write_report(
     show(f"{report.path}: {told}")
 
 
+def _note_pictures(
+    options: Namespace, index: "Index", explainer: "Explainer", ids: Sequence[str]
+) -> None:
+    """Say of which pictures a receipt is, where that could be mistaken."""
+    if index.manifest.is_compressed:
+        what = "the mean of several images; what is compared is the picture in its middle"
+        note(options, f"note: a prototype is {what}")
+    if changed := [name for name in ids if explainer.file_state(name) == "changed"]:
+        note(
+            options,
+            f"note: changed since the build: {', '.join(changed)}; what is compared is the "
+            "picture as it is now, which embeds as the old one did",
+        )
+
+
 def compare(options: Namespace) -> None:
     """Tell why a query and a result match, or why the result came above a rival."""
     from ..explain.explainer import Explainer
@@ -513,10 +528,8 @@ def compare(options: Namespace) -> None:
         explainer = Explainer(index, network, images=options.images, max_pixels=pixels)
         explainer.store = store
         explainer = explainer.of_ids(ids)
-        pairs, centred = (
-            PairExplainer(explainer, concept_names=options.concept_names),
-            not options.not_centred,
-        )
+        pairs = PairExplainer(explainer, concept_names=options.concept_names)
+        centred = not options.not_centred
         head = f"{options.query} and {options.result}"
         pair: Receipt | Comparison
         places: list[str] = []
@@ -530,15 +543,7 @@ def compare(options: Namespace) -> None:
             pair = pairs.above(options.query, options.result, options.above, centred=centred)
             head += f", above {options.above}"
             total = ["more similar by", f"{pair.score:+.3f}"]
-        if index.manifest.is_compressed:
-            what = "the mean of several images; what is compared is the picture in its middle"
-            note(options, f"note: a prototype is {what}")
-        if changed := [name for name in ids if explainer.file_state(name) == "changed"]:
-            note(
-                options,
-                f"note: changed since the build: {', '.join(changed)}; what is compared is the "
-                "picture as it is now, which embeds as the old one did",
-            )
+        _note_pictures(options, index, explainer, ids)
         if picture is not None:
             picture.parent.mkdir(parents=True, exist_ok=True)
             pair.save(picture, lines=options.lines)

@@ -109,17 +109,6 @@ def embedded_words(explainer: Explainer, asked: Sequence[tuple[str, str | None]]
     ]
 
 
-def explained_words(
-    explainer: Explainer,
-    words: Words,
-    near: Neighbors,
-    answers: Mapping[str, Answers],
-    exact: bool,
-) -> TextExplanation:
-    """Explain words by images of an explainer, of which `answers` knows those that were read."""
-    return explained(explainer.snapshot, words, near, answers, exact, explainer.max_pixels)
-
-
 def words_of(
     snapshot: Snapshot, texts: Sequence[str], above: str | None, tower: Texts | None
 ) -> list[Words]:

@@ -48,8 +48,11 @@ class Exemplar(NamedTuple):
 
 
 class Best(NamedTuple):
-    """Where each of n lines answers most, best first: `values` `[n E]`, and of the picture each is
-    in its number `places` `[n E]` and the position `cells` `[n E]`, counted row by row."""  # noqa: D205, D209
+    """Where each of n lines answers most, `values` `[n E]`, best first.
+
+    Of the picture each is in: its number, `places` `[n E]`, and the position, `cells` `[n E]`,
+    counted row by row.
+    """
 
     values: np.ndarray
     places: np.ndarray
@@ -184,7 +187,7 @@ def arrays_of(
     channels: Best, concepts: Best | None, parts: np.ndarray | None, ids: Sequence[str]
 ) -> dict[str, np.ndarray]:
     """Return the arrays of an index, by name, with as many exemplars as `MOST_BYTES` allow."""
-    best = {"channel": channels} if concepts is None else dict(zip(KINDS, (channels, concepts)))  # noqa: B905
+    best = {"channel": channels} | ({} if concepts is None else {"concept": concepts})
     kept = {} if parts is None else {PARTS: parts}
     for n in range(channels.values.shape[1], 0, -1):
         some = {kind: one.first(n) for kind, one in best.items()}

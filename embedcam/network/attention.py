@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import NetworkError
+from .module import hookable
 
 Change = Callable[[Tensor], Tensor]
 """What an attention goes on with, in place of its weights `[B h Q T]` or its output `[B h Q d]`."""
@@ -259,10 +260,9 @@ def attention_layers(module: nn.Module, batch: int) -> Iterator[list[AttentionLa
 
     handles = []
     try:
-        for name, part in module.named_modules():
-            if name and not isinstance(part, torch.jit.ScriptModule):  # it takes no hooks
-                handles.append(part.register_forward_pre_hook(entering(name)))
-                handles.append(part.register_forward_hook(leave, always_call=True))
+        for name, part in hookable(module):
+            handles.append(part.register_forward_pre_hook(entering(name)))
+            handles.append(part.register_forward_hook(leave, always_call=True))
         with AttentionWatch(batch, noted=noted):
             yield found
     finally:

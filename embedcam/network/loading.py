@@ -102,14 +102,7 @@ def load_network(
     arguments = dict(locals())
     if isinstance(autocast, str):
         autocast = _AUTOCAST[one_of("autocast", autocast, _AUTOCAST)]
-    if not isinstance(network, str):
-        raise InputError(
-            f"network is a {type(network).__name__}; expected {_FORMS}, or "
-            "EmbeddingNetwork(module, layer) for a module that is there already"
-        )
-    for what, file in (("weights", weights), ("head", head)):
-        if not isinstance(file, str | Path | None):
-            raise InputError(f"{what} is a {type(file).__name__}; expected the path of a file")
+    _refuse_kinds(network, weights, head)
     source, _, name = network.partition(":")
     if not name:
         raise _no_network(network)
@@ -124,17 +117,12 @@ def load_network(
             return _as_made(product, {**arguments, "autocast": autocast})
         loaded = _from_factory(product, network, weights, head, output)
     base, reading = split_reading(layer or "")
-    layer = layer if base else None
-    if layer not in (None, loaded.layer):
-        loaded.head = loaded.trunk = None
-    layer = layer or loaded.layer
+    layer = _chosen(loaded, layer if base else None, network)
     if layer is None:
         raise NetworkError(
             f"no default layer is known for {network}; give one with --layer (layer=)"
             f"{_layers_of(loaded, sides, output)}"
         )
-    elif loaded.said and layer == loaded.layer:
-        log.info("%s: %s", network, loaded.said)
     module = loaded.module.eval()
     if device is not None:
         module = module.to(device)
@@ -169,6 +157,27 @@ def load_network(
     # As it will come back from JSON: paths as texts, tuples as lists.
     result.spec = json.loads(json.dumps(spec, default=str))
     return result
+
+
+def _refuse_kinds(network: str, weights: PathLike, head: PathLike) -> None:
+    if not isinstance(network, str):
+        raise InputError(
+            f"network is a {type(network).__name__}; expected {_FORMS}, or "
+            "EmbeddingNetwork(module, layer) for a module that is there already"
+        )
+    for what, file in (("weights", weights), ("head", head)):
+        if not isinstance(file, str | Path | None):
+            raise InputError(f"{what} is a {type(file).__name__}; expected the path of a file")
+
+
+def _chosen(loaded: Loaded, layer: str | None, network: str) -> str | None:
+    """Return the layer that was asked for, or the one known of a network, if any is."""
+    if layer is not None and layer != loaded.layer:
+        loaded.head = loaded.trunk = None
+        return layer
+    if loaded.said:
+        log.info("%s: %s", network, loaded.said)
+    return loaded.layer
 
 
 def _no_network(network: str) -> NetworkError:

@@ -219,6 +219,13 @@ def calls_of(module: nn.Module) -> Iterator[list[str]]:
             handle.remove()
 
 
+def hookable(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield a module's parts by dotted name, but for scripted ones, which take no hooks."""
+    for name, part in module.named_modules():
+        if name and not isinstance(part, torch.jit.ScriptModule):
+            yield name, part
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Have torch and BLAS compute on one thread: numbers then do not depend on the cores."""

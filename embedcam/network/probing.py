@@ -24,6 +24,7 @@ from .layers import (
     same_aspect,
     token_grid,
 )
+from .module import hookable
 from .runner import run_part
 
 # Of a layer's positions that must reach the embedding; behind a class token's last attention it is
@@ -115,15 +116,51 @@ class Probe:
         """Return the call of the layer where positions last count."""
         if not self.candidates:
             return None
-        return _inside(self.outside(self.candidates[-1]), self.candidates)
+        chosen = self.outside(self.candidates[-1])
+        inner = [one for one in self.candidates if one is not chosen]
+        same = [one for one in inner if _equal(one.onward, chosen.onward)]
+        if not same or not all(chosen.holds(one) for one in inner):
+            return chosen
+        # Of a whole network the last part that made what the network itself handed on.
+        return max(same, key=lambda visit: visit.ended)
 
     def outside(self, last: Visit) -> Visit:
         """Return a candidate, or the input of what it is an inner part of."""
-        return _outside(last, self.visits, self.candidates)
+        leaving = [v for v in self.visits if not v.reaches and v is not last]
+        around = [v for v in leaving if v.holds(last) and self._source(v) is not None]
+        if not around:
+            return last
+        innermost = max(around, key=lambda visit: visit.began)
+        # A block around an attention that is given the layer, or the attention itself.
+        reads = any(innermost.holds(v) and self._source(v) is last for v in leaving)
+        if reads and not innermost.is_attention:
+            return last
+        return self._source(innermost) or last
 
-    def prefix(self, visit: Visit) -> int | None:
+    def _source(self, visit: Visit) -> Visit | None:
+        """Return the candidate whose positions a call was given."""
+        sources = {id(one.onward): one for one in self.candidates}
+        for tensor in visit.given:
+            if (found := sources.get(id(tensor))) is not None:
+                return found
+            place = tensor.untyped_storage().data_ptr()
+            for one in self.candidates:
+                if one.onward is not None and one.onward.untyped_storage().data_ptr() == place:
+                    return one
+        return None
+
+    def prefix(self, chosen: Visit) -> int | None:
         """Return how many more tokens a layer has than a map before it had positions."""
-        return _prefix(self.visits, visit, self.size)
+        if chosen.onward is None or chosen.onward.ndim != 3:
+            return None
+        maps = [v.onward for v in self.visits if v.onward is not None and v.ended < chosen.ended]
+        counts = {
+            one.shape[2] * one.shape[3]
+            for one in maps
+            if one.ndim == 4 and same_aspect(one.shape[2:], self.size)
+        }
+        more = [count(chosen.onward) - cells for cells in counts]
+        return min((n for n in more if 0 <= n <= MAX_PREFIX), default=None)
 
     def leading(self, visit: Visit, others: Sequence[Visit]) -> list[Visit]:
         """Return those of other calls whose positions a call's output depends on."""
@@ -139,22 +176,18 @@ def _run_recorded(
     module: nn.Module, images: Tensor, output: OutputChoice, recorder: _Recorder
 ) -> Tensor:
     with ExitStack() as stack:
-        for name, part in module.named_modules():
-            if name and not isinstance(part, torch.jit.ScriptModule):  # it takes no hooks
+        for name, part in hookable(module):
 
-                def begin(
-                    part: nn.Module,
-                    args: Sequence[Output],
-                    named: Mapping[str, Output],
-                    n: str = name,
-                ) -> None:
-                    recorder.begin(n, type(part).__name__, [*_tensors([*args, *named.values()])])
+            def begin(
+                part: nn.Module, args: Sequence[Output], named: Mapping[str, Output], n: str = name
+            ) -> None:
+                recorder.begin(n, type(part).__name__, [*_tensors([*args, *named.values()])])
 
-                def end(_: nn.Module, __: object, out: Output) -> Output:
-                    return recorder.end(out)
+            def end(_: nn.Module, __: object, out: Output) -> Output:
+                return recorder.end(out)
 
-                stack.enter_context(part.register_forward_pre_hook(begin, with_kwargs=True))
-                stack.enter_context(part.register_forward_hook(end))
+            stack.enter_context(part.register_forward_pre_hook(begin, with_kwargs=True))
+            stack.enter_context(part.register_forward_hook(end))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         leaf = images.detach().clone().requires_grad_()
@@ -201,58 +234,7 @@ def count(tensor: Tensor) -> int:
     return 0
 
 
-def _outside(last: Visit, visits: Sequence[Visit], candidates: Sequence[Visit]) -> Visit:
-    """Return a candidate, or the input of what it is an inner part of."""
-    sources = {id(v.onward): v for v in candidates}
-
-    def source(visit: Visit) -> Visit | None:
-        """Return the candidate whose positions a call was given."""
-        for tensor in visit.given:
-            if (found := sources.get(id(tensor))) is not None:
-                return found
-            place = tensor.untyped_storage().data_ptr()
-            for one in candidates:
-                if one.onward is not None and one.onward.untyped_storage().data_ptr() == place:
-                    return one
-        return None
-
-    leaving = [v for v in visits if not v.reaches and v is not last]
-    around = [v for v in leaving if v.holds(last) and source(v) is not None]
-    if not around:
-        return last
-    innermost = max(around, key=lambda visit: visit.began)
-    # A block around an attention that is given the layer, or the attention itself.
-    reads = any(innermost.holds(v) and source(v) is last for v in leaving)
-    if reads and not innermost.is_attention:
-        return last
-    return source(innermost) or last
-
-
-def _inside(chosen: Visit, candidates: Sequence[Visit]) -> Visit:
-    """Return the last part of a whole network that made what the network itself handed on."""
-    inner = [one for one in candidates if one is not chosen]
-    same = [v for v in inner if v.onward is not None and _equal(v.onward, chosen.onward)]
-    if not same or not all(chosen.holds(one) for one in inner):
-        return chosen
-    return max(same, key=lambda visit: visit.ended)
-
-
-def _equal(one: Tensor, other: Tensor | None) -> bool:
-    return other is not None and one.shape == other.shape and torch.equal(one, other)
-
-
-def _prefix(visits: Sequence[Visit], chosen: Visit, size: tuple[int, int]) -> int | None:
-    """Return how many more tokens a layer has than a map before it had positions."""
-    if chosen.onward is None or chosen.onward.ndim != 3:
-        return None
-    tokens = count(chosen.onward)
-    maps = {
-        v.onward.shape[2] * v.onward.shape[3]
-        for v in visits
-        if v.onward is not None
-        and v.onward.ndim == 4
-        and v.ended < chosen.ended
-        and same_aspect(v.onward.shape[2:], size)
-    }
-    fitting = [tokens - count for count in maps if 0 <= tokens - count <= MAX_PREFIX]
-    return min(fitting, default=None)
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return False
+    return one.shape == other.shape and torch.equal(one, other)

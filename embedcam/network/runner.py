@@ -37,6 +37,7 @@ from .layers import (
 from .module import (
     MODAL,
     bare_name,
+    hookable,
     input_channels,
     module_device,
     no_gradients,
@@ -190,11 +191,10 @@ def with_positions(module: nn.Module, images: Tensor, before: str | None = None)
                 shapes.setdefault(name, tuple(first_tensor(output, name).shape))
 
     with ExitStack() as stack, suppress(EmbedcamError):  # what ran before a failure counts
-        for dotted, part in module.named_modules():
-            if dotted and not isinstance(part, torch.jit.ScriptModule):  # it takes no hooks
-                name = bare_name(dotted)
-                hook = part.register_forward_hook(lambda *seen, name=name: look(name, seen[2]))
-                stack.enter_context(hook)
+        for dotted, part in hookable(module):
+            name = bare_name(dotted)
+            hook = part.register_forward_hook(lambda *seen, name=name: look(name, seen[2]))
+            stack.enter_context(hook)
         run_part(module, "network", images.clone())
     names = list(shapes)
     return [
@@ -204,6 +204,48 @@ def with_positions(module: nn.Module, images: Tensor, before: str | None = None)
         and shape[0] == len(images)
         and (shape[1] > 1 if len(shape) == 3 else max(shape[2:]) > 1)
     ]
+
+
+class _Keeper:
+    """Takes what layers return in one run of this thread, and hands on what `keep` says."""
+
+    def __init__(self, keep: Keep) -> None:
+        self.kept: dict[str, Tensor] = {}
+        self._keep, self._calls, self._thread = keep, list[str](), threading.get_ident()
+
+    def take(self, name: str, raw: Tensor) -> Tensor:
+        self._calls.append(name)
+        if name in self.kept:
+            return raw
+        self.kept[name], onward = self._keep(raw)
+        return onward
+
+    def take_first(self, name: str, output: Output) -> Output:
+        """Take the first tensor of what a layer returned."""
+        raw = first_tensor(output, name)
+        onward = self.take(name, raw)
+        return onward if raw is output else replace_first(output, onward)
+
+    def hook(self, name: str) -> Callable[[nn.Module, object, Output], Output]:
+        # Another thread may be running the same module for somebody else.
+        def taken(_: nn.Module, __: object, output: Output) -> Output:
+            return self.take_first(name, output) if threading.get_ident() == self._thread else None
+
+        return taken
+
+    def of(self, name: str) -> Tensor:
+        """Return what was kept of a layer, which must have been called once."""
+        if name not in self.kept:
+            raise NetworkError(
+                f"layer {name!r} is never called in a forward; choose one that is, or give "
+                "the network as two functions with EmbeddingNetwork.from_parts"
+            )
+        if (times := self._calls.count(name)) > 1:
+            raise NetworkError(
+                f"layer {name!r} is called {times} times in one forward, so its output "
+                "is not one thing; choose a layer called once, such as the block around it"
+            )
+        return self.kept[name]
 
 
 @dataclass(eq=False)
@@ -424,69 +466,37 @@ class Runner:
         """
         layers = layers or [(self.layer, self.part)]
         readings = {} if readings is None else readings
-        kept: dict[str, Tensor] = {}
-        calls: list[str] = []
-        thread = threading.get_ident()
-
-        def take(name: str, raw: Tensor) -> Tensor:
-            calls.append(name)
-            if name in kept:
-                return raw
-            kept[name], onward = keep(raw)
-            return onward
-
-        def take_first(name: str, output: Output) -> Output:
-            raw = first_tensor(output, name)
-            onward = take(name, raw)
-            return onward if raw is output else replace_first(output, onward)
-
-        def hook(name: str) -> Callable[[nn.Module, object, Output], Output]:
-            # Another thread may be running the same module for somebody else.
-            def taken(_: nn.Module, __: object, output: Output) -> Output:
-                return take_first(name, output) if threading.get_ident() == thread else None
-
-            return taken
-
-        def taking(name: str) -> Callable[[Tensor], Tensor]:
-            return lambda output: take(name, output)
-
+        keeper = _Keeper(keep)
         if self.parts is not None:
             trunk, head = self.parts
             raw = run_part(trunk, "trunk", images.clone())  # which it may change in place
             if self.autocast is None or torch.is_autocast_enabled(self.device.type):
                 self.plain_dtype = raw.dtype if isinstance(raw, Tensor) else None
-            output = run_part(head, "head", take_first(self.layer, raw))
+            output = run_part(head, "head", keeper.take_first(self.layer, raw))
             z = at_least_single(choose_embedding(output, self.output, batch))
         else:
             with self.lock, ExitStack() as stack:
                 for name, part in layers:
                     if "@" in name:  # read inside an attention
-                        rows = self.tokens_read(name, part, images)
+                        rows, take = (
+                            self.tokens_read(name, part, images),
+                            partial(keeper.take, name),
+                        )
                         readings[name] = Reading(name, rows, images.shape[0])
                         layout_of = partial(self.read_layout, name, images=images)
-                        stack.enter_context(readings[name].inside(part, taking(name), layout_of))
+                        stack.enter_context(readings[name].inside(part, take, layout_of))
                     else:
-                        stack.callback(part.register_forward_hook(hook(name)).remove)
+                        stack.callback(part.register_forward_hook(keeper.hook(name)).remove)
                 output = run_part(self.module, "network", images.clone())
                 last = any(isinstance(one.layout, ValueLayout) for one in readings.values())
                 # What stands in z's place comes later, perhaps of more activations than images.
                 count = images.shape[0] if last else batch
                 z = at_least_single(choose_embedding(output, self.output, count))
                 for name, reading in readings.items():
-                    z = reading.embedded(z, taking(name))
-        for name, _ in layers:
-            if name not in kept:
-                raise NetworkError(
-                    f"layer {name!r} is never called in a forward; choose one that is, or give "
-                    "the network as two functions with EmbeddingNetwork.from_parts"
-                )
-            if (times := calls.count(name)) > 1:
-                raise NetworkError(
-                    f"layer {name!r} is called {times} times in one forward, so its output "
-                    "is not one thing; choose a layer called once, such as the block around it"
-                )
-        order = list(kept)
-        return z, [kept[name] for name, _ in layers], [order.index(name) for name, _ in layers]
+                    z = reading.embedded(z, partial(keeper.take, name))
+        order = list(keeper.kept)
+        names = [name for name, _ in layers]
+        return z, [keeper.of(name) for name in names], [order.index(name) for name in names]
 
     def tokens_read(self, name: str, part: nn.Module, images: Tensor) -> tuple[int, ...]:
         """Return which tokens of an attention reach the embedding; asked once."""

@@ -30,8 +30,11 @@ _ITERATIONS, _TOLERANCE = 30, 1e-4
 
 
 class Seen(NamedTuple):
-    """What is kept of a batch: the best of each channel, and `activations` `[n K]` at sampled
-    positions, each in the image with the number in `places` `[n]` and at `cells` `[n]`."""  # noqa: D205, D209
+    """What is kept of a batch: the best of each channel, and some activations.
+
+    They are those at sampled positions, `activations` `[n K]`, each in the image with the number in
+    `places` `[n]` and at `cells` `[n]`.
+    """
 
     best: Best
     activations: np.ndarray

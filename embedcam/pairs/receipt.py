@@ -201,7 +201,7 @@ class Receipt(Total):
         if not self.exact:
             return "Contributions are of first order; what is not is the last amount."
         held = " and ".join(filter(None, [", ".join(self.held[:-1]), *self.held[-1:]]))
-        return f"Contributions are exact{', with ' * bool(held)}{held}{' held' * bool(held)}."
+        return f"Contributions are exact, with {held} held." if held else "Contributions are exact."
 
     @property
     def outside(self) -> float:

@@ -2,7 +2,6 @@
 
 import asyncio
 import copy
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,15 +13,10 @@ from pydantic import BaseModel, Field
 from pydantic.json_schema import SkipJsonSchema
 from starlette.responses import Response
 
-from ..errors import EmbedcamError, ImageError, InputError
-from ..explain.explainer import Explainer
+from ..errors import ImageError, InputError
 from ..explain.explanation import Explanation, Json, Result
 from ..explain.sides import Shown, Side
-from ..index import Index
 from ..pairs import (
-    NOTHING_KNOWN,
-    Known,
-    PairExplainer,
     Receipt,
     check_same,
     covered,
@@ -42,12 +36,10 @@ from .pictures import (
     Prepared,
     Upload,
     overlaid,
-    prepare,
 )
 from .pipeline import Pipeline, check_names, find_live, given, listed_results
+from .receipts import ReceiptMaker, Told, changed, four_digits
 from .texts import WordsMaker, read_words, told_of_words
-
-logger = logging.getLogger("embedcam.service")
 
 MAX_CELLS, MAX_SIDE = 224, 1024
 BODY: schemas.Described = {
@@ -77,9 +69,6 @@ _PROBLEMS = (400, 403, 408, 413, 415, 422, 500, 502, 503)
 MAX_LINES = 50
 _NUMBER = r"-?[0-9]{1,6}(\.[0-9]{1,3})?"
 _BOX = rf"^{_NUMBER}(,{_NUMBER}){{3}}$"
-MAX_PAIRS = 250_000
-"""Numbers of all `pairs` of an answer together, about 2 MB: a hundred receipts on maps of 7 x 7, or
-six of 14 x 14."""
 DRAWN_SIDE = 560
 
 _ID = "Id of an image of the index"
@@ -149,11 +138,11 @@ def router(pipeline: Pipeline) -> APIRouter:
             return schemas.response(told, kind, {"Vary": "Accept"})
 
         async def answer_words(upload: Upload) -> Response:
-            await pipeline.holding(given(asked.result, asked.rival))
-            for name in ("result", "rival"):
-                if getattr(asked, name) is not None:
-                    said = f"{name}: is of a picture as the query; leave it out"
-                    raise HTTPProblem(422, "unusable_parameter", said)
+            if named := given(asked.result, asked.rival):
+                await pipeline.holding(named)
+                name = "rival" if asked.result is None else "result"
+                said = f"{name}: is of a picture as the query; leave it out"
+                raise HTTPProblem(422, "unusable_parameter", said)
             found = await words_maker.find(read_words(upload), asked.n_neighbors)
             why, kept = await words_maker.explain(*found)
 
@@ -241,7 +230,7 @@ def router(pipeline: Pipeline) -> APIRouter:
                 point = receipt.point(int(row), int(column), self.of)
             except InputError as error:
                 raise HTTPProblem(404, "unknown_cell", str(error)) from None
-            return rounded(point)
+            return four_digits(point)
 
     @routes.post(
         "/compare",
@@ -267,32 +256,8 @@ def router(pipeline: Pipeline) -> APIRouter:
         if asked.box is not None and rival is not None:
             said = "a box asks what a part matches in each result; leave out the rival or the box"
             raise HTTPProblem(422, "unusable_parameter", said)
-        told: list[schemas.PairReceipt] = []
+        told = Told(request, asked.lines, asked.links)
         kept: list[Receipt] = []
-        left = MAX_PAIRS
-
-        def tell(picture: Prepared, receipt: Receipt) -> schemas.PairReceipt:
-            """Write a receipt, with its `pairs` while there is room."""
-            nonlocal left
-            numbers = receipt.query.cells.size * receipt.result.cells.size
-            fits = all(one.direct for one in receipt.sides) and numbers <= left
-            left -= numbers * fits
-            shown = receipt.to_dict(asked.lines, asked.links)
-            pairs = receipt.matrix().reshape(receipt.query.cells.size, -1) if fits else None
-            return schemas.built(
-                schemas.PairReceipt,
-                {
-                    **shown["result"],
-                    **shown,
-                    **schemas.lines_of(request, shown),
-                },
-                picture=schemas.size_of(picture.size),
-                extent=picture.extent,
-                query=schemas.built(schemas.Evidence, shown["query"]),
-                result=schemas.built(schemas.Evidence, shown["result"]),
-                pairs=None if pairs is None else rounded(pairs),
-                point=asked.point_of(receipt),
-            )
 
         async with pipeline.admitted(request) as upload:
             held = await pipeline.holding(ids)
@@ -300,13 +265,14 @@ def router(pipeline: Pipeline) -> APIRouter:
             side = None if kind == JSON else DRAWN_SIDE
             read = pipeline.reading(upload, side)
             query, query_side = await pipeline.ask(maker.sides, index, read)
+            known = await pipeline.in_thread(maker.known, index)
 
             def settle(name: str, picture: Prepared, its_side: Side) -> None:
                 (label,) = held.index.select([find_live(held.index, name)]).labels
                 try:
                     check_same(held.index, name, its_side)
                 except ImageError:
-                    raise _changed() from None
+                    raise changed() from None
                 receipt = make_receipt(
                     query_side,
                     its_side,
@@ -315,10 +281,10 @@ def router(pipeline: Pipeline) -> APIRouter:
                     query_shown=Shown(query.small.image, query.small.extent),
                     result_shown=Shown(picture.small.image, picture.small.extent, name, label),
                     within=asked.weights_of(query, query_side.activations.shape[1:]),
-                    known=maker.known(index),
+                    known=known,
                 )
                 if kind == JSON:
-                    told.append(tell(picture, receipt))
+                    told.add(picture, receipt, asked.point_of(receipt))
                 # Others are let go of: behind attention, one holds the graph of its picture's head.
                 if kind != JSON or rival is not None:
                     kept.append(receipt)
@@ -338,7 +304,9 @@ def router(pipeline: Pipeline) -> APIRouter:
                     shown |= schemas.lines_of(request, shown)
                     contrast = schemas.built(schemas.Contrast, shown, query=cells)
                 box = {"picture": schemas.size_of(query.size), "extent": query.extent}
-                whole = schemas.built(schemas.CompareAnswer, box, receipts=told, contrast=contrast)
+                whole = schemas.built(
+                    schemas.CompareAnswer, box, receipts=told.receipts, contrast=contrast
+                )
                 return schemas.response(whole, kind, {"Vary": "Accept"})
 
             # No more at once than go through the network together, so that others come between.
@@ -382,59 +350,3 @@ def _explained(
         rival=neighbor(shown["rival"], why.rival),
         neighbors=list(map(neighbor, shown["neighbors"], why.neighbors())),
     )
-
-
-def rounded(values: np.ndarray) -> list[list[float]]:
-    """Return the numbers to four significant digits (whole ones from 1000 on), as lists."""
-    values = np.asarray(values, np.float64)
-    # Powers of ten are exact up to 22, so that the quotient is the number those digits name.
-    digits = np.floor(np.log10(np.abs(values), where=values != 0, out=np.zeros(values.shape)))
-    powers = 10.0 ** np.clip(3 - digits, 0, 22)
-    numbers: list[list[float]] = (np.rint(values * powers) / powers + 0.0).tolist()
-    return numbers
-
-
-class ReceiptMaker:
-    """Makes sides of receipts: pictures read in the pool, forwards in the network's thread."""
-
-    def __init__(self, pipeline: Pipeline) -> None:
-        self._pipeline = pipeline
-        self._pairs: PairExplainer | None = None
-
-    def sides(self, index: Index, pictures: Sequence[Prepared]) -> list[Side]:
-        """Return what the network makes of pictures, or raise HTTPProblem 501 without its head."""
-        try:
-            if self._pairs is None:
-                names = self._pipeline.concept_names
-                self._pairs = PairExplainer(self._pipeline.explainer, concept_names=names)
-            self._pairs.maker.head(index)
-        except InputError as error:
-            # Of a file, or of another version of the index; what is wrong names files.
-            logger.warning("no receipts: %s", error)
-            said = (
-                "receipts need the network's head by itself, which its ONNX file and this index do "
-                "not tell; serve the network instead"
-            )
-            raise HTTPProblem(501, "no_receipts", said) from None
-        return self._pairs.maker.sides(index, [one.inputs for one in pictures])
-
-    def known(self, index: Index) -> Known:
-        """Return what the index says of channels and concepts."""
-        return NOTHING_KNOWN if self._pairs is None else self._pairs.known(index)
-
-    def read(self, explainer: Explainer, name: str, side: int | None) -> Prepared:
-        """Return an indexed image's picture, decoded and prepared; what fails names no file."""
-        try:
-            merged = explainer.index.manifest.is_compressed
-            if merged and explainer.file_state(name) == "changed":
-                raise _changed()  # no stored embedding is that picture's, so none would tell
-            return prepare(explainer.picture(name), self._pipeline.preprocess, side)
-        except EmbedcamError as error:
-            logger.warning("an indexed image cannot be read: %s", error)
-        said = "the picture of a result cannot be read any more, and a receipt needs it"
-        raise HTTPProblem(404, "no_picture", f"{said}; leave it out")
-
-
-def _changed() -> HTTPProblem:
-    said = "the picture of a result has changed since it was indexed"
-    return HTTPProblem(409, "changed_picture", f"{said}; index it again, or leave it out")

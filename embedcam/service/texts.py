@@ -19,7 +19,7 @@ from ..explain.explanation import rounded
 from ..explain.side_maker import SideMaker, SlopeSide
 from ..explain.sides import PooledSide, Side
 from ..explain.text_explanation import TextExplanation, TextResult
-from ..explain.texts import Answers, Words, cells_of, embedded_words, explained_words
+from ..explain.texts import Answers, Words, cells_of, embedded_words, explained
 from ..images import is_url
 from ..images.places import inside, stamp_of
 from ..index import Index, Neighbors
@@ -150,7 +150,8 @@ class WordsMaker:
                     self._shelf.put(key, one[1])
         answers = {name: kept.cells for name, kept in shown.items()}
         exact = self._maker.head(index) is not None
-        explain = partial(explained_words, held, words, near, answers, exact)
+        snapshot, most = held.snapshot, held.max_pixels
+        explain = partial(explained, snapshot, words, near, answers, exact, most)
         if all(kept.vectors is not None for kept in shown.values()):
             return await self._pipeline.in_thread(explain), shown
         # What is not kept goes through the head again.

@@ -231,7 +231,7 @@ def test_a_result_is_hovered(page, explainer):
 
 def assert_tells_places(page, receipt):
     """The list of places, in numbers and words, and their outlines in both pictures."""
-    places, beyond = receipt.places(), receipt.beyond
+    places, beyond = receipt.places(), receipt.unshared
     assert places
     assert page.texts(".place .share b") == [place.told(beyond) for place in places]
     assert page.texts(".place .unseen") == [

@@ -114,7 +114,7 @@ def test_what_matches_is_found() -> None:
     boxes = {(first.box("query"), first.box("result")), (second.box("query"), second.box("result"))}
     in_sevenths = {tuple(tuple(round(7 * end) for end in box) for box in pair) for pair in boxes}
     assert in_sevenths == {((0, 0, 2, 2), (5, 4, 7, 6)), ((4, 5, 6, 7), (0, 0, 2, 2))}
-    words = {place.words(receipt.beyond).partition(":")[0] for place in (first, second)}
+    words = {place.words(receipt.unshared).partition(":")[0] for place in (first, second)}
     assert words == {
         "the upper left of the query matches the lower right of the result",
         "the lower right of the query matches the upper left of the result",
@@ -124,7 +124,7 @@ def test_what_matches_is_found() -> None:
     assert [tuple(cell) for cell in body[0]["result"]["cells"]] == list(
         zip(*map(list, np.nonzero(first.result)), strict=True)
     )
-    assert body[0]["share"] == pytest.approx(first.contribution / receipt.beyond)
+    assert body[0]["share"] == pytest.approx(first.contribution / receipt.unshared)
     assert receipt.to_dict(places=0)["places"] == []
 
 

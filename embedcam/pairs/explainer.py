@@ -100,7 +100,14 @@ class PairExplainer:
             return None
         return window(picture, preprocess.extent(*picture.size), grid, exemplar[1:3])
 
-    def receipt(self, query: QueryLike, result: QueryLike, *, centred: bool = True) -> Receipt:
+    def receipt(
+        self,
+        query: QueryLike,
+        result: QueryLike,
+        *,
+        centred: bool = True,
+        box: Sequence[float] | None = None,
+    ) -> Receipt:
         """Return why the query and one result match.
 
         Of an index of prototypes the result is the picture in the prototype's middle, and the
@@ -114,13 +121,16 @@ class PairExplainer:
             Id of an image of the index (a `str`), or a picture as the query.
         centred
             Put what the average image of the index shares apart.
+        box
+            (x0, y0, x1, y1) in pixels of the query (upright, or of the network's input where that
+            was given): what *that part* matches.
 
         Raises
         ------
         ImageError, InputError
             A picture that cannot be read or is not the one indexed; an unknown or removed id.
         """
-        return self.receipts(query, [result], centred=centred)[0]
+        return self.receipts(query, [result], centred=centred, box=box)[0]
 
     def receipts(
         self,
@@ -130,11 +140,7 @@ class PairExplainer:
         centred: bool = True,
         box: Sequence[float] | None = None,
     ) -> list[Receipt]:
-        """Return the receipts of one query with several results; arguments as for `receipt`.
-
-        With a `box`, (x0, y0, x1, y1) in pixels of the query (upright, or of the network's input
-        where that was given), of what lies in it: what *that part* matches in every result.
-        """
+        """Return the receipts of one query with several results; arguments as for `receipt`."""
         if isinstance(results, str | bytes | Path):
             raise InputError("expected a list of results, got one; use receipt()")
         index = self.explainer.index

@@ -81,7 +81,7 @@ class Place:
         return _THIRDS[row][column]
 
     def share(self, beyond: float) -> float | None:
-        """Return the share of `beyond`, what all pairs of positions give; None where it is none."""
+        """Return the share of `beyond`, what a receipt has unshared; None where that is none."""
         return self.contribution / beyond if beyond > 0 else None
 
     def told(self, beyond: float) -> str:
@@ -96,7 +96,7 @@ class Place:
         return f"{places[0]} matches {places[1]} of the result: {told}{of}"
 
     def to_dict(self, beyond: float) -> Json:
-        """Return plain lists and numbers; `beyond` is what all pairs of positions give."""
+        """Return plain lists and numbers; `beyond` is what a receipt has unshared."""
         sides: tuple[Literal["query", "result"], ...] = ("query", "result")
         told: Json = {
             side: {

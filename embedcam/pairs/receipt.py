@@ -47,6 +47,8 @@ _PROBED = 16
 """Positions of the query that links begin at, where each costs a pass through the head."""
 _SMALL = 5e-4
 """Remainders that would be shown as 0.000."""
+_NEXT_TO_NONE = 0.02
+"""Of the similarity, what is beyond the average where nothing is: shares of it would mislead."""
 
 
 @dataclass(frozen=True)
@@ -213,6 +215,15 @@ class Receipt(Total):
         """What all pairs of positions give, of which places are a part; the channels' sum."""
         return float(self.channels.sum())
 
+    @property
+    def unshared(self) -> float:
+        """What the two have beyond the average, positions and parts; 0 where that is next to none.
+
+        What places carry is said as a share of it.
+        """
+        amount = self.beyond + sum(self.parts.values())
+        return amount if amount > _NEXT_TO_NONE * abs(self.similarity) else 0.0
+
     def places(self, n: int = 5) -> list[Place]:
         """Return the pairs of regions that match and give most, at most n, most first.
 
@@ -224,7 +235,7 @@ class Receipt(Total):
     def in_words(self, n: int = 5) -> list[str]:
         """Return sentences: what matches what, of n places at most, and what they carry."""
         found = self.places(n)
-        told = [place.words(self.beyond) for place in found]
+        told = [place.words(self.unshared) for place in found]
         return told + list(filter(None, [self._said(found)]))
 
     def amounts(self, n: int = 10) -> Amounts:
@@ -301,7 +312,7 @@ class Receipt(Total):
         names = ("similarity", "exact", "centred", "shared", "outside", "remainder")
         found = self.places(places) if places else []
         return {name: getattr(self, name) for name in names} | {
-            "places": [place.to_dict(self.beyond) for place in found],
+            "places": [place.to_dict(self.unshared) for place in found],
             "held": list(self.held),
             "parts": self.parts,
             **self._channels(lines),
@@ -324,7 +335,9 @@ class Receipt(Total):
             apart=self.centred + (self.within is not None),
             headings=["Query", "Result"],
             places=[
-                Matched((one.query, one.result), one.told(self.beyond), f"{one.contribution:+.3f}")
+                Matched(
+                    (one.query, one.result), one.told(self.unshared), f"{one.contribution:+.3f}"
+                )
                 for one in found
             ],
             links=[
@@ -340,9 +353,9 @@ class Receipt(Total):
 
     def _said(self, places: Sequence[Place]) -> str:
         """Say how much of what the two share beyond the average these places carry."""
-        if not places or self.beyond <= 0:
+        if not places or self.unshared <= 0:
             return ""
-        share = sum(place.contribution for place in places) / self.beyond
+        share = sum(place.contribution for place in places) / self.unshared
         several = f"These {len(places)} pairs of places carry" if len(places) > 1 else "It carries"
         whose = "the two share" if self.within is None else "the box and the result share"
         than = " (the other places speak against it)" if share > 1 else ""

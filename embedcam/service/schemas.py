@@ -251,8 +251,8 @@ class PlacePair(Strict):
     result: Region
     contribution: float = Field(examples=[0.062])
     share: float | None = _says(
-        "Of what all pairs of cells give, the similarity beyond `shared`, parts and `remainder`; "
-        "null where that is none.",
+        "Of what the two have beyond `shared` and `remainder`, cells and parts; null where that is "
+        "next to none.",
         0.31,
     )
 

@@ -12,7 +12,8 @@ _INTRO = """# Networks by name
 ```python
 from embedcam import load_network
 
-network = load_network("timm:vit_small_patch14_reg4_dinov2")  # --network on the command line
+# --network and --weights on the command line; without weights the published ones
+network = load_network("timm:convnext_atto", weights="random")
 ```
 
 Every network below was made with random weights and given nothing but its name: an index of eight

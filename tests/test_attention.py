@@ -164,7 +164,9 @@ def test_the_last_attention_of_every_library_is_found_and_read(name: str) -> Non
 
 def test_the_value_of_the_only_position_of_a_pool_is_the_embedding() -> None:
     network = read_by(network_of("open_clip resnet"), "value")
-    features = network.forward(torch.zeros(1, 3, 64, 64) + torch.rand(1, 3, 1, 1))
+    features = network.forward(
+        torch.tensor([0.2, 0.5, 0.8])[None, :, None, None].expand(1, 3, 64, 64)
+    )
     # Every position of a picture of one color, but for the borders' padding and the places.
     direction = features.activations[0].mean((1, 2))
     cosine = torch.nn.functional.cosine_similarity(direction, features.embedding[0], dim=0)

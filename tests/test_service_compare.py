@@ -118,8 +118,8 @@ def test_what_lies_in_a_box(app, index):
     drawn = post(app, target(IDS[0], box="0,0,12,18"), QUERY, accept="image/png").image()
     made = pairs.receipts(QUERY, IDS[:1], box=(0, 0, 12, 18))[0].plot()
     assert_same_picture(drawn, made.convert("RGB"))
-    assert post(app, target(IDS[0], box="90,90,99,99"), QUERY).error == (422, "unusable_box")
-    assert post(app, target(IDS[0], box="9,9,3,12"), QUERY).error == (422, "unusable_box")
+    assert post(app, target(IDS[0], box="90,90,99,99"), QUERY).error == (404, "unknown_box")
+    assert post(app, target(IDS[0], box="9,9,3,12"), QUERY).error == (404, "unknown_box")
 
 
 def test_a_concept_is_told_by_the_name_a_user_gave_it(index, tmp_path, monkeypatch, service):

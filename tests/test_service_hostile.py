@@ -128,7 +128,7 @@ FORMS: dict[str, tuple[bytes, str, tuple[int, str]]] = {
     "endless headers": (ENDLESS, FORM, (422, "broken_form")),
     "no name": (NAMELESS, FORM, (422, "unknown_part")),
     "near boundaries by the million": (form(b"\r\n--" * 500_000), FORM, (422, "unreadable_image")),
-    "JSON": (b'{"image": "aGk="}', "application/json", (415, "unusable_type")),
+    "JSON": (b'{"image": "aGk="}', "application/json", (422, "unusable_text")),
     "a form of text": (b"image=x", "application/x-www-form-urlencoded", (415, "unusable_type")),
     "SVG by name": (hostile.SVG, "image/svg+xml", (415, "unusable_type")),
     "no type at all": (QUERY, "nonsense", (415, "unusable_type")),

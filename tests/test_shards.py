@@ -173,6 +173,8 @@ def planned(tmp_path_factory) -> tuple[EmbeddingNetwork, Path, dict[str, str]]:
     with pytest.MonkeyPatch.context() as patch:
         quicken(patch)
         patch.setattr(plan, "CHUNK", 4)
+        patch.setattr(concepts, "LEAST_IMAGES", 4)
+        patch.setattr(concepts, "LEAST_CHANNELS", 4)
         source = pictures(base / "p", 42)
         recipe = Recipe(triplets=4, rank=3)
         expected = everything(built(source, it, base / "one", recipe, **FEW))

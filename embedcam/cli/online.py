@@ -527,8 +527,8 @@ def compare(options: Namespace) -> None:
         pixels = options.max_pixels or MAX_PIXELS
         explainer = Explainer(index, network, images=options.images, max_pixels=pixels)
         explainer.store = store
-        explainer = explainer.of_ids(ids)
         pairs = PairExplainer(explainer, concept_names=options.concept_names)
+        explainer = explainer.of_ids(ids)
         centred = not options.not_centred
         head = f"{options.query} and {options.result}"
         pair: Receipt | Comparison

@@ -26,8 +26,8 @@ def embed_texts(tower: TextTower | None, texts: Sequence[str], normalize: bool) 
     if tower is None:
         raise NetworkError(
             "the network embeds images alone, so words cannot be embedded by it; load one with a "
-            "tower for texts, such as CLIP, give EmbeddingNetwork(..., texts=function), or embed the "
-            "words elsewhere (--text-embedding FILE.npy)"
+            "tower for texts, such as CLIP, give EmbeddingNetwork(..., texts=function), or embed "
+            "the words elsewhere (--text-embedding FILE.npy)"
         )
     if isinstance(texts, str) or not texts or not all(isinstance(one, str) for one in texts):
         raise InputError(f"texts are {texts!r:.100}; give a list of texts, at least one")

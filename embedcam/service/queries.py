@@ -215,12 +215,15 @@ def router(pipeline: Pipeline) -> APIRouter:
         def weights_of(self, query: Prepared, grid: Sequence[int]) -> np.ndarray | None:
             if self.box is None:
                 return None
+            if self.rival is not None:
+                said = "a box asks what a part matches in each result; leave out the rival or it"
+                raise HTTPProblem(422, "unusable_parameter", said)
             box = [float(end) for end in self.box.split(",")]
             x0, y0, x1, y1 = query.extent
             try:
                 return covered(box, query.size, (x0, y0, x1, y1), grid)
             except InputError as error:
-                raise HTTPProblem(422, "unusable_box", str(error)) from None
+                raise HTTPProblem(404, "unknown_box", str(error)) from None
 
         def point_of(self, receipt: Receipt) -> list[list[float]] | None:
             if self.cell is None:
@@ -253,9 +256,6 @@ def router(pipeline: Pipeline) -> APIRouter:
                 "application/json for more"
             )
             raise HTTPProblem(422, "not_drawable", said)
-        if asked.box is not None and rival is not None:
-            said = "a box asks what a part matches in each result; leave out the rival or the box"
-            raise HTTPProblem(422, "unusable_parameter", said)
         told = Told(request, asked.lines, asked.links)
         kept: list[Receipt] = []
 

@@ -199,7 +199,8 @@ def test_recipes_that_came_along_are_called_by_name(say: Say, refused, tmp_path:
     assert say(*build, "paper", "--top-m", 4)[0] == 0
     recipe = answer(say, "info", tmp_path / "index")["recipe"]
     assert (recipe["encoding"], recipe["m"], recipe["triplets"]) == ("top-m", 4, 50)
-    said = "papre: there is no such recipe; did you mean 'paper'? known: default, paper, unlabelled"
+    known = "default, gradeclip, maskclip, paper, unlabelled"
+    said = f"papre: there is no such recipe; did you mean 'paper'? known: {known}"
     refused(2, f"embedcam: {said}; or give a TOML file\n", *build, "papre")
 
 

@@ -119,7 +119,7 @@ def plan(options: Namespace) -> None:
         options.index = options.refit
         again = bool(options.refit)
         recipe, images, named = _choices(options, again)
-        source, loaded, own_maps, earlier = _inputs(options, images, named, again)
+        source, loaded, own_maps, earlier = _inputs(options, recipe, images, named, again)
         work["on_unreadable"] = options.on_unreadable or images.get("on_unreadable", "fail")
         with run_by(options, loaded, earlier) as network:
             work["batch_size"] = work["batch_size"] or network.repeat_run(earlier)
@@ -407,12 +407,10 @@ def _build_images(
     again: bool,
     engine: "RayEngine | None",
 ) -> "BuildReport":
-    from ..network import read_by
     from ..offline import build_index
 
-    source, loaded, own_maps, earlier = _inputs(options, images, network, again)
+    source, loaded, own_maps, earlier = _inputs(options, recipe, images, network, again)
     work = _work(options, images.get("on_unreadable", "fail"))
-    loaded = read_by(loaded, recipe.entry.reading)
     with run_by(options, loaded, earlier) as run:
         work["batch_size"] = work["batch_size"] or run.repeat_run(earlier)
         return build_index(
@@ -431,11 +429,12 @@ def _build_images(
 
 
 def _inputs(
-    options: Namespace, images: Values, network: Values, again: bool
+    options: Namespace, recipe: Recipe, images: Values, network: Values, again: bool
 ) -> tuple["ImageSource", "EmbeddingNetwork", bool, "RunEntry | None"]:
     """Return the images to build from, the network, whether own maps are kept, an earlier run."""
     from ..images import MAX_PIXELS
     from ..index import Index
+    from ..network import read_by
     from ..offline import indexed_images
 
     path = options.images or images.get("path")
@@ -466,6 +465,7 @@ def _inputs(
     if options.onnx is not None and not network.get("network"):
         network = loading_of_file(options.onnx, network)
     loaded = load_named(network)
+    loaded = read_by(loaded, recipe.entry.reading)
     if network.get("layer") is None:
         name = loaded.name or network["network"]
         note(options, f"{name}: explaining layer {loaded.layer} (--layer takes another)")

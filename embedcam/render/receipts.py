@@ -109,7 +109,7 @@ def receipt_picture(
         canvas.y += 18
         canvas.text(MARGIN, "What adds up", HEADING, QUIET, 28)
         end = canvas.y
-        _Sum(MARGIN, 190, 560, canvas.width - 2 * MARGIN, apart, crops or {}).draw(
+        _Sum(MARGIN, 290, 460, canvas.width - 2 * MARGIN, apart, crops or {}).draw(
             canvas, amounts, total
         )
     else:

@@ -5,7 +5,8 @@ import hashlib
 import os
 import re
 import struct
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -181,8 +182,9 @@ class FaissFile:
             if one.kind() != self.kind():
                 raise one.broken("is of another type than the file of the first rows")
 
-    def __del__(self) -> None:
-        if self.descriptor is not None:
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        # At the end of the interpreter the modules that closing uses may be gone before.
+        if self.descriptor is not None and not ending():
             self.close()
 
     def loaded(self) -> "faiss.Index":

@@ -95,7 +95,8 @@ class Concepts:
     def amounts(self, activations: np.ndarray) -> np.ndarray:
         """Return how much of each part is in a picture `[K H W]`, `[P]`, not negative.
 
-        They are those whose sum is nearest to the channels' sums over positions, by squares.
+        They are those whose sum is nearest to the channels' sums over positions, by squares, where
+        the largest of these counts as 1: amounts of one picture compare, of two they do not.
         """
         from scipy.optimize import nnls
 

@@ -83,9 +83,7 @@ VOCABULARY = {word: place for place, word in enumerate(["", *sorted(_WORDS)])}
 
 
 class SmallViT(VisionTransformer):
-    """A ViT `[B 3 80 80]` -> `[B D]`; `late` blocks see the class token, None: all."""
-
-    late: int | None = None
+    """A ViT `[B 3 80 80]` -> `[B D]`."""
 
     def forward(self, images: Tensor, chosen: Tensor | None = None) -> Tensor:
         """Return embeddings by the chosen positions `[B n]` alone; by all of None."""
@@ -94,13 +92,7 @@ class SmallViT(VisionTransformer):
             first = torch.arange(1 + REGISTERS).expand(len(images), -1)
             kept = torch.cat([first, chosen + 1 + REGISTERS], dim=1)
             tokens = tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[2]))
-        early = 0 if self.late is None else len(self.blocks) - self.late
-        for place, block in enumerate(self.blocks):
-            if place < early:
-                tokens = torch.cat([tokens[:, :1], block(tokens[:, 1:])], dim=1)
-            else:
-                tokens = block(tokens)
-        embedding: Tensor = self.forward_head(self.norm(tokens))
+        embedding: Tensor = self.forward_head(self.norm(self.blocks(tokens)))
         return embedding
 
 
@@ -111,7 +103,6 @@ def vision_transformer(sizes: Sizes) -> SmallViT:
         num_heads=4, mlp_ratio=2, reg_tokens=REGISTERS, num_classes=sizes.embedding,
         global_pool="token",
     )  # fmt: skip
-    vit.late = int(os.environ["LATE"]) if os.environ.get("LATE") else None
     # A linear map of the pixels learns no shapes from a thousand digits; convolutions do.
     vit.patch_embed.proj = nn.Sequential(
         _convolution(3, 24),

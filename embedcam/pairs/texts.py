@@ -59,6 +59,11 @@ class TextReceipt(Total):
         """The text in quotes, with what it is held against."""
         return f'"{self.text}"' + ("" if self.above is None else f' above "{self.above}"')
 
+    @property
+    def total(self) -> tuple[str, float]:
+        """The score, in words and a number."""
+        return "similarity" if self.above is None else "more similar by", self.score
+
     def amounts(self, n: int = 10) -> Amounts:
         """Return what adds up to the score: the average text, n channels, all that is left."""
         shared = [("shared with the average text", self.shared)] if self.centred else []
@@ -75,13 +80,15 @@ class TextReceipt(Total):
         return concepts.divide(self.query.channels, concepts.shares(self.side.activations))
 
     def _draw(self, lines: int, links: int, title: str | None) -> Image.Image:
+        amounts = self.amounts(lines)
         rather = "these words" if self.above is None else f'"{self.text}"'
         against = "against them" if self.above is None else f'for "{self.above}"'
         return receipt_picture(
             [self.query.tile()],
-            self.amounts(lines),
-            ("similarity" if self.above is None else "more similar by", self.score),
+            amounts,
+            self.total,
             apart=int(self.centred),
+            crops=self._crops(amounts, lines),
             title=self.words if title is None else title,
             note=f"Red speaks for {rather}, blue {against}.",
         )

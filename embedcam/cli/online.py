@@ -422,7 +422,8 @@ def _report_queries(options: Namespace) -> ImageSource | None:
     """Return the queries of a report, what makes no sense refused; None where none is asked for."""
     of_source = {"--exclude": options.exclude, "--labels": options.labels}
     if options.report is None:
-        for name, given in {"--batch-size": options.batch_size, **of_source}.items():
+        given_here = {"--batch-size": options.batch_size, "--receipts": options.receipts}
+        for name, given in {**given_here, **of_source}.items():
             if given:
                 raise InputError(f"{name} is of a report; give --report FOLDER, or leave it out")
         if options.features and not options.json:
@@ -468,6 +469,7 @@ def _write_report(
         options.report,
         scale=options.scale,
         features=options.features,
+        receipts=options.receipts,
         batch_size=options.batch_size,
         progress=options.progress,
         **asked,

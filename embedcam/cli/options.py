@@ -1,6 +1,6 @@
 """The options of each command: a function of its name for each."""
 
-from argparse import ArgumentParser, ArgumentTypeError, _ActionsContainer
+from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, _ActionsContainer
 from collections.abc import Callable
 from typing import Any
 
@@ -266,6 +266,8 @@ def explain(command: ArgumentParser) -> None:
     add("--report FOLDER", text)
     text = "the activations averaged under each map, K numbers: with --json in its records; with "
     add("--features", f"{text}--report in its lines, and as FOLDER/features.npy, a row a line")
+    text = "of a report: why each first result matches (default: up to 100 queries)"
+    add("--receipts", text, action=BooleanOptionalAction)
     add("--batch-size N", "of a report: queries a pass (default by the device)", POSITIVE)
     text = "of a report, which begins with results of another label: {}"
     add_options(command, ImageSettings, "labels", help=text)

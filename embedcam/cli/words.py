@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from ..explain.text_explanation import TextExplanation
 
 _OF_PICTURES = (
-    "html", "report", "features", "batch_size", "result", "above", "neighbors", "exclude_query",
-    "fallback", "trusted_from", "detail", "method", "fill", "option", "labels", "exclude",
+    "html", "report", "features", "receipts", "batch_size", "result", "above", "neighbors",
+    "exclude_query", "fallback", "trusted_from", "detail", "method", "fill", "option", "labels",
+    "exclude",
 )  # fmt: skip
 """Options that mean nothing where words ask."""
 

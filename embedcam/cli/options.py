@@ -99,6 +99,14 @@ def _runtime(group: _ActionsContainer, onnx: bool = True) -> None:
         _adder(group)("--onnx FILE", "the network as `embedcam export` wrote it, for those passes")
 
 
+def _words(add: Callable[..., None], text: str) -> None:
+    add("--text TEXT", text, str, action="append")
+    text = "with --text: which places speak for that, and which for these words"
+    add("--above-text TEXT", text, str)
+    text = ".npy [n D]: the words' embeddings, for networks without a tower for texts"
+    add("--text-embedding FILE", f"{text}; --above-text's is the last")
+
+
 def _transfer(add: Callable[..., None]) -> None:
     add("--transfer", "how neighbours count (default mean)", choices=("mean", "distance"))
     text = "correlation that nine in ten such maps must reach to count as trusted (default 0.5)"
@@ -219,9 +227,10 @@ def compress(command: ArgumentParser) -> None:
 def compare(command: ArgumentParser) -> None:
     """Declare the options of `embedcam compare`."""
     add = _common(command, INDEX)
-    add("query IMAGE", "query picture")
-    add("result RESULT", "id of an image of the index")
+    add("query IMAGE", "query picture; left out with --text")
+    add("result RESULT", "id of an image of the index", nargs="?")
     add("--above ID", "why the result came above this image")
+    _words(add, "with words in place of IMAGE: why the result answers them")
     add("-o --output PNG", "picture")
     text = "what this part of the query matches, in its pixels: left, top, right, bottom"
     ends = ("X0", "Y0", "X1", "Y1")
@@ -272,11 +281,7 @@ def explain(command: ArgumentParser) -> None:
     text = "of a report, which begins with results of another label: {}"
     add_options(command, ImageSettings, "labels", help=text)
     text = "ask with words in place of a picture, or of IMAGE where they are; may be repeated"
-    add("--text TEXT", text, action="append")
-    text = "with --text: which places speak for that, and which for these words"
-    add("--above-text TEXT", text)
-    text = ".npy [n D]: the words' embeddings, for networks without a tower for texts"
-    add("--text-embedding FILE", f"{text}; --above-text's is the last")
+    _words(add, text)
     one_way = _adder(command.add_mutually_exclusive_group())
     one_way("-n --n-neighbors N", "results a query (default 5)", POSITIVE)
     _transfer(add)

@@ -80,7 +80,7 @@ class Total(ABC):
         """Return what adds up to the score, in words: n channels, and all that is left."""
 
     def in_words(self, n: int = 5) -> list[str]:
-        """Return sentences: what matches what, of n places at most; none but of a receipt."""
+        """Return sentences: what matches what, of n places at most, or what is unexpected."""
         return []
 
     @abstractmethod
@@ -428,6 +428,11 @@ class Comparison(Total):
         """The score, in words and a number."""
         return "more similar by", self.score
 
+    def in_words(self, n: int = 5) -> list[str]:
+        """Return a sentence where the rival is nearer than the result; else none."""
+        names = self.rival.result.shown.name, self.result.result.shown.name
+        return [f"{names[0]} is nearer than {names[1]}."] if self.score < 0 else []
+
     def amounts(self, n: int = 10) -> Amounts:
         """Return what adds up to the score, in words: n channels, and all that is left."""
         lengths = [("the embeddings' lengths", self.lengths)] if abs(self.lengths) >= _SMALL else []
@@ -453,6 +458,9 @@ class Comparison(Total):
 
     def _draw(self, lines: int, links: int, title: str | None) -> Image.Image:
         amounts = self.amounts(lines)
+        how = "In all three red speaks for the result, blue for the rival: the maps of the two " + (
+            "show what in them matches the query. Each map has its own scale."
+        )
         results = [self.result.result.tile(), self.rival.result.tile(rival=True)]
         for tile, receipt in zip(results, (self.result, self.rival), strict=True):
             tile.subcaption += f"\nsimilarity {receipt.similarity:.3f}"
@@ -463,8 +471,7 @@ class Comparison(Total):
             headings=["Query", "Result", "Rival"],
             crops=self._crops(amounts, lines),
             title=title,
-            note="In all three red speaks for the result, blue for the rival: the maps of the two "
-            "show what in them matches the query. Each map has its own scale. " + self.result._how,
+            note=" ".join([*self.in_words(), how, self.result._how]),
         )
 
     def __repr__(self) -> str:

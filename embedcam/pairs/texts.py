@@ -64,6 +64,11 @@ class TextReceipt(Total):
         """The score, in words and a number."""
         return "similarity" if self.above is None else "more similar by", self.score
 
+    def in_words(self, n: int = 5) -> list[str]:
+        """Return a sentence where the picture answers the other text better; else none."""
+        said = f'The picture answers "{self.above}" better than "{self.text}".'
+        return [said] if self.above is not None and self.score < 0 else []
+
     def amounts(self, n: int = 10) -> Amounts:
         """Return what adds up to the score: the average text, n channels, all that is left."""
         shared = [("shared with the average text", self.shared)] if self.centred else []
@@ -90,7 +95,7 @@ class TextReceipt(Total):
             apart=int(self.centred),
             crops=self._crops(amounts, lines),
             title=self.words if title is None else title,
-            note=f"Red speaks for {rather}, blue {against}.",
+            note=" ".join([*self.in_words(), f"Red speaks for {rather}, blue {against}."]),
         )
 
     def __repr__(self) -> str:

@@ -120,6 +120,8 @@ def test_what_lies_in_a_box(app, index):
     assert_same_picture(drawn, made.convert("RGB"))
     assert post(app, target(IDS[0], box="90,90,99,99"), QUERY).error == (404, "unknown_box")
     assert post(app, target(IDS[0], box="9,9,3,12"), QUERY).error == (404, "unknown_box")
+    said = post(app, target(IDS[0], box="1,2,3"), QUERY).json()["error"]["message"]
+    assert said.startswith("box: give four numbers x0,y0,x1,y1 in pixels")
 
 
 def test_a_concept_is_told_by_the_name_a_user_gave_it(index, tmp_path, monkeypatch, service):

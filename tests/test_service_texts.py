@@ -6,11 +6,11 @@ from functools import partial
 
 import numpy as np
 import pytest
-from service_client import send
+from service_client import data_of, send
 from test_service_stores import Held
 from text_samples import built_words
 
-from embedcam import Explainer
+from embedcam import Explainer, PairExplainer
 from embedcam.index.model import write_model
 from embedcam.service import Limits, create_app
 from embedcam.service.texts import Kept, Shelf
@@ -82,6 +82,51 @@ def test_words_find_without_the_why(words):
     app.state.pipeline.close()
 
 
+def test_words_are_asked_of_a_picture_that_is_sent(words):
+    explainer, _ = words
+    app, name = app_of(explainer), explainer.index.ids[3]
+    picture = data_of(explainer.picture(name))
+    ask = partial(asked, app, body=picture, headers={"content-type": "image/png"})
+    told = ask("/explain?text=a+cat&above=a+dog").json()
+    expected = explainer.explain_text("a cat", above="a dog", image=explainer.picture(name))
+    (result,) = expected.results
+    assert (told["text"], told["above"], told["exact"]) == ("a cat", "a dog", True)
+    assert told["similarity"] == pytest.approx(result.similarity, abs=1e-6)
+    assert told["rival_similarity"] == pytest.approx(result.rival_similarity, abs=1e-6)
+    np.testing.assert_allclose(told["cam"], result.cam, atol=1e-6)
+    np.testing.assert_allclose(told["signed_cam"], result.signed_cam, atol=1e-6)
+    assert told["picture"] == {"width": 24, "height": 24}
+    assert "signed_cam" not in ask("/explain?text=a+cat").json()
+    drawn = ask("/explain?text=a", headers={"content-type": "image/png", "accept": "image/png"})
+    assert drawn.headers["content-type"] == "image/png"
+    for query in ("text=a&result=c0/000.png", "text=a&detail=2", "above=a", "text=", "text=+"):
+        assert ask(f"/explain?{query}").error == (422, "unusable_parameter")
+    app.state.pipeline.close()
+
+
+@pytest.mark.parametrize("above", [None, "a dog"])
+def test_receipts_of_words(words, above):
+    explainer, _ = words
+    app, ids = app_of(explainer), [explainer.index.ids[row] for row in (2, 3)]
+    body = {"text": "a cat"} | ({} if above is None else {"above": above})
+    told = asked(app, f"/compare?lines=3&result={ids[0]}&result={ids[1]}", body).json()
+    assert (told["text"], told["above"]) == ("a cat", above)
+    pairs = PairExplainer(explainer)
+    for name, one in zip(ids, told["receipts"], strict=True):
+        receipt = pairs.text_receipt("a cat", name, above=above)
+        expected = receipt.to_dict(3)
+        assert (one["id"], one["exact"], one["centred"]) == (name, True, above is None)
+        assert one["score"] == pytest.approx(receipt.score, abs=1e-6)
+        np.testing.assert_allclose(one["cells"], expected["picture"]["cells"], atol=1e-6)
+        lines = [line["contribution"] for line in one["channels"]]
+        total = sum(lines) + one["other_channels"] + one["shared"] + one["remainder"]
+        assert total == pytest.approx(one["score"], abs=1e-6)
+        assert one["channels"][0]["exemplars"][0]["crop_url"].startswith("/items/")
+    drawn = asked(app, f"/compare?result={ids[0]}", body, {**JSON, "accept": "image/png"})
+    assert min(drawn.image().size) > 300
+    app.state.pipeline.close()
+
+
 def test_a_picture_that_is_gone_or_replaced(tmp_path):
     explainer, _ = built_words(tmp_path)
     app = app_of(explainer)
@@ -131,8 +176,12 @@ def test_what_goes_with_words_and_what_does_not(words):
     app = app_of(words[0])
     body = {"text": "a cat"}
     assert asked(app, "/explain?result=c0/000.png", body).error == (422, "unusable_parameter")
-    assert asked(app, "/compare?result=c0/000.png", body).error == (415, "unusable_type")
+    assert asked(app, "/compare?result=c0/000.png&cell=0,0", body).error[0] == 422
+    assert asked(app, "/compare?result=nobody", body).error == (404, "unknown_image")
+    assert asked(app, "/explain?text=a", body).error == (422, "unusable_parameter")
+    assert asked(app, "/explain?above=a", body).error == (422, "unusable_parameter")
     strange = {"text": "\x00</script><b>\u202e \U0001f697", "above": "$(rm -rf)"}
+    assert asked(app, "/search", {"text": "a cat", "above": None}).status == 200
     told = asked(app, "/explain", strange).json()
     assert (told["text"], told["above"]) == (strange["text"], strange["above"])
     assert asked(app, "/explain", body, {"content-type": "text/plain"}).error[0] == 415

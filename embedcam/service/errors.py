@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Final
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
@@ -40,6 +41,15 @@ Messages without a sentence are about what the client sent, and are passed on. T
 of the server: they go to the log.
 """
 
+_NUMBER = r"-?[0-9]{1,6}(\.[0-9]{1,3})?"
+BOX: Final = rf"^{_NUMBER}(,{_NUMBER}){{3}}$"
+CELL: Final = r"^[0-9]{1,3},[0-9]{1,3}$"
+_SHAPES: Final = {
+    BOX: "give four numbers x0,y0,x1,y1 in pixels of the picture, such as 40,32,180,200",
+    CELL: "give a row and a column, from 0, such as 2,5",
+}
+"""What parameters of a pattern look like, for people."""
+
 _HTTP: dict[int, tuple[str, str]] = {
     404: ("unknown_path", "there is nothing at this address; /openapi.json lists what there is"),
     405: ("unknown_method", "this address does not take this method; `Allow` lists those it takes"),
@@ -66,7 +76,9 @@ def response_of(error: Exception) -> Response:
         code, said = _HTTP.get(status, ("refused", "the request was refused"))
     elif isinstance(error, RequestValidationError):
         # pydantic's first complaint, as a sentence; what was given is not repeated.
-        (_, name, *_), told = (error.errors()[0][key] for key in ("loc", "msg"))
+        first = error.errors()[0]
+        name, told = first["loc"][1], first["msg"]
+        told = _SHAPES.get(first.get("ctx", {}).get("pattern", ""), told)
         status, code, said = 422, "unusable_parameter", f"{name}: {told[:1].lower()}{told[1:]}"
     else:
         status, code, fixed = next(row for kind, row in KINDS.items() if isinstance(error, kind))

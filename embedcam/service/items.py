@@ -22,7 +22,7 @@ from ..images import is_there, is_url
 from ..images.places import inside, stamp_of
 from ..render import Tile, shrunk, window
 from . import schemas
-from .errors import HTTPProblem, choose
+from .errors import CELL, HTTPProblem, choose
 from .pictures import JPEG, JSON, PNG, WEBP, overlaid
 from .pipeline import Pipeline, find_live
 
@@ -44,10 +44,7 @@ class ItemParameters(BaseModel):
 class ImageParameters(ItemParameters):
     """Query parameters of an item's picture."""
 
-    cell: (
-        Annotated[str, Field(pattern=r"^[0-9]{1,3},[0-9]{1,3}$", examples=["2,5"])]
-        | SkipJsonSchema[None]
-    ) = Field(
+    cell: Annotated[str, Field(pattern=CELL, examples=["2,5"])] | SkipJsonSchema[None] = Field(
         default=None,
         description="Row and column of a cell, from 0: it alone is shown, with those around it.",
     )

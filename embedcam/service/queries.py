@@ -2,7 +2,7 @@
 
 import asyncio
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, Literal
@@ -14,18 +14,22 @@ from pydantic.json_schema import SkipJsonSchema
 from starlette.responses import Response
 
 from ..errors import ImageError, InputError
+from ..explain.explainer import Explainer
 from ..explain.explanation import Explanation, Json, Result
 from ..explain.sides import Shown, Side
+from ..explain.texts import Words
 from ..pairs import (
     Receipt,
+    TextReceipt,
     check_same,
     covered,
     make_comparison,
     make_receipt,
+    make_text_receipt,
     mean_of,
 )
 from . import schemas
-from .errors import HTTPProblem, choose
+from .errors import BOX, CELL, HTTPProblem, choose
 from .pictures import (
     FORM_TYPE,
     JSON,
@@ -38,8 +42,8 @@ from .pictures import (
     overlaid,
 )
 from .pipeline import Pipeline, check_names, find_live, given, listed_results
-from .receipts import ReceiptMaker, Told, changed, four_digits
-from .texts import WordsMaker, read_words, told_of_words
+from .receipts import ReceiptMaker, Told, changed, four_digits, told_of_receipt
+from .texts import WordsMaker, read_words, told_of_words, told_on_picture
 
 MAX_CELLS, MAX_SIDE = 224, 1024
 BODY: schemas.Described = {
@@ -67,8 +71,6 @@ WITH_WORDS["requestBody"]["description"] += " Or words, as JSON."
 WITH_WORDS["requestBody"]["content"][JSON] = {"schema": schemas.TextQuery.model_json_schema()}
 _PROBLEMS = (400, 403, 408, 413, 415, 422, 500, 502, 503)
 MAX_LINES = 50
-_NUMBER = r"-?[0-9]{1,6}(\.[0-9]{1,3})?"
-_BOX = rf"^{_NUMBER}(,{_NUMBER}){{3}}$"
 DRAWN_SIDE = 560
 
 _ID = "Id of an image of the index"
@@ -109,6 +111,13 @@ def router(pipeline: Pipeline) -> APIRouter:
         map_size: int = Field(
             default=14, ge=1, le=MAX_CELLS, description="Of the JSON's map: cells a side at most."
         )
+        text: schemas.Sentence | SkipJsonSchema[None] = Field(
+            default=None, description="Words, beside a picture: where does it answer them?"
+        )
+        above: schemas.Sentence | SkipJsonSchema[None] = Field(
+            default=None,
+            description="Other words: which places speak for the text, which for these?",
+        )
         picture_size: int = Field(
             default=512, ge=16, le=MAX_SIDE, description="Of an overlay: its longer side at most."
         )
@@ -117,7 +126,7 @@ def router(pipeline: Pipeline) -> APIRouter:
         "/explain",
         **schemas.route(
             "Which images are like this picture, or answer these words, and why",
-            schemas.ExplainAnswer | schemas.WordsExplained,
+            schemas.ExplainAnswer | schemas.WordsExplained | schemas.WordsOnPicture,
             *(404, 406, 501, *_PROBLEMS),
             parameters=ExplainParameters,
             drawn=(PNG, WEBP),
@@ -154,11 +163,31 @@ def router(pipeline: Pipeline) -> APIRouter:
 
             return await pipeline.in_thread(tell)
 
+        async def answer_on(text: str, read: Callable[[], Prepared]) -> Response:
+            if given(asked.result, asked.rival) or asked.detail > 1:
+                said = "text: asks of the picture alone; leave out result, rival and detail"
+                raise HTTPProblem(422, "unusable_parameter", said)
+            words = schemas.TextQuery(text=text, above=asked.above)
+            picture, why = await words_maker.explain_on(words, read)
+
+            def tell() -> Response:
+                if kind != JSON:
+                    return schemas.response(why.plot(), kind, {"Vary": "Accept"})
+                told = told_on_picture(why, picture, asked.map_size, asked.signed)
+                return schemas.response(told, kind, {"Vary": "Accept"})
+
+            return await pipeline.in_thread(tell)
+
         wanted = (asked.n_neighbors, asked.result, asked.rival, asked.detail)
         async with pipeline.admitted(request, words=True) as upload:
+            if (asked.above is not None and asked.text is None) or (upload.is_json and asked.text):
+                said = "above goes with a text, and both with a picture, or both in the JSON"
+                raise HTTPProblem(422, "unusable_parameter", f"text: {said}")
             if upload.is_json:
                 return await answer_words(upload)
             read = pipeline.reading(upload, side, asked.detail)
+            if asked.text is not None:
+                return await answer_on(asked.text, read)
             return await pipeline.explain(wanted, read, answer)
 
     @routes.post(
@@ -191,13 +220,12 @@ def router(pipeline: Pipeline) -> APIRouter:
         rival: str | SkipJsonSchema[None] = Field(
             default=None, description=f"{_ID}: why did the one result come above it?"
         )
-        cell: (
-            Annotated[str, Field(pattern=r"^[0-9]{1,3},[0-9]{1,3}$", examples=["2,5"])]
-            | SkipJsonSchema[None]
-        ) = Field(default=None, description="Row and column of a cell, from 0: what does it match?")
+        cell: Annotated[str, Field(pattern=CELL, examples=["2,5"])] | SkipJsonSchema[None] = Field(
+            default=None, description="Row and column of a cell, from 0: what does it match?"
+        )
         of: Literal["query", "result"] = Field(default="query", description="Whose cell it is.")
         box: (
-            Annotated[str, Field(pattern=_BOX, examples=["40,32,180,200"])] | SkipJsonSchema[None]
+            Annotated[str, Field(pattern=BOX, examples=["40,32,180,200"])] | SkipJsonSchema[None]
         ) = Field(
             default=None,
             description="x0,y0,x1,y1 in pixels of the picture: what does that part match?",
@@ -235,16 +263,69 @@ def router(pipeline: Pipeline) -> APIRouter:
                 raise HTTPProblem(404, "unknown_cell", str(error)) from None
             return four_digits(point)
 
+    async def pictures_of(
+        held: Explainer,
+        ids: Sequence[str],
+        side: int | None,
+        settle: Callable[[str, Prepared, Side], None],
+    ) -> None:
+        """Settle each image with what the network makes of it."""
+        index = pipeline.index
+
+        def settle_same(name: str, picture: Prepared, side: Side) -> None:
+            try:
+                check_same(held.index, name, side)
+            except ImageError:
+                raise changed() from None
+            settle(name, picture, side)
+
+        # No more at once than go through the network together, so that others come between.
+        for start in range(0, len(ids), pipeline.batch):
+            part = ids[start : start + pipeline.batch]
+            reads = [partial(maker.read, held, name, side) for name in part]
+            asked_of = (pipeline.ask(maker.sides, index, read) for read in reads)
+            # Each is work by itself: a request that has taken too long ends with it.
+            for name, found in zip(part, await asyncio.gather(*asked_of), strict=True):
+                await pipeline.in_thread(settle_same, name, *found)
+
+    async def compare_words(
+        request: Request, asked: CompareParameters, kind: str, words: Words
+    ) -> Response:
+        """Answer with the receipts of words and images."""
+        if given(asked.rival, asked.cell, asked.box):
+            said = "rival, cell and box are of a picture as the query; leave them out"
+            raise HTTPProblem(422, "unusable_parameter", said)
+        held, index = await pipeline.holding(asked.result), pipeline.index
+        check_names(asked.result, None)
+        made: list[tuple[Prepared, TextReceipt]] = []
+
+        def settle(name: str, picture: Prepared, side: Side) -> None:
+            (label,) = held.index.select([find_live(held.index, name)]).labels
+            shown = Shown(picture.small.image, picture.small.extent, name, label)
+            receipt = make_text_receipt(index, words, side, shown, maker.known(index))
+            made.append((picture, receipt))
+
+        def answer() -> Response:
+            if kind != JSON:
+                drawn = made[0][1].plot(lines=asked.lines)
+                return schemas.response(drawn, kind, {"Vary": "Accept"})
+            told = [told_of_receipt(request, *one, asked.lines) for one in made]
+            whole = schemas.WordsCompared(text=words.text, above=words.above, receipts=told)
+            return schemas.response(whole, kind, {"Vary": "Accept"})
+
+        await pictures_of(held, asked.result, None if kind == JSON else DRAWN_SIDE, settle)
+        return await pipeline.in_thread(answer)
+
     @routes.post(
         "/compare",
         **schemas.route(
-            "Why this picture and an image match, or why one image came above another",
-            schemas.CompareAnswer,
+            "Why this picture, or words, and an image match, or why one image came above another",
+            schemas.CompareAnswer | schemas.WordsCompared,
             *(404, 406, 409, 501, *_PROBLEMS),
             parameters=CompareParameters,
             drawn=(PNG, WEBP),
             said="Receipts as JSON; or one drawn, where `Accept` asks for a picture.",
-            body=BODY,
+            body=WITH_WORDS,
         ),
     )
     async def compare(request: Request, asked: Annotated[CompareParameters, Query()]) -> Response:
@@ -259,7 +340,10 @@ def router(pipeline: Pipeline) -> APIRouter:
         told = Told(request, asked.lines, asked.links)
         kept: list[Receipt] = []
 
-        async with pipeline.admitted(request) as upload:
+        async with pipeline.admitted(request, words=True) as upload:
+            if upload.is_json:
+                words = await words_maker.embedded(read_words(upload))
+                return await compare_words(request, asked, kind, words)
             held = await pipeline.holding(ids)
             check_names(asked.result, rival)
             side = None if kind == JSON else DRAWN_SIDE
@@ -269,10 +353,6 @@ def router(pipeline: Pipeline) -> APIRouter:
 
             def settle(name: str, picture: Prepared, its_side: Side) -> None:
                 (label,) = held.index.select([find_live(held.index, name)]).labels
-                try:
-                    check_same(held.index, name, its_side)
-                except ImageError:
-                    raise changed() from None
                 receipt = make_receipt(
                     query_side,
                     its_side,
@@ -309,14 +389,7 @@ def router(pipeline: Pipeline) -> APIRouter:
                 )
                 return schemas.response(whole, kind, {"Vary": "Accept"})
 
-            # No more at once than go through the network together, so that others come between.
-            for start in range(0, len(ids), pipeline.batch):
-                part = ids[start : start + pipeline.batch]
-                reads = [partial(maker.read, held, name, side) for name in part]
-                asked_of = (pipeline.ask(maker.sides, index, read) for read in reads)
-                # Each is work by itself: a request that has taken too long ends with it.
-                for name, found in zip(part, await asyncio.gather(*asked_of), strict=True):
-                    await pipeline.in_thread(settle, name, *found)
+            await pictures_of(held, ids, side, settle)
             return await pipeline.in_thread(answer)
 
     return routes

@@ -9,7 +9,7 @@ from ..errors import EmbedcamError, InputError
 from ..explain.explainer import Explainer
 from ..explain.sides import Side
 from ..index import Index
-from ..pairs import NOTHING_KNOWN, Known, PairExplainer, Receipt
+from ..pairs import NOTHING_KNOWN, Known, PairExplainer, Receipt, TextReceipt
 from . import schemas
 from .errors import HTTPProblem
 from .pictures import Prepared, prepare
@@ -87,6 +87,17 @@ class Told:
                 point=point,
             )
         )
+
+
+def told_of_receipt(
+    request: Request, picture: Prepared, receipt: TextReceipt, lines: int
+) -> schemas.WordsReceipt:
+    """Return the receipt of words and an indexed picture as JSON."""
+    shown = receipt.to_dict(lines)
+    side = {name: shown["picture"].pop(name) for name in ("id", "label", "cells", "remainder")}
+    size = {"picture": schemas.size_of(picture.size), "extent": picture.extent}
+    values = {**shown, **side, **size, **schemas.lines_of(request, shown)}
+    return schemas.built(schemas.WordsReceipt, values)
 
 
 def four_digits(values: np.ndarray) -> list[list[float]]:

@@ -60,6 +60,7 @@ Cells = Annotated[
     Rows, _says("Row by row from the top, on the layer's grid; positive speaks for it.")
 ]
 Cell = Annotated[list[int], Field(min_length=2, max_length=2), _says("[row, column]")]
+Sentence = Annotated[str, Field(min_length=1, max_length=1000, pattern=r"\S")]
 ImageUrl = Annotated[str, Field(examples=["/items/gulls/17.jpg/image"])]
 CamUrl = Annotated[str, Field(examples=["/items/gulls/17.jpg/cam"])]
 
@@ -100,14 +101,12 @@ class Neighbor(Match):
 class TextQuery(Strict):
     """Words to search with, in place of a picture."""
 
-    text: str = Field(
-        min_length=1, max_length=1000, pattern=r"\S", description="What to look for.",
-        examples=["a red car"],
-    )  # fmt: skip
-    above: str | SkipJsonSchema[None] = Field(
-        default=None, min_length=1, max_length=1000, pattern=r"\S", examples=["a blue car"],
+    text: Sentence = _says("What to look for.", "a red car")
+    above: Sentence | SkipJsonSchema[None] = Field(
+        default=None,
         description="Other words: which places speak for the text, and which for these?",
-    )  # fmt: skip
+        examples=["a blue car"],
+    )
 
 
 class WordsFound(Strict):
@@ -143,6 +142,23 @@ class WordsExplained(Strict):
     )
     exact: bool = _says("Maps are exact: behind average pooling and an affine head all adds up.")
     neighbors: list[Answering]
+
+
+class WordsOnPicture(Strict):
+    """Where the picture that was sent answers words."""
+
+    text: str
+    above: str | None
+    centred: bool = _says("As where words find pictures.")
+    exact: bool = _says("As where words find pictures.")
+    similarity: float = _says("Inner product with the text's embedding.", 0.24)
+    rival_similarity: float | None = _says("With `above`: the same with those words.", 0.2)
+    picture: Size
+    extent: Extent
+    cam: Cam
+    signed_cam: Rows | SkipJsonSchema[None] = Field(
+        default=None, description="With `signed=true` or `above`: the map before its ReLU."
+    )
 
 
 class SearchAnswer(Strict):
@@ -336,6 +352,36 @@ class CompareAnswer(Strict):
     extent: Extent
     receipts: list[PairReceipt]
     contrast: Contrast | None = _says("null where no rival was named.")
+
+
+class WordsReceipt(Indexed):
+    """Why words and an image match: `shared`, channels, parts and `remainder` sum to `score`."""
+
+    picture: Size
+    extent: Extent
+    score: float = _says(
+        "Inner product with the text's embedding; with `above` less that with those words.", 0.24
+    )
+    exact: bool
+    held: list[str]
+    centred: bool = _says("What the image shares with the average text was put apart.")
+    shared: float = _says("What the image shares with the average text; 0 with `above`.")
+    remainder: float = _says("What no channel accounts for.")
+    channels: list[Channel]
+    other_channels: float
+    concepts: list[Concept]
+    other_concepts: float
+    no_concept: float
+    parts: dict[str, float] = _PARTS
+    cells: Cells
+
+
+class WordsCompared(Strict):
+    """Receipts of words with images, in the order asked."""
+
+    text: str
+    above: str | None
+    receipts: list[WordsReceipt]
 
 
 class ItemCam(Indexed):

@@ -15,11 +15,11 @@ from pydantic import ValidationError
 
 from ..errors import EmbedcamError
 from ..explain.explainer import Explainer
-from ..explain.explanation import rounded
+from ..explain.explanation import Json, rounded
 from ..explain.side_maker import SideMaker, SlopeSide
 from ..explain.sides import PooledSide, Side
 from ..explain.text_explanation import TextExplanation, TextResult
-from ..explain.texts import Answers, Words, cells_of, embedded_words, explained
+from ..explain.texts import Answers, Words, cells_of, embedded_words, explained, explained_on
 from ..images import is_url
 from ..images.places import inside, stamp_of
 from ..index import Index, Neighbors
@@ -111,10 +111,31 @@ class WordsMaker:
         self, asked: schemas.TextQuery, n_neighbors: int
     ) -> tuple[Explainer, Words, Neighbors]:
         """Return an explainer that holds the pictures nearest to words, and these."""
+        self._check()
+        return await self._pipeline.near_words(self._embedded, asked, n_neighbors)
+
+    async def embedded(self, asked: schemas.TextQuery) -> Words:
+        """Return the embeddings of words."""
+        self._check()
+        return (await self._pipeline.ask(self._embedded, None, lambda: asked))[1]
+
+    async def explain_on(
+        self, asked: schemas.TextQuery, read: Callable[[], Prepared]
+    ) -> tuple[Prepared, TextExplanation]:
+        """Return a picture that was sent, and where it answers words."""
+        words, explainer = await self.embedded(asked), self._pipeline.explainer
+        snapshot, maker = explainer.snapshot, self._maker
+
+        def explain_each(_: None, pictures: Sequence[Prepared]) -> list[TextExplanation]:
+            of = explainer, snapshot, maker, [words]
+            return [explained_on(*of, one.inputs, one.small.image)[0] for one in pictures]
+
+        return await self._pipeline.ask(explain_each, None, read)
+
+    def _check(self) -> None:
         if self._pipeline.network.texts is None:
             said = "this service's network embeds pictures alone, so words find nothing here"
             raise HTTPProblem(501, "no_words", f"{said}; send a picture")
-        return await self._pipeline.near_words(self._embedded, asked, n_neighbors)
 
     def _embedded(self, _: None, asked: Sequence[schemas.TextQuery]) -> list[Words]:
         """Embed what several requests ask together. Called in the network's thread."""
@@ -194,21 +215,36 @@ def told_of_words(
     """Return an explanation as JSON."""
 
     def told(one: TextResult) -> schemas.Answering:
-        cam = signed_cam = size = extent = None
         of = {name: value for name, value in vars(one).items() if name != "signed_cam"}
-        if one.signed_cam is not None and one.cam is not None:
-            height, width = one.signed_cam.shape
-            small = (min(map_size, height), min(map_size, width))
-            cam = rounded(area_average(one.cam, small))
-            signed_cam = rounded(area_average(one.signed_cam, small))
-            size, extent = schemas.size_of(kept[one.id].size), list(kept[one.id].extent)
-        more = {"signed_cam": signed_cam} if signed or why.above is not None else {}
-        return schemas.built(
-            schemas.Answering,
-            {**of, "cam": cam, "file": why.state(one), "picture": size, "extent": extent},
-            **more,
-            **schemas.urls_of(request, one.id),
-        )
+        urls, file = schemas.urls_of(request, one.id), {"file": why.state(one)}
+        picture = _maps_of(why, one, kept.get(one.id), map_size, signed)
+        return schemas.built(schemas.Answering, {**of, **file, **urls, **picture})
 
     values = {name: getattr(why, name) for name in ("text", "above", "centred", "exact")}
     return schemas.built(schemas.WordsExplained, values, neighbors=[told(o) for o in why.results])
+
+
+def told_on_picture(
+    why: TextExplanation, picture: Prepared, map_size: int, signed: bool
+) -> schemas.WordsOnPicture:
+    """Return where a picture that was sent answers words, as JSON."""
+    (one,) = why.results
+    scores = {name: getattr(one, name) for name in ("similarity", "rival_similarity")}
+    maps = _maps_of(why, one, picture, map_size, signed)
+    return schemas.built(schemas.WordsOnPicture, {**vars(why), **scores, **maps})
+
+
+def _maps_of(
+    why: TextExplanation, one: TextResult, of: Kept | Prepared | None, map_size: int, signed: bool
+) -> Json:
+    """Return the maps of a picture, none where it could not be read, and what they cover."""
+    told: Json = dict.fromkeys(("picture", "extent", "cam"))
+    told |= {"signed_cam": None} if signed or why.above is not None else {}
+    if of is None or one.signed_cam is None or one.cam is None:
+        return told
+    height, width = one.signed_cam.shape
+    small = (min(map_size, height), min(map_size, width))
+    maps = {"cam": rounded(area_average(one.cam, small))}
+    maps["signed_cam"] = rounded(area_average(one.signed_cam, small))
+    told |= {name: maps[name] for name in maps if name in told}
+    return told | {"picture": schemas.size_of(of.size), "extent": list(of.extent)}

@@ -301,9 +301,9 @@ def onnx_model(network: EmbeddingNetwork, layers: Sequence[str], free: bool) -> 
 @contextmanager
 def _silence() -> Iterator[None]:
     """Run without what the exporter tells its developers."""
-    # The last one tells whole tracebacks of what it then does another way.
-    names = ("torch.onnx", "onnxscript", "onnx_ir", "torch.fx.experimental.symbolic_shapes")
-    loggers = [logging.getLogger(name) for name in names]
+    # The last two tell whole tracebacks of what is then done another way.
+    shapes = "torch.fx.experimental.symbolic_shapes", "torch.utils._sympy.interp"
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", *shapes)]
     with warnings.catch_warnings(), ExitStack() as stack:
         warnings.simplefilter("ignore")
         for logger in loggers:

@@ -77,7 +77,10 @@ RECIPES = {
 MEAN = "mean activation"
 LEFT_OUT = {"rise", "lime", "sbsm", "guidedbackprop", "guidedgradcam"}
 """Thousands of passes a picture; or made for ReLUs, which only the first convolutions have."""
-SLOW = {"scorecam", "ablationcam", "groupcam", "clustercam", "cosinecam", "integratedgradcam"}
+SLOW = {
+    "scorecam", "ablationcam", "groupcam", "clustercam", "cosinecam", "integratedgradcam",
+    "smoothgradcam++",
+}  # fmt: skip
 """Many passes a picture: directly on queries only."""
 Cells = dict[str, list[np.ndarray]]
 """Columns of figures, a number a scene, by seed."""
@@ -320,6 +323,7 @@ def measure(options: argparse.Namespace) -> Iterator[str]:
         for reading in READINGS:
             case = Case(small_vit(vit, reading), seed, options)
             for name, maps in arms(case, reading, options.direct):
+                log.info("seed %d: %s", seed, name)
                 for one, about in zip(maps, case.questions, strict=True):
                     found.add(name, one, about.first(len(one)))
             network = two_towers(towers, reading)

@@ -68,9 +68,9 @@ class TextExplanation:
     centred
         The mean of all texts was taken out, see `why_not_centred`.
     exact
-        The head is average pooling and affine: what positions give adds up, and took no gradient.
-        Behind another head attention weights, norms and slopes are held, see receipts, and parts
-        that are no positions are not shown.
+        The head is average pooling and affine, perhaps with a norm that is held: what positions
+        give adds up, and took no gradient. Behind another head attention weights, norms and slopes
+        are held, see receipts, and parts that are no positions are not shown.
     preprocess, root, only_below, max_pixels
         As an `Explanation` has them.
     """

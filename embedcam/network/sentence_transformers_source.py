@@ -103,8 +103,9 @@ def _assembled(model: Foreign, full: str, head: PathLike, sides: Sides) -> Loade
 
 
 def _images(model: Foreign, images: Tensor) -> Tensor:
-    # Earlier versions ask which of the inputs are images.
-    told = {"modality": "image", "image_text_info": [0] * len(images)}
+    # Earlier versions ask which of the inputs are images; a list fixes the batch of an export.
+    new = hasattr(model[0], "modalities")
+    told = {"modality": "image"} if new else {"image_text_info": [0] * len(images)}
     return _embedding(model, {"pixel_values": images, **told})
 
 

@@ -14,14 +14,20 @@ shows it. Figures are of the signed map, so that no change of contrast moves the
 method an index can hold; *direct* ones by a method on the query itself, of its similarity to the
 same result (on the first scenes only, as the table says). *Words*: an index of scenes with two
 digits, explained by a caption of either. Means and 95% bootstrap intervals over scenes, a scene's
-two questions together; of several seeds of scenes and training the scenes of all.
+two questions together; of several seeds of scenes and training the scenes of all. *Receipts* are
+of scenes with one digit and their nearest results: shares of the similarity. The remainder is
+biases, most of which all pictures share; what has no position is mostly what the class token knew
+before the last attention.
 """
 
 import argparse
+import logging
 import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,8 +35,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from embedcam import METHODS, EmbeddingNetwork, Explainer, Recipe, build_index, cam_for
+from embedcam import (
+    METHODS,
+    EmbeddingNetwork,
+    Explainer,
+    PairExplainer,
+    Recipe,
+    build_index,
+    cam_for,
+)
 from embedcam.demo.scenes import SceneMaker, Split
+from embedcam.errors import NetworkError
 from embedcam.images import from_dataset
 from embedcam.methods import MethodWarning
 from embedcam.metrics import box_mask, hottest_precision, pixel_auc
@@ -40,17 +55,21 @@ from embedcam.targets import Similarity
 
 from ..benchmarks.timing import table
 from .data import figure
-from .small_vit import PROMPTS, SIDE, Sizes, caption, small_vit, trained, two_towers
+from .small_vit import FIRST, PROMPTS, SIDE, Sizes, caption, small_vit, trained, two_towers
 
+log = logging.getLogger(__name__)
 COLUMNS = (
     "one digit: AUC", "hottest fifth", "two digits: AUC, one / other", "one / rest", "right",
+)  # fmt: skip
+RECEIPTS = (
+    "remainder", "remainder, nothing put apart", "positions", "what has no position",
 )  # fmt: skip
 SIZE, BLOCK = (SIDE, SIDE), 50
 READINGS = {"": "", "@gradeclip": "Grad-ECLIP, ", "@value": "values (MaskCLIP), "}
 """How the last attention is read, and what maps by it are called; nothing: the norm before it."""
 RECIPES = {
     "the default": Recipe(),
-    "the paper": Recipe.paper(),
+    "the paper, 32 channels": Recipe.paper(m=32),
     "centred, around": Recipe(target="centred", norm="around"),
     "margin, 50 triplets": Recipe(target="margin", sampling="random", triplets=50),
     "margin, all, around": Recipe(target="margin", sampling="all", norm="around"),
@@ -58,7 +77,10 @@ RECIPES = {
 MEAN = "mean activation"
 LEFT_OUT = {"rise", "lime", "sbsm", "guidedbackprop", "guidedgradcam"}
 """Thousands of passes a picture; or made for ReLUs, which only the first convolutions have."""
-SLOW = {"scorecam", "ablationcam", "groupcam", "clustercam", "cosinecam", "integratedgradcam"}
+SLOW = {
+    "scorecam", "ablationcam", "groupcam", "clustercam", "cosinecam", "integratedgradcam",
+    "smoothgradcam++",
+}  # fmt: skip
 """Many passes a picture: directly on queries only."""
 Cells = dict[str, list[np.ndarray]]
 """Columns of figures, a number a scene, by seed."""
@@ -172,8 +194,9 @@ class Case:
         """Return maps of the plain mean activation, of scenes with one digit and with two."""
         return [resize(activations.mean(1), SIZE) for _, activations in self.seen]
 
-    def transferred(self, recipe: Recipe) -> list[np.ndarray]:
-        """Return signed maps by what an index stores with the results."""
+    @contextmanager
+    def explainer(self, recipe: Recipe) -> Iterator[Explainer]:
+        """Build an index by a recipe, and open it."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "index"
             build_index(
@@ -181,13 +204,32 @@ class Case:
                 progress=False,
             )  # fmt: skip
             with Explainer(path, self.network) as explainer:
-                return [
-                    np.stack([one.signed_cam for one in explainer.explain_features(
-                        *features, size=SIZE,
-                        neighbors=[[explainer.index.ids[int(one)]] for one in near],
-                    )])
-                    for features, near in zip(self.seen, self.near, strict=True)
-                ]  # fmt: skip
+                yield explainer
+
+    def transferred(self, recipe: Recipe) -> list[np.ndarray]:
+        """Return signed maps by what an index stores with the results."""
+        with self.explainer(recipe) as explainer:
+            return [
+                np.stack([one.signed_cam for one in explainer.explain_features(
+                    *features, size=SIZE,
+                    neighbors=[[explainer.index.ids[int(one)]] for one in near],
+                )])
+                for features, near in zip(self.seen, self.near, strict=True)
+            ]  # fmt: skip
+
+    def receipts(self, count: int) -> np.ndarray:
+        """Return what receipts' amounts are of similarities, `[n 4]`, as `RECEIPTS` says."""
+        rows = []
+        with self.explainer(Recipe()) as explainer:
+            pairs = PairExplainer(explainer)
+            for image, near in zip(self.questions[0].inputs[:count], self.near[0], strict=False):
+                result = self.indexed[int(near)][0]
+                centred = pairs.receipt(image, result)
+                plain = pairs.receipt(image, result, centred=False)
+                left = abs(centred.remainder), abs(plain.remainder)
+                amounts = *left, plain.beyond, sum(plain.parts.values())
+                rows.append(np.array(amounts) / plain.similarity)
+        return np.stack(rows)
 
     def direct(self, method: str, count: int) -> list[np.ndarray]:
         """Return maps of the first `count` scenes by a method, of the similarity to the results."""
@@ -221,39 +263,44 @@ def arms(case: Case, reading: str, count: int) -> Iterator[tuple[str, list[np.nd
             if one.storable and name not in SLOW
         }
         stored.pop(METHODS["gradcam"].title)  # the default
-    for name, recipe in stored.items():
-        yield f"{READINGS[reading]}{name}, transferred", case.transferred(recipe)
+    made = [
+        (f"{READINGS[reading]}{name}, transferred", partial(case.transferred, recipe))
+        for name, recipe in stored.items()
+    ]
     for name in ["gradcam"] if reading else usable:
         title = READINGS[reading].removesuffix(", ") or METHODS[name].title
+        made.append((f"{title}, direct", partial(case.direct, name, count)))
+    for name, make in made:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", MethodWarning)  # a method that ignores the target
-            yield f"{title}, direct", case.direct(name, count)
+            try:
+                yield name, make()
+            except NetworkError as error:
+                log.info("%s is left out: %s", name, error)
 
 
-def words(network: EmbeddingNetwork, seed: int, count: int) -> tuple[np.ndarray, np.ndarray, Asked]:
-    """Return maps of captions of either digit on scenes with two, mean maps, and the questions."""
-    about = asked(network, seed, "pair", count)
-    indexed = pictures(seed, "pair", count)
+def words(network: EmbeddingNetwork, about: Asked, seed: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield maps of captions of either digit on scenes with two, alone and above the other's."""
+    indexed = pictures(seed, "pair", len(about.labels) // 2)
+    told = [caption("a {a}", [int(label)]) for label in about.labels]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "index"
         build_index(
-            from_dataset(indexed),
-            network,
-            path,
-            prompts=PROMPTS,
-            own_maps=False,
-            trust=False,
+            from_dataset(indexed), network, path, prompts=PROMPTS, own_maps=False, trust=False,
             progress=False,
-        )
+        )  # fmt: skip
         with Explainer(path, network) as explainer:
-            maps = [
-                explainer.explain_text(
-                    caption("a {a}", [int(label)]), image=indexed[place // 2][0]
-                ).results[0].signed_cam
-                for place, label in enumerate(about.labels)
-            ]  # fmt: skip
-    mean = seen(network, about.inputs)[1].mean(1)
-    return resize(np.stack(maps), SIZE), resize(mean, SIZE), about
+            for name, compared in (("words", False), ("words above the other digit's", True)):
+                answers = [
+                    explainer.explain_text(
+                        text,
+                        image=indexed[place // 2][0],
+                        above=told[place ^ 1] if compared else None,
+                    )
+                    for place, text in enumerate(told)
+                ]
+                maps = np.stack([answer.results[0].signed_cam for answer in answers])
+                yield name, resize(maps, SIZE)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -267,22 +314,37 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(options: argparse.Namespace) -> Iterator[str]:
-    """Yield the table of the small ViT and that of words."""
+    """Yield the tables of the small ViT, of words, and of receipts of both networks."""
     torch.set_num_threads(1)
     found, told, recalls = Table(), Table(), []
-    for seed in range(options.seeds):
+    shares: dict[str, list[np.ndarray]] = defaultdict(list)
+    for seed in range(FIRST, FIRST + options.seeds):
         vit, towers = trained(options.folder, seed, Sizes())
         for reading in READINGS:
             case = Case(small_vit(vit, reading), seed, options)
             for name, maps in arms(case, reading, options.direct):
+                log.info("seed %d: %s", seed, name)
                 for one, about in zip(maps, case.questions, strict=True):
                     found.add(name, one, about.first(len(one)))
+            network = two_towers(towers, reading)
+            about = asked(network, seed, "pair", options.scenes)
+            for name, maps in words(network, about, seed):
+                told.add(f"{READINGS[reading] or 'Grad-CAM, '}{name}", maps, about)
             if not reading:
                 recalls.append(f"{case.recall:.3f}")
-        for reading in READINGS:
-            maps, mean, about = words(two_towers(towers, reading), seed, options.scenes)
-            if not reading:
-                told.add(MEAN, mean, about)
-            told.add(f"{READINGS[reading] or 'Grad-CAM, '}words", maps, about)
+                told.add(MEAN, resize(seen(network, about.inputs)[1].mean(1), SIZE), about)
+                shares["small ViT"].append(case.receipts(options.direct))
+                pair = Case(network, seed, options)
+                shares["two towers"].append(pair.receipts(options.direct))
     yield f"## Small ViT\n\nRecall@1 of scenes with one digit: {', '.join(recalls)}.\n\n{found}"
     yield f"## Words\n\n{told}"
+    yield f"## Receipts\n\n{receipts_table(shares)}"
+
+
+def receipts_table(shares: dict[str, list[np.ndarray]]) -> str:
+    """Return a table of receipts' amounts, medians over queries."""
+    lines = []
+    for name, seeds in shares.items():
+        medians = np.median(np.concatenate(seeds), axis=0)
+        lines.append([name, *(f"{share:.1%}" for share in medians)])
+    return table(("network", *RECEIPTS), lines)

@@ -14,8 +14,9 @@ from pydantic.json_schema import SkipJsonSchema
 from starlette.responses import Response
 
 from ..errors import ImageError, InputError
-from ..explain.explanation import Explanation, Json, Result
+from ..explain.explanation import Explanation, Result
 from ..explain.sides import Shown, Side
+from ..index.records import Json
 from ..pairs import (
     Receipt,
     check_same,

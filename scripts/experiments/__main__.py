@@ -20,6 +20,7 @@ the tables are written as Markdown, under the experiment's own description.
 
 import argparse
 import importlib
+import logging
 import sys
 from pathlib import Path
 
@@ -59,6 +60,9 @@ def main(given: list[str] | None = None) -> None:
         command.add_argument("--output", type=Path, help="Markdown file to write")
         command.set_defaults(module=module)
     options = parser.parse_args(given)
+    logging.basicConfig(format="%(message)s")
+    for name in ("embedcam.progress", __package__):
+        logging.getLogger(name).setLevel(logging.INFO)
     texts = []
     try:
         for text in options.module.measure(options):

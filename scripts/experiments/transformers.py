@@ -18,10 +18,12 @@ two questions together; of several seeds of scenes and training the scenes of al
 """
 
 import argparse
+import logging
 import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,8 +31,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from embedcam import METHODS, EmbeddingNetwork, Explainer, Recipe, build_index, cam_for
+from embedcam import (
+    METHODS,
+    EmbeddingNetwork,
+    Explainer,
+    Recipe,
+    build_index,
+    cam_for,
+)
 from embedcam.demo.scenes import SceneMaker, Split
+from embedcam.errors import NetworkError
 from embedcam.images import from_dataset
 from embedcam.methods import MethodWarning
 from embedcam.metrics import box_mask, hottest_precision, pixel_auc
@@ -40,8 +50,9 @@ from embedcam.targets import Similarity
 
 from ..benchmarks.timing import table
 from .data import figure
-from .small_vit import PROMPTS, SIDE, Sizes, caption, small_vit, trained, two_towers
+from .small_vit import FIRST, PROMPTS, SIDE, Sizes, caption, small_vit, trained, two_towers
 
+log = logging.getLogger(__name__)
 COLUMNS = (
     "one digit: AUC", "hottest fifth", "two digits: AUC, one / other", "one / rest", "right",
 )  # fmt: skip
@@ -50,7 +61,7 @@ READINGS = {"": "", "@gradeclip": "Grad-ECLIP, ", "@value": "values (MaskCLIP), 
 """How the last attention is read, and what maps by it are called; nothing: the norm before it."""
 RECIPES = {
     "the default": Recipe(),
-    "the paper": Recipe.paper(),
+    "the paper, 32 channels": Recipe.paper(m=32),
     "centred, around": Recipe(target="centred", norm="around"),
     "margin, 50 triplets": Recipe(target="margin", sampling="random", triplets=50),
     "margin, all, around": Recipe(target="margin", sampling="all", norm="around"),
@@ -221,39 +232,44 @@ def arms(case: Case, reading: str, count: int) -> Iterator[tuple[str, list[np.nd
             if one.storable and name not in SLOW
         }
         stored.pop(METHODS["gradcam"].title)  # the default
-    for name, recipe in stored.items():
-        yield f"{READINGS[reading]}{name}, transferred", case.transferred(recipe)
+    made = [
+        (f"{READINGS[reading]}{name}, transferred", partial(case.transferred, recipe))
+        for name, recipe in stored.items()
+    ]
     for name in ["gradcam"] if reading else usable:
         title = READINGS[reading].removesuffix(", ") or METHODS[name].title
+        made.append((f"{title}, direct", partial(case.direct, name, count)))
+    for name, make in made:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", MethodWarning)  # a method that ignores the target
-            yield f"{title}, direct", case.direct(name, count)
+            try:
+                yield name, make()
+            except NetworkError as error:
+                log.info("%s is left out: %s", name, error)
 
 
-def words(network: EmbeddingNetwork, seed: int, count: int) -> tuple[np.ndarray, np.ndarray, Asked]:
-    """Return maps of captions of either digit on scenes with two, mean maps, and the questions."""
-    about = asked(network, seed, "pair", count)
-    indexed = pictures(seed, "pair", count)
+def words(network: EmbeddingNetwork, about: Asked, seed: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield maps of captions of either digit on scenes with two, alone and above the other's."""
+    indexed = pictures(seed, "pair", len(about.labels) // 2)
+    told = [caption("a {a}", [int(label)]) for label in about.labels]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "index"
         build_index(
-            from_dataset(indexed),
-            network,
-            path,
-            prompts=PROMPTS,
-            own_maps=False,
-            trust=False,
+            from_dataset(indexed), network, path, prompts=PROMPTS, own_maps=False, trust=False,
             progress=False,
-        )
+        )  # fmt: skip
         with Explainer(path, network) as explainer:
-            maps = [
-                explainer.explain_text(
-                    caption("a {a}", [int(label)]), image=indexed[place // 2][0]
-                ).results[0].signed_cam
-                for place, label in enumerate(about.labels)
-            ]  # fmt: skip
-    mean = seen(network, about.inputs)[1].mean(1)
-    return resize(np.stack(maps), SIZE), resize(mean, SIZE), about
+            for name, compared in (("words", False), ("words above the other digit's", True)):
+                answers = [
+                    explainer.explain_text(
+                        text,
+                        image=indexed[place // 2][0],
+                        above=told[place ^ 1] if compared else None,
+                    )
+                    for place, text in enumerate(told)
+                ]
+                maps = np.stack([answer.results[0].signed_cam for answer in answers])
+                yield name, resize(maps, SIZE)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -270,7 +286,7 @@ def measure(options: argparse.Namespace) -> Iterator[str]:
     """Yield the table of the small ViT and that of words."""
     torch.set_num_threads(1)
     found, told, recalls = Table(), Table(), []
-    for seed in range(options.seeds):
+    for seed in range(FIRST, FIRST + options.seeds):
         vit, towers = trained(options.folder, seed, Sizes())
         for reading in READINGS:
             case = Case(small_vit(vit, reading), seed, options)
@@ -280,9 +296,11 @@ def measure(options: argparse.Namespace) -> Iterator[str]:
             if not reading:
                 recalls.append(f"{case.recall:.3f}")
         for reading in READINGS:
-            maps, mean, about = words(two_towers(towers, reading), seed, options.scenes)
+            network = two_towers(towers, reading)
+            about = asked(network, seed, "pair", options.scenes)
             if not reading:
-                told.add(MEAN, mean, about)
-            told.add(f"{READINGS[reading] or 'Grad-CAM, '}words", maps, about)
+                told.add(MEAN, resize(seen(network, about.inputs)[1].mean(1), SIZE), about)
+            for name, maps in words(network, about, seed):
+                told.add(f"{READINGS[reading] or 'Grad-CAM, '}{name}", maps, about)
     yield f"## Small ViT\n\nRecall@1 of scenes with one digit: {', '.join(recalls)}.\n\n{found}"
     yield f"## Words\n\n{told}"

@@ -93,7 +93,7 @@ def one_of(
 def nearest_of(value: object, known: Iterable[str]) -> str:
     """Return words for a message: the known name nearest to what was given, and all of them."""
     names = list(known)
-    near = get_close_matches(value, names, 1, 0.5) if isinstance(value, str) else []
+    near = get_close_matches(value, names, 1) if isinstance(value, str) else []
     return (f"did you mean {near[0]!r}? " if near else "") + f"known: {', '.join(names)}"
 
 

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ from .index import Index
 from .network import EmbeddingNetwork
 from .network.module import full_float32
 from .onnx import Described, Head, OnnxNetwork
-from .onnx.network import EMBEDDING, NORM, output_name
+from .onnx.network import EMBEDDING, MOST_NUMBERS, NORM, output_name
 from .ops import resize
 
 if TYPE_CHECKING:
@@ -41,9 +42,9 @@ _RANDOM_PICTURES = 3
 class ExportReport:
     """What was written.
 
-    layers: whose activations it gives, the network's own first; head: "identity", "affine" or
-    "other"; difference: the largest relative one from torch's outputs, on the probe and on random
-    pictures; free: whether it takes pictures of any height and width.
+    layers: whose activations it gives, the network's own first; head: "identity", "affine",
+    "normed" (affine but for a norm) or "other"; difference: the largest relative one from torch's
+    outputs, on the probe and on random pictures; free: whether it takes pictures of any size.
     """
 
     path: Path
@@ -169,7 +170,8 @@ def _write(
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
     seconds = time.perf_counter() - began
-    return ExportReport(target, len(data), layers, described.head.kind, difference, seconds, free)
+    head = described.head.kind if described.head.normed is None else "normed"
+    return ExportReport(target, len(data), layers, head, difference, seconds, free)
 
 
 # What is asked for, refused before any work
@@ -223,8 +225,10 @@ def _refuse_unexportable(network: EmbeddingNetwork) -> None:
 def _head_of(network: EmbeddingNetwork) -> Head:
     """Return what the head is, with its constant term: z at activations of zero."""
     kind = network.head_kind
-    if not kind.affine or network.affine_head(lambda: np.empty(0)) is None:
-        return Head("other")
+    known = network.affine_head(lambda: np.empty(0))
+    if known is None or kind.normed is not None:
+        small = known is not None and known.matrix is not None and known.matrix.size <= MOST_NUMBERS
+        return Head("other", normed=known if small else None)
     image = network.probe_images()
     zeros = torch.zeros_like(network.forward(image).activations)
     bias = network.head_outputs(image, zeros)[0].float().cpu().numpy()
@@ -254,7 +258,8 @@ class Traced(nn.Module):
 
 def onnx_model(network: EmbeddingNetwork, layers: Sequence[str], free: bool) -> "ModelProto":
     """Return an `onnx.ModelProto` with the outputs of `Traced`; `free`: H and W of any size."""
-    names = [output_name(place) for place in range(len(layers))]
+    names = [*(output_name(place) for place in range(len(layers))), EMBEDDING]
+    names += [NORM] if network.normalize else []
     # A batch of one would be taken for a constant.
     example = torch.from_numpy(network.probe_images(2)).to(network.device)
     sides = ("batch", None, "height", "width") if free else ("batch",)
@@ -270,10 +275,16 @@ def onnx_model(network: EmbeddingNetwork, layers: Sequence[str], free: bool) -> 
                 verbose=False,
                 external_data=False,
                 input_names=["images"],
-                output_names=[*names, EMBEDDING, *([NORM] if network.normalize else [])],
+                output_names=names,
                 dynamic_shapes=(shapes,),
             )
         assert program is not None
+        graph = program.model.graph
+        made = chain.from_iterable(node.outputs for node in graph)
+        # What is within the graph may be called so, too, such as an embedding of positions.
+        for value in [*graph.initializers.values(), *made]:
+            if value.name in names and value not in graph.outputs:
+                value.name = f"{value.name}_within"
         return program.model_proto
     except NetworkError:
         raise
@@ -290,9 +301,9 @@ def onnx_model(network: EmbeddingNetwork, layers: Sequence[str], free: bool) -> 
 @contextmanager
 def _silence() -> Iterator[None]:
     """Run without what the exporter tells its developers."""
-    # The last one tells whole tracebacks of what it then does another way.
-    names = ("torch.onnx", "onnxscript", "onnx_ir", "torch.fx.experimental.symbolic_shapes")
-    loggers = [logging.getLogger(name) for name in names]
+    # The last two tell whole tracebacks of what is then done another way.
+    shapes = "torch.fx.experimental.symbolic_shapes", "torch.utils._sympy.interp"
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", *shapes)]
     with warnings.catch_warnings(), ExitStack() as stack:
         warnings.simplefilter("ignore")
         for logger in loggers:

@@ -109,6 +109,10 @@ HEADS: dict[str, Callable[[], tuple[nn.Module, nn.Module]]] = {
     "signed": lambda: (trunk(last=nn.SiLU()), nn.Sequential(Mean(), linear())),
     "pooled": lambda: (trunk(), nn.Sequential(Mean(), *bent(CHANNELS))),
     "other": lambda: (trunk(), nn.Sequential(PowerMean(), linear())),
+    "normed": lambda: (
+        trunk(last=nn.SiLU()),
+        nn.Sequential(Mean(), nn.LayerNorm(CHANNELS, 1e-3), linear()),
+    ),
     "tokens": lambda: (Patches(), TokenHead()),
     "identity": lambda: (trunk(), Mean()),
     "flattening": lambda: (trunk(), nn.Sequential(nn.Flatten(), *bent(CHANNELS * CELLS))),

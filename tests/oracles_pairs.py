@@ -131,17 +131,26 @@ def held_block(block: nn.Module, tokens: Array, stream: Array | None) -> dict[st
     }
 
 
-def held_pool_norm(activations: Array, gain: Array, eps: float, centred: bool) -> Array:
-    """What each position gives to g (p - mean p) / sigma or g p / rms, sigma held, `[H W K]`."""
-    A, width = activations, len(activations)
-    p = [A[k].mean() for k in range(width)]
-    middle = sum(p) / width if centred else 0.0
-    sigma = np.sqrt(sum((x - middle) ** 2 for x in p) / width + eps)
-    given = np.zeros((*A.shape[1:], width))
-    for i, j, k in np.ndindex(given.shape):
-        own = A[k, i, j] - (A[:, i, j].sum() / width if centred else 0.0)
-        given[i, j, k] = gain[k] * own / A[k].size / sigma
-    return given
+def held_norm(
+    activations: Array, norm: nn.Module, W: Array | None, centred: bool, pooled: bool = True
+) -> Array:
+    """The same of a mean and a LayerNorm (or RMSNorm) in either order, then W; sigma held."""
+    A, width, n = activations, len(activations), activations[0].size
+    gain = norm.weight.detach().double().numpy()
+    W = np.eye(width) if W is None else W
+    J = np.zeros((len(W), *A.shape))
+    for i, j in np.ndindex(A.shape[1:]):
+        values = [A[k].mean() if pooled else A[k, i, j] for k in range(width)]
+        middle = sum(values) / width if centred else 0.0
+        sigma = math.sqrt(sum((x - middle) ** 2 for x in values) / width + norm.eps)
+        for d, k, m in np.ndindex(len(W), width, width):
+            J[d, k, i, j] += W[d, m] * gain[m] * ((m == k) - centred / width) / sigma / n
+    return J
+
+
+def held_normed(head: nn.Sequential, activations: Array) -> Array:
+    """The same of mean, LayerNorm, linear."""
+    return held_norm(activations, head[1], head[2].weight.detach().numpy(), True)
 
 
 def slopes_of(made: Toy, A: Array) -> tuple[Array, Array | None]:
@@ -149,7 +158,8 @@ def slopes_of(made: Toy, A: Array) -> tuple[Array, Array | None]:
     first, head = made.precise
     if made.kind == "tokens":
         return held_tokens(first, head, A)
-    literal = {"pooled": held_bent, "other": held_power_mean}.get(made.kind)
+    known = {"pooled": held_bent, "other": held_power_mean, "normed": held_normed}
+    literal = known.get(made.kind)
     return (jacobian(made.head, A) if literal is None else literal(head, A)), None
 
 

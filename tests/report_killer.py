@@ -45,7 +45,8 @@ def main():
     explainer, source = Explainer(index, network), find_images(base / "queries", "none")
 
     def report(folder):
-        write_report(explainer, source, folder, batch_size=4, side=48, progress=False)
+        quick = {"side": 48, "receipts": False}
+        write_report(explainer, source, folder, batch_size=4, progress=False, **quick)
 
     check = whole_or_none(base / "reference")
     problems = killed_everywhere(base, None, report, 14, check)

@@ -8,7 +8,7 @@ from cli_samples import NAMED, Say, answer
 from rounding import same_values
 from text_samples import PROMPTS, tower
 
-from embedcam import Explainer, Index, load_network
+from embedcam import Explainer, Index, PairExplainer, load_network
 from embedcam.cli import main
 from embedcam.network.source import Loaded
 from embedcam.offline.prompts import read_prompts
@@ -91,7 +91,8 @@ def test_embeddings_of_words_from_a_file(say: Say) -> None:
 
 
 REFUSED = [
-    (["--text", ""], 2, "empty name"),
+    (["--text", ""], 2, "the text is empty; give words, such as 'a red car'"),
+    (["--text", "a", "--above-text", ""], 2, "the text is empty"),
     (["--text", "  "], 2, "the text is empty"),
     (["--text", "a", "--text", "a"], 2, "says the same twice"),
     (["--text", "a", "--above-text", "a"], 2, "is the text itself"),
@@ -107,8 +108,8 @@ REFUSED = [
     (["--text-embedding", "gone.npy"], 6, "there is no such file"),
     (["--text-embedding", "none.npy"], 2, "not a .npy array of numbers"),
     (["--text-embedding", "objects.npy"], 2, "not a .npy array of numbers"),
-    (["--text-embedding", "nan.npy"], 2, "NaN"),
-    (["--text-embedding", "wide.npy"], 2, "this index holds 5"),
+    (["--text-embedding", "nan.npy"], 2, "nan.npy: the embedding of"),
+    (["--text-embedding", "wide.npy"], 2, "wide.npy: the embedding of the text is float64"),
     (["--text-embedding", "texts.npy"], 2, "this index holds 5"),
     ([], 2, "no picture was given"),
 ]  # fmt: skip
@@ -118,6 +119,55 @@ REFUSED = [
 def test_what_cannot_be_asked_is_said_in_one_sentence(say: Say, words, status, said) -> None:
     code, out, err = say("explain", "words", "--network", "towers:make", *words)
     assert (code, out) == (status, "")
+    assert said in err
+    assert len(err.splitlines()) == 1
+
+
+def test_words_and_a_result_are_compared(say: Say) -> None:
+    named = ("compare", "words", "--network", "towers:make", "--lines", 3)
+    code, out, err = say(*named, "--text", "a cat", "2/1.png", "-o", "sentence.png")
+    pairs = PairExplainer(Explainer("words", load_network("towers:make")))
+    receipt = pairs.text_receipt("a cat", "2/1.png")
+    assert (code, err) == (0, "picture: sentence.png\n")
+    assert Path("sentence.png").stat().st_size > 1000
+    head, *rows = out.splitlines()
+    assert head == '"a cat" and 2/1.png'
+    assert [row.rsplit(maxsplit=1) for row in rows] == [
+        [f"  {words}", f"{number:+.3f}"] for words, number in (*receipt.amounts(3), receipt.total)
+    ]
+    told = answer(say, *named, "--text-embedding", "text.npy", "2/1.png")["pair"]
+    assert (told.pop("text"), told["score"]) == ("text", pytest.approx(receipt.score, abs=1e-6))
+    # Held against words that the picture answers better, it says so.
+    less, more = sorted(
+        ("a cat", "a dog"), key=lambda text: pairs.text_receipt(text, "2/1.png").score
+    )
+    said = f'The picture answers "{more}" better than "{less}".'
+    asked = (*named, "2/1.png", "--text")
+    assert said in say(*asked, less, "--above-text", more)[1]
+    assert "better" not in say(*asked, more, "--above-text", less)[1]
+    asked = ("explain", "words", *named[2:4], "photos/2/1.png", "--text")
+    assert f'answers "{more}" better' in say(*asked, less, "--above-text", more)[1]
+    assert "better" not in say(*asked, more, "--above-text", less)[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["photos/0/0.png"], "no result was named"),
+        (["photos/0/0.png", "0/0.png", "--text", "a"], "IMAGE is of a picture as the query"),
+        (["0/0.png", "--text", "a", "--box", "0", "0", "1", "1"], "--box is of a picture"),
+        (["0/0.png", "--text", "a", "--above", "0/1.png"], "--above is of a picture"),
+        (["0/0.png", "--text", "a", "--not-centred"], "--not-centred is of a picture"),
+        (["0/0.png", "--text", "a", "--text", "b"], "a receipt is of one text"),
+        (["0/0.png", "--text", ""], "the text is empty"),
+        (["0/0.png", "--text-embedding", "wide.npy"], "wide.npy: the embedding of the text"),
+        (["photos/0/0.png", "0/0.png", "--above-text", "a"], "goes with --text"),
+        (["nobody.png", "--text", "a"], "has no image 'nobody.png'; `embedcam"),
+    ],
+)  # fmt: skip
+def test_what_words_are_not_compared_with(say: Say, words, said) -> None:
+    code, out, err = say("compare", "words", "--network", "towers:make", *words)
+    assert (code, out) == (2, "")
     assert said in err
     assert len(err.splitlines()) == 1
 

@@ -255,6 +255,13 @@ def test_receipts_divide_among_concepts_and_outlive_the_index(index, tmp_path) -
         receipt = pairs.receipt(source.open(0), source.ids[4])
         above = pairs.above(source.open(0), source.ids[4], source.ids[5])
         parts = opened.concepts()
+        words = pairs.text_receipt("a wheel", source.ids[4], texts=np.ones((1, opened.width)))
+        for one in (receipt, above, words):  # beside each line are its exemplars, cut out
+            drawn, told = one.plot().tobytes(), dict(one.amounts())
+            for line in filter(lambda line: line.words in told, one.concepts()):
+                crops = [np.asarray(crop) for crop in one.known.crops(line.exemplars)]
+                assert len(crops) == len(line.exemplars) > 0
+                assert all(crop[26, 8:44].tobytes() in drawn for crop in crops)
     for one, total in ((receipt, receipt.similarity), (above, above.score)):
         assert sum(number for _, number in one.amounts()) == pytest.approx(total, abs=1e-5)
         assert len(one.amounts()) <= MOST_LINES

@@ -178,7 +178,7 @@ def test_an_index_without_a_mean_of_texts_says_so(tmp_path):
         ("a cat", {"texts": np.full(WIDTH, np.nan)}, "NaN"),
         ("a cat", {"texts": np.ones(WIDTH + 1)}, r"float64 of shape \[1, 6\]; this index holds 5"),
         ("a cat", {"texts": np.ones((2, WIDTH))}, r"of shape \[2, 5\]"),
-        ("a cat", {"texts": ["a", "b"]}, "of 1 texts are"),
+        ("a cat", {"texts": ["a", "b"]}, "the embedding of the text is <U1"),
         ("a cat", {"texts": lambda texts: np.ones((3, WIDTH))}, r"\[3, 5\]"),
         ("a cat", {"above": "a dog", "texts": np.ones(WIDTH)}, "above is the last"),
     ],

@@ -28,17 +28,18 @@ from embedcam.onnx import OnnxNetwork
 
 
 class Deep(nn.Module):
-    """Two layers that can be explained, in-place units behind both."""
+    """Two layers that can be explained, in-place units behind both; a value called embedding."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Conv2d(3, 6, 3, 2, 1), nn.Conv2d(6, 8, 3, 2, 1)
         self.fine, self.relu = nn.ReLU(inplace=True), nn.ReLU(inplace=True)
-        self.linear = nn.Linear(8, 5, bias=False)
+        self.linear, self.added = nn.Linear(8, 5, bias=False), nn.Embedding(2, 5)
 
     def forward(self, images: Tensor) -> Tensor:
         coarse = self.second(self.fine(self.first(images)))
-        return self.linear(self.relu(coarse).mean((2, 3)))
+        added = self.added(torch.zeros(1, dtype=torch.int64))
+        return self.linear(self.relu(coarse).mean((2, 3))) + added
 
 
 class Swinlike(nn.Module):

@@ -73,6 +73,7 @@ def test_the_kind_of_a_head(name: str) -> None:
     kind = parts(head, normalize=False).head_kind
     assert (kind.pooled, kind.affine, kind.identity) == (pooled, affine, identity)
     assert (kind.matrix is not None) == affine
+    assert (kind.normed is not None) == (name in ("layer norm", "L2 norm"))
     if kind.matrix is not None:
         # z(p) - z(0) = W p.
         p = torch.randn(3, K)

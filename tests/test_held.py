@@ -6,14 +6,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles_pairs import held_block, held_pool_norm
+from oracles_pairs import held_block, held_norm
 from test_network import assert_same_state, state_of
 from torch import Tensor, nn
 from toys import VIT_LAYER, images, seeded, small_vit
 
 from embedcam import EmbeddingNetwork
 from embedcam.errors import InputError, NetworkError
-from embedcam.pairs import HeldSide, make_receipt
+from embedcam.pairs import HeldSide, PooledSide, make_receipt
+from embedcam.preprocess import NORMS
 
 K, WIDTH = 8, 5
 KINDS = ("sdpa", "eager", "module")
@@ -115,7 +116,7 @@ def test_behind_the_class_token_s_last_attention(kind: str, prefix: int) -> None
     vectors = np.einsum("nt,td->nd", masks.reshape(3, -1), expected["tokens"][prefix:])
     np.testing.assert_allclose(passed.vectors(masks), vectors, rtol=1e-4, atol=1e-5)
     assert passed.exact
-    assert passed.held == ("attention weights", "the norms' statistics")
+    assert passed.held == ("attention weights", NORMS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -150,8 +151,7 @@ def test_behind_pooling_and_a_norm(centred: bool) -> None:
     module = seeded(lambda: PoolNorm(centred))
     passed = network_of(module).held_pass(images(1, 16, 20))
     A = passed.features.activations[0].double().numpy()
-    gain = module.norm.weight.detach().double().numpy()
-    expected = held_pool_norm(A, gain, module.norm.eps, centred)
+    expected = np.einsum("dkij,kij->ijd", held_norm(A, module.norm, None, centred), A)
     direction = np.random.default_rng(0).normal(size=K)
     _, cells, parts = passed.products(direction)
     np.testing.assert_allclose(cells, expected @ direction, rtol=1e-4, atol=1e-6)
@@ -193,6 +193,63 @@ def test_receipts_of_random_blocks_add_up(seed, kind, prefix, heads, latent, nor
     _, cells, _ = pair[0].products(DIRECTION)
     vectors = pair[0].cell_vectors(range(cells.size)) @ DIRECTION
     np.testing.assert_allclose(vectors, cells.ravel(), atol=1e-5 * size)
+
+
+class Normed(nn.Module):
+    """A norm over channels before or behind the mean over positions, perhaps a linear map."""
+
+    def __init__(self, centred: bool, pooled: bool, width: int | None, eps: float) -> None:
+        super().__init__()
+        self.norm = (nn.LayerNorm if centred else nn.RMSNorm)(K, eps)
+        self.pooled, self.last = pooled, linear(K, width) if width else nn.Identity()
+        nn.init.normal_(self.norm.weight)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        x = maps.flatten(2).mT
+        return self.last(self.norm(x.mean(1)) if self.pooled else self.norm(x).mean(1))
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    st.integers(0, 2**16),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([None, 3, WIDTH]),
+    st.sampled_from([1e-6, 1e-5, 1e-2]),
+    st.sampled_from([0.1, 3.0]),
+    st.booleans(),
+)
+def test_around_a_norm_receipts_need_no_derivative_and_add_up(
+    seed, centred, pooled, width, eps, scale, normalize
+) -> None:
+    trunk = seeded(lambda: nn.Conv2d(3, K, 4, 4), seed)
+    nn.init.normal_(trunk.weight, std=scale)
+    head = seeded(lambda: Normed(centred, pooled, width, eps), seed + 1)
+    network = EmbeddingNetwork.from_parts(trunk, head, normalize=normalize, input_size=(16, 12))
+    matrix = network.affine_head(lambda: np.empty(0))
+    assert (matrix.held.centered, matrix.held.pooled) == (centred, pooled)
+    assert matrix.held.epsilon == pytest.approx(eps, rel=1e-2)
+    pair = []
+    for number in range(2):
+        found = network.forward(images(1, 16, 12, number))
+        norm = float(found.norm[0]) if normalize else 1.0
+        given = found.activations[0].numpy(), found.embedding[0].numpy(), norm
+        pair.append(PooledSide(*given, matrix.matrix, matrix.held))
+    A = pair[0].activations.astype(np.float64)
+    W = head.last.weight.detach().double().numpy() if width else None
+    J = held_norm(A, head.norm, W, centred, pooled)
+    direction = np.random.default_rng(seed).normal(size=len(J))
+    expected = np.einsum("d,dkij,kij->kij", direction, J, A) / pair[0].norm
+    channels, cells, parts = pair[0].products(direction)
+    close = {"rtol": 1e-3, "atol": 1e-4 * np.abs(expected).max()}
+    np.testing.assert_allclose(channels, expected.sum((1, 2)), **close)
+    np.testing.assert_allclose(cells, expected.sum(0), **close)
+    assert parts == {}
+    receipt = make_receipt(*pair, direction * 0.1)
+    for one in (receipt.query, receipt.result):
+        size = max(1.0, np.abs(one.cells).sum())
+        assert one.remainder == pytest.approx(0, abs=1e-5 * size)  # torch begins without a bias
+        assert one.cells.sum() + one.shared == pytest.approx(receipt.similarity, abs=1e-5 * size)
 
 
 def stated(function, **parts: nn.Module):

@@ -197,6 +197,14 @@ def test_what_a_file_says_of_itself_is_not_believed_blindly(network, tmp_path) -
         return json.dumps({"kind": kind, "bias": bias})
 
     zero, infinite = "AAAAAA==", "AADAfw=="
+    good = {"matrix": zero * 3, "bias": zero, "epsilon": 1e-5, "centered": True, "pooled": True}
+    bad = {
+        "matrix": [infinite, None, "?"],
+        "bias": [zero + "AAAA", None],
+        "epsilon": [0.0, 10**400],
+    }
+    normed = [good | {key: value} for key, values in bad.items() for value in values]
+    normed += [3, {}, good | {"more": 1}]
     layers = ["[]", "3", '["relu", "relu"]', '["conv"]', '["relu", 5]']
     heads = [head("affine", bias) for bias in ("AAAA", "?", infinite, "")]
     for key, texts, message in (
@@ -208,6 +216,11 @@ def test_what_a_file_says_of_itself_is_not_believed_blindly(network, tmp_path) -
         ("layers", [None], "embedcam.layers is missing"),
         ("layers", layers, "do not begin with the network's own"),
         ("head", ["3", head("affine", None), head("affine", 5)], "none of identity, affine, other"),
+        (
+            "head",
+            [json.dumps(json.loads(head("other", None)) | {"normed": one}) for one in normed],
+            "the head is {",
+        ),
         ("head", [head("other", zero), head("round", zero), *heads], "the head is {"),
     ):
         for text in texts:

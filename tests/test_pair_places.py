@@ -128,6 +128,20 @@ def test_what_matches_is_found() -> None:
     assert receipt.to_dict(places=0)["places"] == []
 
 
+def test_places_that_are_called_the_same_are_said_once() -> None:
+    query, result = (planted(((0, 0), 1), ((3, 3), 2), shape=(15, 15)) for _ in range(2))
+    receipt = make_receipt(query, result, np.eye(6)[0] * 0.3)
+    places, (said, *others) = receipt.places(2), receipt.in_words(2)
+    assert [(place.where("query"), place.where("result")) for place in places] == [
+        ("upper left", "upper left")
+    ] * 2
+    share = sum(place.share(receipt.unshared) for place in places)
+    assert said.startswith("the upper left of the query matches the upper left of the result: ")
+    assert said.endswith(f" {share:.0%} of what they share beyond the average")
+    assert len(others) == 1
+    assert others[0].startswith(f"It carries {share:.0%}")
+
+
 def test_where_a_region_lies() -> None:
     region = np.zeros((7, 7), bool)
     words = []

@@ -33,7 +33,7 @@ from embedcam.pairs import (
 )
 from embedcam.prototypes import compress
 
-KINDS = ["affine", "signed", "identity", "pooled", "other", "tokens"]
+KINDS = ["affine", "signed", "identity", "normed", "pooled", "other", "tokens"]
 DIRECT = {"affine", "signed", "identity"}
 
 
@@ -45,12 +45,11 @@ def inputs(number: int, side: int = SIDE) -> torch.Tensor:
 def side_of(made, image: torch.Tensor):
     """A side as `PairExplainer` makes it, and what the oracle needs of it."""
     network = made.network
-    kind = network.head_kind
-    if kind.affine:
+    if (head := network.affine_head(lambda: np.empty(0))) is not None:
         found = network.forward(image)
         norm = float(found.norm[0]) if network.normalize else 1.0
         given = found.activations[0].numpy(), found.embedding[0].numpy(), norm
-        side = PooledSide(*given, None if kind.identity else kind.matrix)
+        side = PooledSide(*given, head.matrix, head.held)
     else:
         side = HeldSide(network.held_pass(image), network.normalize)
     A = side.activations.astype(np.float64)
@@ -283,8 +282,9 @@ def test_similarity_is_the_one_that_is_shown(built, kind) -> None:
     assert receipts[0].query.shown.image.size == (24, 24)
 
 
-def test_an_affine_head_takes_one_pass_and_no_gradient(built, monkeypatch) -> None:
-    made, explainer, folder = built("affine")
+@pytest.mark.parametrize("kind", ["affine", "normed"])
+def test_an_affine_head_takes_one_pass_and_no_gradient(built, monkeypatch, kind) -> None:
+    made, explainer, folder = built(kind)
     pairs = PairExplainer(explainer)
     made.batches.clear()
     monkeypatch.setattr(torch.autograd, "grad", Mock(side_effect=AssertionError("a gradient")))
@@ -380,7 +380,7 @@ def test_refusals(built, tmp_path) -> None:
         PairExplainer(Explainer(tmp_path / "index"))
 
 
-@pytest.mark.parametrize("kind", ["affine", "identity", "other"])
+@pytest.mark.parametrize("kind", ["affine", "identity", "normed", "other"])
 def test_an_onnx_file_gives_the_same_receipts_or_says_what_it_lacks(built, tmp_path, kind) -> None:
     pytest.importorskip("onnxruntime")
     made, explainer, folder = built(kind)
@@ -392,7 +392,7 @@ def test_an_onnx_file_gives_the_same_receipts_or_says_what_it_lacks(built, tmp_p
         return
     pair = folder / "c0/000.png", explainer.index.ids[1]
     expected, found = (PairExplainer(one).receipt(*pair) for one in (explainer, other))
-    assert found.exact
+    assert (found.exact, found.held) == (True, expected.held)
     assert found.similarity == pytest.approx(expected.similarity, abs=1e-5)
     np.testing.assert_allclose(found.query.channels, expected.query.channels, atol=1e-5)
     np.testing.assert_allclose(found.result.cells, expected.result.cells, atol=1e-5)

@@ -1,7 +1,9 @@
 """`write_report`: what it writes is what `explain` finds; resumed, refused, and held in memory."""
 
+import base64
 import errno
 import fcntl
+import io
 import json
 import os
 import shutil
@@ -16,8 +18,9 @@ import pytest
 import torch
 from build_samples import everything
 from photo_samples import CROP, SIDE, build, network_of, picture, write_photos
+from PIL import Image
 
-from embedcam import Explainer, Explanation, Index, find_images, write_report
+from embedcam import Explainer, Explanation, Index, PairExplainer, find_images, write_report
 from embedcam.errors import ImageError, InputError
 from embedcam.images import ImageSource, Item, from_dataset
 from embedcam.index import remove
@@ -64,6 +67,12 @@ def queries(tmp_path_factory):
 @pytest.fixture
 def source(queries):
     return find_images(queries, "none")
+
+
+@pytest.fixture(autouse=True)
+def seldom(monkeypatch):
+    """No receipts where none are asked for: they take most of the time."""
+    monkeypatch.setattr(job_room, "MOST_RECEIPTS", 0)
 
 
 def records(folder):
@@ -127,6 +136,36 @@ def test_the_page_shows_what_explain_draws(explainer, queries, tmp_path, scale, 
         "is not an image of a known kind",
     ):
         assert words in page
+
+
+def test_below_each_query_is_its_receipt(explainer, queries, tmp_path, monkeypatch):
+    monkeypatch.setattr(job_room, "MOST_RECEIPTS", 3)
+    names = ["0/0.png", "1/3.png", BROKEN]
+    source = ImageSource([Item(name, str(queries / name)) for name in names])
+    write_report(explainer, source, tmp_path / "out")
+    _, *rows = (tmp_path / "out" / PAGE).read_text(encoding="utf-8").split("<section")
+    pairs = PairExplainer(explainer)
+    for name, row in zip(names, rows, strict=False):
+        receipt = pairs.receipt(queries / name, explainer.explain(queries / name).ids[0])
+        *places, _ = receipt.in_words()
+        (line,) = (line for line in row.splitlines() if 'class="beneath"' in line)
+        assert all(place in line for place in places)
+        assert f"similarity {receipt.similarity:+.3f}" in line
+        data = line.rpartition("base64,")[2].partition('"')[0]
+        drawn = Image.open(io.BytesIO(base64.b64decode(data)))
+        assert drawn.size == receipt.plot().size
+    assert len(rows) == 2
+    asked = {"result": "2/3.png", "above": "0/1.png", "receipts": True}
+    write_report(explainer, source, tmp_path / "above", **asked)
+    expected = pairs.above(queries / names[0], "2/3.png", "0/1.png")
+    page = (tmp_path / "above" / PAGE).read_text(encoding="utf-8")
+    assert f"more similar by {expected.score:+.3f}" in page
+    # None is kept where there are too many, where they are not wanted, or without a picture.
+    monkeypatch.setattr(job_room, "MOST_RECEIPTS", 2)
+    gone = Explainer(explainer.index, explainer.network, images=tmp_path)
+    for where, by, more in (("a", explainer, {}), ("b", gone, {"receipts": True})):
+        write_report(by, source, tmp_path / where, **more)
+        assert "beneath" not in (tmp_path / where / PAGE).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

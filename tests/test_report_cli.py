@@ -46,7 +46,9 @@ def test_pictures_are_queries_too(say, tmp_path):
     named = ["photos/1/1.png", "queries/deep/er/1.png"]
     told = f"{tmp_path}/a/index.html: 2 queries\n"
     passes = "forward passes: batches of 8, torch\n"
-    assert say(*named, "--report", tmp_path / "a", "--scale", "each") == (0, told, passes)
+    more = ("--scale", "each", "--no-receipts")
+    assert say(*named, "--report", tmp_path / "a", *more) == (0, told, passes)
+    assert "beneath" not in (tmp_path / "a/index.html").read_text()
     lines = (tmp_path / "a/explanations.jsonl").read_text().splitlines()
     assert [json.loads(line)["query"] for line in lines] == named
 
@@ -54,6 +56,7 @@ def test_pictures_are_queries_too(say, tmp_path):
 @pytest.mark.parametrize(
     ("code", "message", "words"),
     [
+        (2, "--receipts is of a report", ["photos/1/1.png", "--receipts"]),
         (2, "leave out -o", ["queries", "--report", "OUT", "-o", "x.png"]),
         (2, "leave out --html", ["queries", "--report", "OUT", "--html", "x.html"]),
         (2, "writes index.html and explanations.jsonl", ["queries", "--report", "OUT", "--json"]),

@@ -1,6 +1,8 @@
 """Networks of transformers, open_clip and sentence-transformers: found whole, equal to theirs."""
 
+import io
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -183,12 +185,19 @@ def test_what_is_not_there_is_one_sentence(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "own").mkdir()
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(folder / "dinov2", tmp_path / "part", ignore=lambda *_: ["model.safetensors"])
     modules = [{"idx": 0, "name": "0", "path": "", "type": "custom.Module"}]
     (tmp_path / "own" / "modules.json").write_text(json.dumps(modules))
     for name, said in (
         ("hf:/nowhere/model", "names a folder that is not there"),
         ("hf:nobody/nothing", r"config.json of hf:nobody/nothing is neither here nor could it be"),
         ("st:nobody/nothing", r"st:nobody/nothing is neither here"),
+        ("st:./nowhere", "st:./nowhere names a folder that is not there"),
+        (f"hf:{tmp_path / 'empty'}", "empty has no config.json; give the folder that the whole"),
+        (f"st:{tmp_path / 'empty'}", "empty has no modules.json; give"),
+        (f"open_clip:{tmp_path / 'empty'}", "empty has no open_clip_config.json; give"),
+        (f"hf:{tmp_path / 'part'}", "part does not hold the whole .*no file named model.safeten"),
         (f"st:{tmp_path / 'own'}", r"code that comes with it \(custom.Module\)"),
         ("open_clip:ViT-B32", r"no 'ViT-B32'; did you mean ViT-B-32"),
         ("open_clip:ViT-B-32", r"names no weights; give NAME:TAG with one of openai"),
@@ -208,6 +217,29 @@ def test_what_is_not_there_is_one_sentence(
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(NetworkError, match="needs open-clip, which is not installed; run pip"):
         source.imported("open_clip", "open_clip:RN50")
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_the_hub_is_asked_where_it_can_be_connected_to(
+    monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    asked = []
+
+    def load(local: bool) -> None:
+        asked.append(local)
+        raise KeyError("cached" if local else "fetched")
+
+    def connect(*_: object) -> io.BytesIO:
+        if not there:
+            raise OSError("no route")
+        return io.BytesIO()
+
+    monkeypatch.setattr(source, "getproxies", dict)
+    monkeypatch.setattr(source.socket, "create_connection", connect)
+    why = "KeyError: 'fetched'" if there else "no connection to the hub"
+    with pytest.raises(NetworkError, match=rf"{why}\); give the folder .* as in hf:\./folder"):
+        source.fetched(load, "hf:a/b", "the whole")
+    assert asked == [True, False][: 1 + there]
 
 
 # open_clip

@@ -422,7 +422,8 @@ def _report_queries(options: Namespace) -> ImageSource | None:
     """Return the queries of a report, what makes no sense refused; None where none is asked for."""
     of_source = {"--exclude": options.exclude, "--labels": options.labels}
     if options.report is None:
-        for name, given in {"--batch-size": options.batch_size, **of_source}.items():
+        given_here = {"--batch-size": options.batch_size, "--receipts": options.receipts}
+        for name, given in {**given_here, **of_source}.items():
             if given:
                 raise InputError(f"{name} is of a report; give --report FOLDER, or leave it out")
         if options.features and not options.json:
@@ -468,6 +469,7 @@ def _write_report(
         options.report,
         scale=options.scale,
         features=options.features,
+        receipts=options.receipts,
         batch_size=options.batch_size,
         progress=options.progress,
         **asked,
@@ -508,12 +510,18 @@ def compare(options: Namespace) -> None:
     """Tell why a query and a result match, or why the result came above a rival."""
     from ..explain.explainer import Explainer
     from ..index import Index
-    from ..pairs import Comparison, PairExplainer, Receipt
+    from ..pairs import PairExplainer
+    from ..pairs.receipt import Total
+    from .words import asks_words, words_compared
 
     # Whatever can be refused is refused before the network is loaded.
-    (picture,) = plan_pictures(options.output, [options.query])
+    words = words_compared(options) if asks_words(options) else None
+    (picture,) = plan_pictures(options.output, [options.query or "receipt"])
     check_folder("--images", options.images)
-    _check_query(options.query)
+    if options.result is None:
+        raise InputError("no result was named; give the id of an image of the index, too")
+    if words is None:
+        _check_query(options.query)
     check_rival(options.result, options.above)
     if options.box is not None and options.above is not None:
         raise InputError("--box asks what a part matches in one result; leave out it or --above")
@@ -531,18 +539,15 @@ def compare(options: Namespace) -> None:
         explainer = explainer.of_ids(ids)
         centred = not options.not_centred
         head = f"{options.query} and {options.result}"
-        pair: Receipt | Comparison
-        places: list[str] = []
-        if options.above is None:
-            (pair,) = pairs.receipts(
-                options.query, [options.result], centred=centred, box=options.box
-            )
-            places = pair.in_words()
-            total = ["similarity", f"{pair.similarity:+.3f}"]
+        pair: Total
+        if words is not None:
+            pair = receipt = words(pairs)
+            head = f"{receipt.words} and {options.result}"
+        elif options.above is None:
+            pair = pairs.receipt(options.query, options.result, centred=centred, box=options.box)
         else:
             pair = pairs.above(options.query, options.result, options.above, centred=centred)
             head += f", above {options.above}"
-            total = ["more similar by", f"{pair.score:+.3f}"]
         _note_pictures(options, index, explainer, ids)
         if picture is not None:
             picture.parent.mkdir(parents=True, exist_ok=True)
@@ -551,8 +556,9 @@ def compare(options: Namespace) -> None:
         saved = {} if picture is None else {"picture": str(picture)}
         show_json({"query": options.query, **saved, "pair": pair.to_dict(options.lines)})
         return
-    rows = [[words, f"{number:+.3f}"] for words, number in pair.amounts(options.lines)]
-    lines = [*places, *[""] * bool(places), *columns([*rows, total], right=(1,))]
+    amounts, said = [*pair.amounts(options.lines), pair.total], pair.in_words()
+    rows = [[name, f"{number:+.3f}"] for name, number in amounts]
+    lines = [*said, *[""] * bool(said), *columns(rows, right=(1,))]
     show(head, *(f"  {line}".rstrip() for line in lines))
     if picture is not None:
         note(options, f"picture: {picture}")

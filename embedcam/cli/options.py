@@ -1,6 +1,6 @@
 """The options of each command: a function of its name for each."""
 
-from argparse import ArgumentParser, ArgumentTypeError, _ActionsContainer
+from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, _ActionsContainer
 from collections.abc import Callable
 from typing import Any
 
@@ -97,6 +97,14 @@ def _runtime(group: _ActionsContainer, onnx: bool = True) -> None:
     group.add_argument("--runtime", choices=("torch", "onnx"), help=text)
     if onnx:
         _adder(group)("--onnx FILE", "the network as `embedcam export` wrote it, for those passes")
+
+
+def _words(add: Callable[..., None], text: str) -> None:
+    add("--text TEXT", text, str, action="append")
+    text = "with --text: which places speak for that, and which for these words"
+    add("--above-text TEXT", text, str)
+    text = ".npy [n D]: the words' embeddings, for networks without a tower for texts"
+    add("--text-embedding FILE", f"{text}; --above-text's is the last")
 
 
 def _transfer(add: Callable[..., None]) -> None:
@@ -219,9 +227,10 @@ def compress(command: ArgumentParser) -> None:
 def compare(command: ArgumentParser) -> None:
     """Declare the options of `embedcam compare`."""
     add = _common(command, INDEX)
-    add("query IMAGE", "query picture")
-    add("result RESULT", "id of an image of the index")
+    add("query IMAGE", "query picture; left out with --text")
+    add("result RESULT", "id of an image of the index", nargs="?")
     add("--above ID", "why the result came above this image")
+    _words(add, "with words in place of IMAGE: why the result answers them")
     add("-o --output PNG", "picture")
     text = "what this part of the query matches, in its pixels: left, top, right, bottom"
     ends = ("X0", "Y0", "X1", "Y1")
@@ -266,15 +275,13 @@ def explain(command: ArgumentParser) -> None:
     add("--report FOLDER", text)
     text = "the activations averaged under each map, K numbers: with --json in its records; with "
     add("--features", f"{text}--report in its lines, and as FOLDER/features.npy, a row a line")
+    text = "of a report: why each first result matches (default: up to 100 queries)"
+    add("--receipts", text, action=BooleanOptionalAction)
     add("--batch-size N", "of a report: queries a pass (default by the device)", POSITIVE)
     text = "of a report, which begins with results of another label: {}"
     add_options(command, ImageSettings, "labels", help=text)
     text = "ask with words in place of a picture, or of IMAGE where they are; may be repeated"
-    add("--text TEXT", text, action="append")
-    text = "with --text: which places speak for that, and which for these words"
-    add("--above-text TEXT", text)
-    text = ".npy [n D]: the words' embeddings, for networks without a tower for texts"
-    add("--text-embedding FILE", f"{text}; --above-text's is the last")
+    _words(add, text)
     one_way = _adder(command.add_mutually_exclusive_group())
     one_way("-n --n-neighbors N", "results a query (default 5)", POSITIVE)
     _transfer(add)

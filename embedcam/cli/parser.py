@@ -117,7 +117,11 @@ COMMANDS = {
     "model": ("stores", "INDEX -o FILE", "write what explains such rows as one file"),
     "explain": ("online", "INDEX IMAGE ...", "explain query images"),
     "serve": ("serving", "INDEX", "explain over HTTP"),
-    "compare": ("online", "INDEX IMAGE RESULT", "why two images match"),
+    "compare": (
+        "online",
+        "INDEX [IMAGE] RESULT",
+        "why two images, or words and one, match",
+    ),
     "evaluate": ("evaluation", "INDEX --images IMAGES", "measure how good the maps are"),
     "export": ("offline", "INDEX -o FILE", "write the network as an ONNX file"),
     "calibrate": ("offline", "INDEX", "calibrate trust and match for what it holds now"),

@@ -42,8 +42,8 @@ class SlopeSide:
 class SideMaker:
     """Makes sides of pictures by one network.
 
-    Behind average pooling and an affine head all is exact and needs neither a gradient nor torch;
-    behind another head each picture is one head pass.
+    Behind average pooling and an affine head, perhaps with a norm, all is exact and needs neither a
+    gradient nor torch; behind another head each picture is one head pass.
     """
 
     def __init__(self, network: Network) -> None:
@@ -106,6 +106,6 @@ class SideMaker:
         elif norms is None:
             norms = [head.norm(one) for one in maps]
         return [
-            PooledSide(one, embedding, float(norm), head.matrix)
+            PooledSide(one, embedding, float(norm), head.matrix, head.held)
             for one, embedding, norm in zip(maps, embeddings, norms, strict=True)
         ]

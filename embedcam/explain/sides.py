@@ -21,7 +21,7 @@ from .._checks import as_array
 from ..errors import InputError, NetworkError
 from ..index.encoding import LowRank
 from ..index.records import Json
-from ..preprocess import Extent
+from ..preprocess import NORMS, Extent, HeldNorm
 from ..render import Tile
 
 if TYPE_CHECKING:
@@ -37,14 +37,18 @@ class PooledSide:
     """A picture behind average pooling and an affine head W `[D K]`, None for the identity.
 
     Of it `activations` `[K H W]` float32, `embedding` f `[D]` float64, and `norm`, |z| where f is
-    z / |z|, else 1.
+    z / |z|, else 1. Where a norm over channels stands around the pooling, it is `held`.
     """
 
     exact = direct = True
-    held: tuple[str, ...] = ()
 
     def __init__(
-        self, activations: ArrayLike, embedding: ArrayLike, norm: float, matrix: np.ndarray | None
+        self,
+        activations: ArrayLike,
+        embedding: ArrayLike,
+        norm: float,
+        matrix: np.ndarray | None,
+        held: HeldNorm | None = None,
     ) -> None:
         self.activations = np.asarray(activations, np.float32)
         self.embedding = np.asarray(embedding, np.float64)
@@ -57,7 +61,9 @@ class PooledSide:
                 f"activations {list(self.activations.shape)} and an embedding of {shape[0]} "
                 f"numbers do not go with the head's matrix, {head}; expected [K H W], [D], [D K]"
             )
-        self._flat = self.activations.reshape(shape[1], -1)
+        self.held = () if held is None else (NORMS,)
+        divided = self.activations if held is None else held.divided(self.activations)
+        self._flat = divided.reshape(shape[1], -1)
         self._scale = self.norm * self._flat.shape[1]
 
     def products(self, direction: np.ndarray, within: np.ndarray | None = None) -> Products:

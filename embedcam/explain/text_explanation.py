@@ -42,6 +42,11 @@ class TextResult:
     image: Image.Image | None = None
 
     @property
+    def rather_rival(self) -> bool:
+        """Whether the picture answers the text that the words are held against better."""
+        return self.rival_similarity is not None and self.rival_similarity > self.similarity
+
+    @property
     def cam(self) -> np.ndarray | None:
         """The map, `[h w]` float32 >= 0: where the picture answers the words."""
         return None if self.signed_cam is None else np.maximum(self.signed_cam, 0)
@@ -64,9 +69,9 @@ class TextExplanation(Drawn):
     centred
         The mean of all texts was taken out, see `why_not_centred`.
     exact
-        The head is average pooling and affine: what positions give adds up, and took no gradient.
-        Behind another head attention weights, norms and slopes are held, see receipts, and parts
-        that are no positions are not shown.
+        The head is average pooling and affine, perhaps with a norm that is held: what positions
+        give adds up, and took no gradient. Behind another head attention weights, norms and slopes
+        are held, see receipts, and parts that are no positions are not shown.
     preprocess, root, only_below, max_pixels
         As an `Explanation` has them.
     """
@@ -163,7 +168,8 @@ class TextExplanation(Drawn):
         name, words = result.id.rpartition("/")[2], [result.label] if result.label else []
         similar = f"similarity {result.similarity:.3f}"
         if result.rival_similarity is not None:
-            similar += f" (above {result.rival_similarity:.3f})"
+            than = "below" if result.rather_rival else "above"
+            similar += f" ({than} {result.rival_similarity:.3f})"
         words += [similar] + [CHANGED] * changed
         signed = self.above is not None
         cam = result.signed_cam if signed else result.cam

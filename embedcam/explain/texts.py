@@ -30,10 +30,11 @@ from .sides import Side
 from .text_explanation import TextExplanation, TextResult
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
     from .explainer import Explainer
-    from .queries import QueryLike
+    from .queries import Inputs, QueryLike
     from .snapshot import Snapshot
 
 MOST_LETTERS = 10_000
@@ -78,7 +79,8 @@ def explain_texts(
         )
     maker = SideMaker(snapshot.network)
     if image is not None:
-        return [_of_picture(explainer, snapshot, maker, words, image) for words in asked]
+        picture, inputs = prepare(image, snapshot.preprocess, explainer.max_pixels)
+        return explained_on(explainer, snapshot, maker, asked, inputs, picture)
     if explainer.store is not None and not snapshot.index.in_memory:
         held = [explainer.with_rows(nearest_rows(explainer, one, n_neighbors)) for one in asked]
         return [
@@ -151,10 +153,12 @@ def embed_words(snapshot: Snapshot, texts: Sequence[str], tower: Texts | None) -
         found = as_array(tower(list(texts))) if callable(tower) else np.asarray(tower)
     found = found[None] if found.ndim == 1 and len(texts) == 1 else found
     if found.shape != (len(texts), index.width) or found.dtype.kind not in "fiu":
+        several = f"s of {len(texts)} texts are" if len(texts) > 1 else " of the text is"
         raise InputError(
-            f"the embeddings of {len(texts)} texts are {found.dtype} of shape "
-            f"{list(found.shape)}; this index holds {index.width} numbers an image, so give "
-            f"[{len(texts)} {index.width}]" + " (above is the last)" * (len(texts) > 1)
+            f"the embedding{several} {found.dtype} of shape {list(found.shape)}; this index holds "
+            f"{index.width} numbers an image, so give [{len(texts)} {index.width}]"
+            + " (above is the last)"
+            * (len(texts) > 1)
         )
     if tower is not None:
         check_vectors(found, False)
@@ -253,27 +257,34 @@ def explained(
     return _explanation(snapshot, words, direction, results, exact, max_pixels)
 
 
-def _of_picture(
-    explainer: Explainer, snapshot: Snapshot, maker: SideMaker, words: Words, image: QueryLike
-) -> TextExplanation:
-    """Explain words by one picture, which need not be indexed."""
-    picture, inputs = prepare(image, snapshot.preprocess, explainer.max_pixels)
-    direction = direction_of(snapshot.index, words)
+def explained_on(
+    explainer: Explainer,
+    snapshot: Snapshot,
+    maker: SideMaker,
+    asked: Sequence[Words],
+    inputs: Inputs,
+    picture: Image | None,
+) -> list[TextExplanation]:
+    """Explain words by one picture, the network's input `[3 H W]`, which need not be indexed."""
     (side,) = maker.map_sides(snapshot.index, [inputs])
-    apart = side.embedding - words.embedding
-    rival = None if words.rival is None else float(side.embedding @ words.rival)
-    result = TextResult(
-        id="",
-        label=None,
-        path="",
-        distance=float(apart @ apart),
-        similarity=float(side.embedding @ words.embedding),
-        rival_similarity=rival,
-        signed_cam=_cam(partial(cells_of, side), direction),
-        image=picture,
-    )
-    exact = maker.head(snapshot.index) is not None
-    return _explanation(snapshot, words, direction, [result], exact, explainer.max_pixels)
+    exact, cells = maker.head(snapshot.index) is not None, partial(cells_of, side)
+    told = []
+    for words in asked:
+        direction, apart = direction_of(snapshot.index, words), side.embedding - words.embedding
+        rival = None if words.rival is None else float(side.embedding @ words.rival)
+        result = TextResult(
+            id="",
+            label=None,
+            path="",
+            distance=float(apart @ apart),
+            similarity=float(side.embedding @ words.embedding),
+            rival_similarity=rival,
+            signed_cam=_cam(cells, direction),
+            image=picture,
+        )
+        of = words, direction, [result], exact, explainer.max_pixels
+        told.append(_explanation(snapshot, *of))
+    return told
 
 
 def _cam(answers: Answers, direction: Direction) -> np.ndarray:

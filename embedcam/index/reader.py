@@ -465,7 +465,7 @@ class Index:
         ends = [text for text in every if text.split("/")[-1] == names[-1]][:_COMPARED]
         keys = [key.encode("utf-8", "replace") for key in (id, id[: max(1, len(id) // 2)])]
         pool = {near for part in self.parts for key in keys for near in part.ids_around(key, _NEAR)}
-        near = get_close_matches(id, ends, 3, 0) + get_close_matches(id, sorted(pool), 8, 0.4)
+        near = get_close_matches(id, ends, 3, 0) + get_close_matches(id, sorted(pool), 8, 0.7)
         live = self.find_live(near)
         return [text for text in dict.fromkeys(near) if text in live][:3]
 

@@ -677,11 +677,13 @@ class EmbeddingNetwork:
         return HeadAlone(self.runner, image)(activations)
 
     def affine_head(self, stored_matrix: Callable[[], np.ndarray]) -> HeadMatrix | None:
-        """Return the head where it is pooled and affine; nothing is asked of an index."""
+        """Return the head where it is pooled and affine, perhaps with a norm held."""
         kind = self.head_kind
         if split_reading(self.layer)[1]:  # weights follow from it, but activations do not make z
             return None
-        return HeadMatrix(None if kind.identity else kind.matrix) if kind.affine else None
+        if not kind.affine:
+            return kind.normed
+        return HeadMatrix(None if kind.identity else kind.matrix)
 
     def _probes(self) -> Images:
         """Return two inputs to ask with: pictures, or what came first and the same reversed."""

@@ -4,6 +4,8 @@ A head is *pooled* if it sees its activations only through their mean over posit
 if it is then z = W p + b of that mean p. Both are found numerically: the layer's output is
 replaced by random activations and the embedding and its derivatives are compared. So a batch norm,
 dropout or second linear layer behind the pooling needs no special case: all are folded into W.
+So is what stands behind a LayerNorm or RMSNorm, whose statistics a receipt holds; its derivative
+is not that of an affine head.
 """
 
 from dataclasses import dataclass, field
@@ -12,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._checks import as_array
 from ..errors import EmbedcamError, InputError, NetworkError
+from ..preprocess import HeadMatrix, HeldNorm
 from .gradients import derivatives, unreachable
 from .layers import Images, Layout, choose_embedding
 from .module import no_gradients
@@ -35,6 +39,7 @@ class HeadKind:
     pooled: it sees activations only through p, their mean over positions.
     affine: it is z = W p + b; implies `pooled`.
     matrix: W `[D K]`, if affine; float64 for a float64 network, else float32.
+    normed: what it is with the statistics of a norm over channels held, if it is affine then.
     identity: the embedding is p itself, plus perhaps a constant.
     unit_norm: its output always has length 1: the module normalizes by itself.
     uses_positions: a shift of the activations makes it largely another output.
@@ -48,6 +53,7 @@ class HeadKind:
     unit_norm: bool = False
     uses_positions: bool = False
     replayed: bool = False
+    normed: HeadMatrix | None = None
     _weights: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
 
     def weight(self, device: torch.device) -> Tensor:
@@ -205,13 +211,20 @@ def ask_head(runner: Runner, run: HeadAlone) -> HeadKind:
     if products is None:
         placed = not pooled and _uses_positions(run, draws[:2])
         replayed = pooled and runner.head is not None and _agrees(runner, run, tolerance)
+        normed = _normed(run, draws, pooled, tolerance) if pooled or not large else None
         return HeadKind(
-            pooled, False, unit_norm=unit_norm, uses_positions=placed, replayed=replayed
+            pooled,
+            False,
+            normed=normed,
+            unit_norm=unit_norm,
+            uses_positions=placed,
+            replayed=replayed,
         )
     if all(c.shape == w.shape and _near(w - c, 0.0, tolerance) for c, w in products):
         identity = torch.eye(channels, dtype=compute).numpy()
         return HeadKind(True, True, identity, True, unit_norm)
-    return HeadKind(True, True, _matrix(run, shape, compute, device), False, unit_norm)
+    matrix = _matrix(run, torch.ones(shape, dtype=compute, device=device))
+    return HeadKind(True, True, matrix, False, unit_norm)
 
 
 def _agrees(runner: Runner, run: HeadAlone, tolerance: float) -> bool:
@@ -298,12 +311,44 @@ def _affine_products(
     return products
 
 
-def _matrix(
-    run: HeadAlone, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
-) -> np.ndarray:
-    """Return W `[D K]`, many rows a backward pass: sample i of the batch gets row i's cotangent."""
-    count = max(1, min(64, _CHUNK_NUMBERS // int(np.prod(shape))))
-    maps = torch.ones(count, *shape, dtype=dtype, device=device, requires_grad=True)
+def _normed(run: HeadAlone, draws: Tensor, pooled: bool, tolerance: float) -> HeadMatrix | None:
+    """Return the head as z = W mean(A / sqrt(v + epsilon)) + b, v of a norm; None of another head.
+
+    At zero its derivative is W / sqrt(epsilon). Of activations that are the same everywhere,
+    |z - b|^2 is the share epsilon / (v + epsilon) of what that derivative makes of them.
+    """
+    few = draws[:2]
+    alike, moved, _ = _alike(run, few, 4 * few, 1e-2)
+    if not bool((alike & (moved > 0)).all()):  # a norm hardly minds how large they are
+        return None
+    slopes = _matrix(run, torch.zeros_like(draws[0]))
+    flat = draws.mean((2, 3), keepdim=True)
+    with torch.no_grad():
+        even = torch.cat([torch.zeros_like(flat[:1]), flat]).expand(-1, *draws.shape[1:])
+        bias, *at_flat = as_array(run(even))
+        # Of another picture, and with other prefix tokens.
+        z = as_array(run(draws, picture=1, shake=bool(run.layout.prefix)))
+    p, maps = as_array(flat)[:, :, 0, 0].astype(np.float64), as_array(draws)
+    with np.errstate(all="ignore"):
+        shares = (_lengths(at_flat - bias) / _lengths(p @ slopes.T)) ** 2
+        for centered in (True, False):
+            v = p.var(1) if centered else (p**2).mean(1)
+            epsilon = float(np.median(v * shares / (1 - shares)))
+            matrix = slopes * slopes.dtype.type(epsilon**0.5 if epsilon > 0 else np.nan)
+            head = HeadMatrix(matrix, bias, HeldNorm(epsilon, centered, pooled))
+            off = _lengths([head.output(one) for one in maps] - z)
+            if bool((off <= tolerance * _lengths(z - bias)).all()):
+                return head
+    return None
+
+
+def _matrix(run: HeadAlone, at: Tensor) -> np.ndarray:
+    """Return dz/dA `[D K]` at `[K H W]`, many rows a backward pass.
+
+    Sample i of the batch gets row i's cotangent.
+    """
+    count = max(1, min(64, _CHUNK_NUMBERS // at.numel()))
+    maps = at.expand(count, *at.shape).clone().requires_grad_()
     z = run(maps)
     rows = []
     for start in range(0, z.shape[1], count):
@@ -315,6 +360,10 @@ def _matrix(
             raise unreachable("the layer")
         rows.append(gradient.sum((2, 3))[: len(places)].cpu())
     return torch.cat(rows).numpy()
+
+
+def _lengths(rows: np.ndarray) -> np.ndarray:
+    return np.asarray(np.linalg.norm(rows, axis=1))
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:

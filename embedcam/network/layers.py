@@ -53,7 +53,7 @@ def near_misses(word: str, known: Iterable[str], count: int = 4) -> str:
     """Return "; did you mean a, b?" of the names nearest to a wrong one, or nothing."""
     names = list(known)
     tail = word.rpartition(".")[2]
-    close = difflib.get_close_matches(word, names, n=count, cutoff=0.5)
+    close = difflib.get_close_matches(word, names, n=count)
     close += [name for name in names if name.rpartition(".")[2] == tail and name not in close]
     return f"; did you mean {', '.join(close[:count])}?" if close else ""
 

@@ -1,7 +1,6 @@
 """Networks of open_clip by name: images beside texts."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,19 @@ from ..preprocess import AnyPreprocess, Extent, custom, from_transform
 from ..preprocess.transforms import offsets
 from .layers import near_misses
 from .module import module_device
-from .source import Foreign, Loaded, PathLike, Sides, fetched, imported, load_weights, made, quiet
+from .source import (
+    Foreign,
+    Loaded,
+    PathLike,
+    Sides,
+    fetched,
+    hub_closed,
+    imported,
+    load_weights,
+    made,
+    place_of,
+    quiet,
+)
 from .towers import assembled
 
 _SCHEMES = ("hf-hub:", "local-dir:")
@@ -38,7 +49,7 @@ def from_open_clip(name: str, weights: PathLike, head: PathLike, sides: Sides, s
                 return create(pretrained_text=False, **bare)
 
         def load(local: bool) -> Foreign:
-            with _hub_closed(local):
+            with hub_closed(local):
                 return create(pretrained=tag or None, weights_only=True)
 
         return fetched(load, full, "the whole")
@@ -49,7 +60,7 @@ def from_open_clip(name: str, weights: PathLike, head: PathLike, sides: Sides, s
     transform = library.transform.image_transform_v2(settings, is_train=False)
 
     def tokenizer(local: bool) -> Foreign:
-        with _hub_closed(local):
+        with hub_closed(local):
             return library.get_tokenizer(name)
 
     words = _Texts(partial(fetched, tokenizer, full, "the tokenizer"))
@@ -71,7 +82,7 @@ def _parts(name: str) -> tuple[str, str]:
     """Return a model's name, as open_clip takes it, and the tag or file of its weights."""
     if name.startswith(_SCHEMES):
         return name, ""
-    folder = Path(name).expanduser()
+    folder = Path(place_of(f"open_clip:{name}"))
     if folder.is_dir():
         return f"local-dir:{folder}", ""
     name, _, tag = name.partition(":")
@@ -88,18 +99,6 @@ def _refuse_tag(tags: Sequence[str], tag: str, full: str) -> None:
         f"{full} {said}; give NAME:TAG{f' with one of {few}' if few else ''}, NAME:FILE, or "
         "--weights FILE or random"
     )
-
-
-@contextmanager
-def _hub_closed(closed: bool) -> Iterator[None]:
-    """Have huggingface_hub take what is in its cache, which open_clip has no option for."""
-    constants: Foreign = imported("huggingface_hub.constants", "open_clip")
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = closed or before
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
 
 
 # The two towers

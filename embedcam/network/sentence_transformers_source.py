@@ -9,7 +9,17 @@ from torch import Tensor, nn
 from ..errors import NetworkError
 from ..preprocess import AnyPreprocess, Preprocess
 from .module import module_device
-from .source import Foreign, Loaded, PathLike, Sides, fetched, imported, load_weights, made
+from .source import (
+    Foreign,
+    Loaded,
+    PathLike,
+    Sides,
+    fetched,
+    imported,
+    load_weights,
+    made,
+    place_of,
+)
 from .towers import assembled
 from .transformers_source import preprocess_of
 
@@ -24,9 +34,8 @@ def from_sentence_transformers(
     What is there is taken without asking the hub. No code of the model's own is run, no pickle.
     """
     library, full = imported("sentence_transformers", f"st:{name}"), f"st:{name}"
-    folder = Path(name).expanduser()
-    place = str(folder) if folder.is_dir() else name
-    _refuse_code(folder / "modules.json", full)
+    place = place_of(full)
+    _refuse_code(Path(place) / "modules.json", full)
 
     def load(local: bool) -> Foreign:
         return library.SentenceTransformer(
@@ -94,8 +103,9 @@ def _assembled(model: Foreign, full: str, head: PathLike, sides: Sides) -> Loade
 
 
 def _images(model: Foreign, images: Tensor) -> Tensor:
-    # Earlier versions ask which of the inputs are images.
-    told = {"modality": "image", "image_text_info": [0] * len(images)}
+    # Earlier versions ask which of the inputs are images; a list fixes the batch of an export.
+    new = hasattr(model[0], "modalities")
+    told = {"modality": "image"} if new else {"image_text_info": [0] * len(images)}
     return _embedding(model, {"pixel_values": images, **told})
 
 

@@ -1,6 +1,7 @@
 """`Loaded`: a module that a library or a factory made, and what is known about it."""
 
 import logging
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,7 +9,9 @@ from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from torch import nn
@@ -26,6 +29,9 @@ Foreign: TypeAlias = Any
 """An object of a library that says nothing of its types."""
 Sides = tuple[int, int] | None
 PathLike = str | Path | None
+_NEEDED: Final = {"hf": "config.json", "st": "modules.json", "open_clip": "open_clip_config.json"}
+"""What a folder of each kind has."""
+_SECONDS: Final = 5.0
 
 
 @dataclass
@@ -57,21 +63,65 @@ def imported(package: str, what: str) -> ModuleType:
         ) from error
 
 
+def place_of(full: str) -> str:
+    """Return the folder that a network's name names, or its name on the hub."""
+    name = full.partition(":")[2]
+    path = Path(name).expanduser()
+    if path.is_dir() or not name.startswith((".", "/", "~")):
+        return str(path) if path.is_dir() else name
+    raise NetworkError(f"{full} names a folder that is not there; give one that holds a model")
+
+
 def fetched(load: Callable[..., Fetched], full: str, what: str) -> Fetched:
     """Return what `load(local)` gives: from a folder or a cache first, else from the hub."""
-    problems = list[str]()
+    problems, (kind, _, name) = list[Exception](), full.partition(":")
+    folder = Path(name).expanduser()
     for local in (True, False):
+        if not local and (folder.is_dir() or not hub_answers()):
+            break
         try:
             with quiet():
                 return load(local)
         # What is missing or damaged decides what is raised: OSError, ValueError, KeyError, ...
         except Exception as error:
-            problems.append(f"{type(error).__name__}: {message_of(error)}")
-            cause = error
+            problems.append(error)
+    why = f"{type(problems[-1]).__name__}: {message_of(problems[-1])}"
+    if folder.is_dir():
+        lacks = not (folder / _NEEDED[kind]).exists()
+        said = f"has no {_NEEDED[kind]}" if lacks else f"does not hold {what} ({why})"
+        advice = "give the folder that the whole model was saved to"
+        raise NetworkError(f"{full} {said}; {advice}") from problems[-1]
+    why = "there is no connection to the hub" if len(problems) == 1 else why
     raise NetworkError(
-        f"{what} of {full} is neither here nor could it be fetched ({problems[0]}); give the "
-        "folder that it was saved to, or its name on the hub while there is a connection"
-    ) from cause
+        f"{what} of {full} is neither here nor could it be fetched ({why}); give the folder that "
+        f"it was saved to, as in {kind}:./folder, or its name while there is a connection"
+    ) from problems[-1]
+
+
+def hub_answers() -> bool:
+    """Return whether the hub can be connected to: its library tries for up to a minute."""
+    constants: Foreign = imported("huggingface_hub.constants", "a name on the hub")
+    address = urlsplit(constants.ENDPOINT)
+    if constants.HF_HUB_OFFLINE or address.scheme in getproxies():
+        return not constants.HF_HUB_OFFLINE  # a proxy knows by itself
+    port = address.port or (80 if address.scheme == "http" else 443)
+    try:
+        socket.create_connection((address.hostname, port), _SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def hub_closed(closed: bool) -> Iterator[None]:
+    """Have huggingface_hub take what is in its cache, which some libraries have no option for."""
+    constants: Foreign = imported("huggingface_hub.constants", "a name on the hub")
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = closed or before
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 @contextmanager

@@ -15,7 +15,17 @@ from .finding import Found, find_explained
 from .layers import Output, near_misses
 from .module import input_channels, no_gradients
 from .runner import run_part
-from .source import Foreign, Loaded, PathLike, Sides, imported, load_weights, made
+from .source import (
+    Foreign,
+    Loaded,
+    PathLike,
+    Sides,
+    hub_answers,
+    hub_closed,
+    imported,
+    load_weights,
+    made,
+)
 
 PARTS_LAYER = "forward_features"
 """What the output of a timm model's own trunk is called."""
@@ -60,10 +70,11 @@ def from_timm(name: str, weights: PathLike, head: PathLike, sides: Sides, seed: 
 
     def build(pretrained: bool) -> Foreign:
         create = partial(timm.create_model, name, pretrained=pretrained, num_classes=0)
-        if sides is not None:
-            with suppress(TypeError):  # a network that takes any size has no such argument
-                return create(img_size=sides)
-        return create()
+        with hub_closed(pretrained and not hub_answers()):
+            if sides is not None:
+                with suppress(TypeError):  # a network that takes any size has no such argument
+                    return create(img_size=sides)
+            return create()
 
     module = made(build, f"timm:{name}", weights, seed)
     config: _DataConfig = timm.data.resolve_model_data_config(module)

@@ -4,7 +4,6 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -14,7 +13,17 @@ from ..errors import NetworkError
 from ..preprocess import AnyPreprocess, Preprocess, from_transform
 from ..preprocess.recognizing import recognized
 from .module import module_device
-from .source import Foreign, Loaded, PathLike, Sides, fetched, imported, load_weights, made
+from .source import (
+    Foreign,
+    Loaded,
+    PathLike,
+    Sides,
+    fetched,
+    imported,
+    load_weights,
+    made,
+    place_of,
+)
 from .towers import Words, assembled
 
 _IMAGES = "get_image_features"
@@ -31,7 +40,7 @@ def from_transformers(
     What is there is taken without asking the hub. No code of the model's own is run, no pickle.
     """
     library, full = imported("transformers", f"hf:{name}"), f"hf:{name}"
-    place = _place_of(name)
+    place = place_of(full)
     config = fetched(_loading(library.AutoConfig.from_pretrained, place), full, "the config.json")
     missing = list[str]()
 
@@ -78,14 +87,6 @@ def wrapped(model: nn.Module, processor: Foreign) -> Loaded:
 
 
 # What is fetched
-
-
-def _place_of(name: str) -> str:
-    """Return a folder's path, or a name on the hub."""
-    path = Path(name).expanduser()
-    if path.is_dir() or not name.startswith((".", "/", "~")):
-        return str(path) if path.is_dir() else name
-    raise NetworkError(f"hf:{name} names a folder that is not there; give one that holds a model")
 
 
 def _loading(load: Callable[..., Foreign], *given: object, **more: object) -> Foreign:

@@ -12,6 +12,10 @@ A head that is pooled and affine is z = W p + b, p the mean of the activations o
 the embedding before any normalization. W is the identity where the kind says so; else the basis
 of an index whose encoding has the origin "head", times the number of positions of its `grid` (the
 basis is dz/dA). b is float32, little-endian, base64.
+
+Around a norm over channels the kind is "other", so that earlier versions read it, and the head has
+an entry "normed": {"matrix": W, "bias": b, "epsilon", "centered", "pooled"}, W written as b is; see
+`HeldNorm`.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -46,6 +50,7 @@ from ..preprocess import (
     Array,
     Embedded,
     HeadMatrix,
+    HeldNorm,
     Transform,
     from_transform,
     preprocess_from_dict,
@@ -60,38 +65,66 @@ HEAD_KINDS = ("identity", "affine", "other")
 PREFIX = "embedcam."
 _KEYS = ("version", "network", "layers", "head")
 _MAX_CHARACTERS = 16 << 20
-_MAX_WIDTH = 1 << 20
+MOST_NUMBERS = 11 << 18
+"""In one array of what the file says of its head."""
 
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """What follows the layer: one of `HEAD_KINDS`, and b, float32 `[D]`, None for "other"."""
+    """What follows the layer: one of `HEAD_KINDS`, and b, float32 `[D]`, None for "other".
+
+    `normed` is one that is affine but for a norm, whose kind is "other".
+    """
 
     kind: str
     bias: np.ndarray | None = None
+    normed: HeadMatrix | None = None
 
-    def to_dict(self) -> dict[str, str | None]:
+    def to_dict(self) -> dict[str, Any]:
         """Return it ready for JSON."""
-        if self.bias is None:
-            return {"kind": self.kind, "bias": None}
-        raw = np.ascontiguousarray(self.bias, "<f4").tobytes()
-        return {"kind": self.kind, "bias": base64.b64encode(raw).decode("ascii")}
+        told: dict[str, Any] = {"kind": self.kind, "bias": _text_of(self.bias)}
+        if self.normed is not None and self.normed.held is not None:
+            arrays = {"matrix": _text_of(self.normed.matrix), "bias": _text_of(self.normed.bias)}
+            told["normed"] = arrays | asdict(self.normed.held)
+        return told
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Return what `to_dict` described; a ValueError for anything else."""
         try:
-            kind, text = values["kind"], values["bias"]
-            raw = None if text is None else base64.b64decode(text, validate=True)
-            bias = None if raw is None else np.frombuffer(raw, "<f4").astype(np.float32)
-        except (TypeError, KeyError, ValueError):
-            kind = bias = None
-        fits = bias is None or (0 < bias.size <= _MAX_WIDTH and bool(np.isfinite(bias).all()))
-        if kind not in HEAD_KINDS or (kind == "other") != (bias is None) or not fits:
+            kind, bias, normed = values["kind"], _array_of(values["bias"]), values.get("normed")
+            normed = None if normed is None else _normed_of(**normed)
+        except (TypeError, KeyError, ValueError, AttributeError):
+            kind = bias = normed = None
+        if kind not in HEAD_KINDS or (kind == "other") != (bias is None):
             raise ValueError(
                 f"the head is {short(values)}, none of {', '.join(HEAD_KINDS)} with its bias"
             )
-        return cls(kind, bias)
+        return cls(kind, bias, normed if kind == "other" else None)
+
+
+def _normed_of(matrix: str, bias: str, epsilon: float, centered: bool, pooled: bool) -> HeadMatrix:
+    shift, flat = _array_of(bias), _array_of(matrix)
+    if shift is None or flat is None or not (isinstance(epsilon, float) and 0 < epsilon < math.inf):
+        raise ValueError("no arrays, or no epsilon")
+    held = HeldNorm(epsilon, centered is True, pooled is True)
+    return HeadMatrix(flat.reshape(len(shift), -1), shift, held)
+
+
+def _text_of(array: np.ndarray | None) -> str | None:
+    if array is None:
+        return None
+    return base64.b64encode(np.ascontiguousarray(array, "<f4").tobytes()).decode("ascii")
+
+
+def _array_of(text: str | None) -> np.ndarray | None:
+    """Return finite numbers, at least one; a ValueError for anything else."""
+    if text is None:
+        return None
+    array = np.frombuffer(base64.b64decode(text, validate=True), "<f4").astype(np.float32)
+    if not 0 < array.size <= MOST_NUMBERS or not np.isfinite(array).all():
+        raise ValueError("no numbers, too many, or not finite")
+    return array
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,6 +302,8 @@ class OnnxNetwork:
 
     def affine_head(self, stored_matrix: Callable[[], np.ndarray]) -> HeadMatrix:
         """Return the head, its matrix from an index; `InputError` where it is not pooled affine."""
+        if self.head is not None and self.head.normed is not None:
+            return self.head.normed
         if self.head is None or self.head.kind == "other":
             raise InputError(
                 f"receipts need the head by itself, and {self.path} has none that is average "

@@ -6,7 +6,7 @@ from .lines import NOTHING_KNOWN, Known, Line
 from .naming import suggest_names
 from .places import Place, covered
 from .receipt import Comparison, Link, Receipt, make_comparison, make_receipt
-from .texts import TextReceipt
+from .texts import TextReceipt, make_text_receipt
 
 __all__ = [
     "NOTHING_KNOWN",
@@ -27,6 +27,7 @@ __all__ = [
     "covered",
     "make_comparison",
     "make_receipt",
+    "make_text_receipt",
     "mean_of",
     "named_concepts",
     "suggest_names",

@@ -219,7 +219,9 @@ class PairExplainer:
         if isinstance(picture, str):
             check_same(snapshot.index, picture, side)
         known = self.known(self.explainer.index)
-        return make_text_receipt(snapshot.index, words, side, shown, known)
+        receipt = make_text_receipt(snapshot.index, words, side, shown, known)
+        keep_exemplars([receipt])
+        return receipt
 
     def _open(self, image: QueryLike, of: Explainer | None = None) -> tuple[Shown, Inputs]:
         """Return how a picture is drawn, and the input `[3 H W]`; a text names an image `of`."""

@@ -38,7 +38,8 @@ def suggest_names(
     index, concepts = snapshot.index, snapshot.index.concepts()
     if concepts is None:
         raise InputError(f"{index.path}: has no concepts to be named; build it again with some")
-    if snapshot.network is None or (head := SideMaker(snapshot.network).head(index)) is None:
+    head = None if snapshot.network is None else SideMaker(snapshot.network).head(index)
+    if head is None or head.held is not None:
         raise InputError(
             "words for concepts follow from a network whose head is average pooling and affine; "
             "name this one's in a concepts.toml by hand"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, overload
@@ -70,6 +70,19 @@ class Total(ABC):
     known: Known = field(default=NOTHING_KNOWN, kw_only=True)
     _alt: ClassVar[str]
 
+    @property
+    @abstractmethod
+    def total(self) -> tuple[str, float]:
+        """The score, and what it is in words; `amounts` add up to it."""
+
+    @abstractmethod
+    def amounts(self, n: int = 10) -> Amounts:
+        """Return what adds up to the score, in words: n channels, and all that is left."""
+
+    def in_words(self, n: int = 5) -> list[str]:
+        """Return sentences: what matches what, of n places at most, or what is unexpected."""
+        return []
+
     @abstractmethod
     def _draw(self, lines: int, links: int, title: str | None) -> Image.Image: ...
 
@@ -112,6 +125,12 @@ class Total(ABC):
         if self.divided is None or self.known.concepts is None:
             return in_words("channel", self.channels, n) + last
         return in_words("concept", self.divided[0], n, self.known.concepts.names) + last
+
+    def _crops(self, amounts: Amounts, n: int) -> dict[str, list[Image.Image]]:
+        """Return what the exemplars of lines show, by the words of those among the amounts."""
+        told = {words for words, _ in amounts}
+        lines = {line.words: line for line in self.reasons(n) if line.words in told}
+        return {words: self.known.crops(line.exemplars) for words, line in lines.items()}
 
     @property
     def parts(self) -> dict[str, float]:
@@ -233,10 +252,23 @@ class Receipt(Total):
         return find_places(*self.sides, self.mean, n, self.within)
 
     def in_words(self, n: int = 5) -> list[str]:
-        """Return sentences: what matches what, of n places at most, and what they carry."""
-        found = self.places(n)
+        """Return sentences: what matches what, of n places at most, and what they carry.
+
+        Pairs of places that are called the same are one.
+        """
+        merged: dict[tuple[str, str], Place] = {}
+        for place in self.places(n):
+            called = place.where("query"), place.where("result")
+            before = merged[called].contribution if called in merged else 0.0
+            merged[called] = replace(place, contribution=before + place.contribution)
+        found = sorted(merged.values(), key=lambda place: -place.contribution)
         told = [place.words(self.unshared) for place in found]
         return told + list(filter(None, [self._said(found)]))
+
+    @property
+    def total(self) -> tuple[str, float]:
+        """The similarity, in words and a number."""
+        return "similarity", self.similarity
 
     def amounts(self, n: int = 10) -> Amounts:
         """Return what adds up to the similarity: the average, n channels, all that is left."""
@@ -326,12 +358,10 @@ class Receipt(Total):
 
     def _draw(self, lines: int, links: int, title: str | None) -> Image.Image:
         amounts, found = self.amounts(lines), self.places()
-        told = {words for words, _ in amounts}
-        crops = {line.words: line for line in self.reasons(lines) if line.words in told}
         return receipt_picture(
             [self.query.tile(), self.result.tile()],
             amounts,
-            ("similarity", self.similarity),
+            self.total,
             apart=self.centred + (self.within is not None),
             headings=["Query", "Result"],
             places=[
@@ -344,7 +374,7 @@ class Receipt(Total):
                 (self.query.middle(*link.query), self.result.middle(*link.result))
                 for link in (self.links(links) if links else [])
             ],
-            crops={words: self.known.crops(line.exemplars) for words, line in crops.items()},
+            crops=self._crops(amounts, lines),
             title=title,
             said=self._said(found),
             note="Red speaks for the match, blue against it; each map has its own scale. "
@@ -393,6 +423,16 @@ class Comparison(Total):
     lengths: float = 0.0
     _alt = "query, result and rival, and what tells them apart"
 
+    @property
+    def total(self) -> tuple[str, float]:
+        """The score, in words and a number."""
+        return "more similar by", self.score
+
+    def in_words(self, n: int = 5) -> list[str]:
+        """Return a sentence where the rival is nearer than the result; else none."""
+        names = self.rival.result.shown.name, self.result.result.shown.name
+        return [f"{names[0]} is nearer than {names[1]}."] if self.score < 0 else []
+
     def amounts(self, n: int = 10) -> Amounts:
         """Return what adds up to the score, in words: n channels, and all that is left."""
         lengths = [("the embeddings' lengths", self.lengths)] if abs(self.lengths) >= _SMALL else []
@@ -417,17 +457,21 @@ class Comparison(Total):
         }
 
     def _draw(self, lines: int, links: int, title: str | None) -> Image.Image:
+        amounts = self.amounts(lines)
+        how = "In all three red speaks for the result, blue for the rival: the maps of the two " + (
+            "show what in them matches the query. Each map has its own scale."
+        )
         results = [self.result.result.tile(), self.rival.result.tile(rival=True)]
         for tile, receipt in zip(results, (self.result, self.rival), strict=True):
             tile.subcaption += f"\nsimilarity {receipt.similarity:.3f}"
         return receipt_picture(
             [self.query.tile(), *results],
-            self.amounts(lines),
-            ("more similar by", self.score),
+            amounts,
+            self.total,
             headings=["Query", "Result", "Rival"],
+            crops=self._crops(amounts, lines),
             title=title,
-            note="In all three red speaks for the result, blue for the rival: the maps of the two "
-            "show what in them matches the query. Each map has its own scale. " + self.result._how,
+            note=" ".join([*self.in_words(), how, self.result._how]),
         )
 
     def __repr__(self) -> str:

@@ -59,6 +59,16 @@ class TextReceipt(Total):
         """The text in quotes, with what it is held against."""
         return f'"{self.text}"' + ("" if self.above is None else f' above "{self.above}"')
 
+    @property
+    def total(self) -> tuple[str, float]:
+        """The score, in words and a number."""
+        return "similarity" if self.above is None else "more similar by", self.score
+
+    def in_words(self, n: int = 5) -> list[str]:
+        """Return a sentence where the picture answers the other text better; else none."""
+        said = f'The picture answers "{self.above}" better than "{self.text}".'
+        return [said] if self.above is not None and self.score < 0 else []
+
     def amounts(self, n: int = 10) -> Amounts:
         """Return what adds up to the score: the average text, n channels, all that is left."""
         shared = [("shared with the average text", self.shared)] if self.centred else []
@@ -75,15 +85,17 @@ class TextReceipt(Total):
         return concepts.divide(self.query.channels, concepts.shares(self.side.activations))
 
     def _draw(self, lines: int, links: int, title: str | None) -> Image.Image:
+        amounts = self.amounts(lines)
         rather = "these words" if self.above is None else f'"{self.text}"'
         against = "against them" if self.above is None else f'for "{self.above}"'
         return receipt_picture(
             [self.query.tile()],
-            self.amounts(lines),
-            ("similarity" if self.above is None else "more similar by", self.score),
+            amounts,
+            self.total,
             apart=int(self.centred),
+            crops=self._crops(amounts, lines),
             title=self.words if title is None else title,
-            note=f"Red speaks for {rather}, blue {against}.",
+            note=" ".join([*self.in_words(), f"Red speaks for {rather}, blue {against}."]),
         )
 
     def __repr__(self) -> str:

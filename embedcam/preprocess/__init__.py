@@ -1,7 +1,7 @@
 """From an oriented RGB picture to the network's input; what all networks do is `Network`."""
 
 from .passes import usual_passes
-from .protocol import Embedded, HeadMatrix, Network
+from .protocol import NORMS, Embedded, HeadMatrix, HeldNorm, Network
 from .recognizing import from_transform
 from .transforms import (
     AnyPreprocess,
@@ -16,12 +16,14 @@ from .transforms import (
 )
 
 __all__ = [
+    "NORMS",
     "AnyPreprocess",
     "Array",
     "CustomPreprocess",
     "Embedded",
     "Extent",
     "HeadMatrix",
+    "HeldNorm",
     "Network",
     "Preprocess",
     "Transform",

@@ -26,18 +26,52 @@ class Embedded(NamedTuple):
     """Of each layer, `[B K H W]`."""
 
 
+NORMS = "the norms' statistics"
+"""What a receipt says of a `HeldNorm`."""
+
+
+@dataclass(frozen=True)
+class HeldNorm:
+    """LayerNorm or RMSNorm over channels, its statistics held: it divides by sqrt(v + epsilon).
+
+    v is the variance where it is `centered`, else the mean of squares: of the pooled activations,
+    or, where the norm comes before the pooling, of those of each position.
+    """
+
+    epsilon: float
+    centered: bool
+    pooled: bool = True
+
+    def divided(self, activations: np.ndarray) -> np.ndarray:
+        """Return activations `[K H W]` divided by sqrt(v + epsilon), of the same type."""
+        values = np.asarray(activations, np.float64)
+        if self.pooled:
+            values = values.mean((1, 2), keepdims=True)
+        squares = values.var(0) if self.centered else (values**2).mean(0)
+        return np.asarray(activations / np.sqrt(squares + self.epsilon), activations.dtype)
+
+
 @dataclass(frozen=True, eq=False)
 class HeadMatrix:
-    """A pooled affine head: z = W p + b, W `[D K]` or None for the identity, b `[D]` if known."""
+    """A pooled affine head: z = W p + b, W `[D K]` or None for the identity, b `[D]` if known.
+
+    Around a norm p is the mean of what `held` makes of the activations, and W centers them.
+    """
 
     matrix: np.ndarray | None
     bias: np.ndarray | None = None
+    held: HeldNorm | None = None
+
+    def output(self, activations: np.ndarray) -> np.ndarray:
+        """Return z `[D]` of activations `[K H W]`; the bias must be known."""
+        divided = activations if self.held is None else self.held.divided(activations)
+        pooled = divided.mean((1, 2), dtype=np.float64)
+        z = pooled if self.matrix is None else self.matrix @ pooled
+        return np.asarray(z if self.bias is None else z + self.bias)
 
     def norm(self, activations: np.ndarray) -> float:
         """Return |z| of activations `[K H W]`; the bias must be known."""
-        pooled = activations.mean((1, 2), dtype=np.float64)
-        z = pooled if self.matrix is None else self.matrix @ pooled
-        return float(np.linalg.norm(z if self.bias is None else z + self.bias))
+        return float(np.linalg.norm(self.output(activations)))
 
 
 @runtime_checkable
@@ -83,4 +117,4 @@ class Network(Protocol):
         """Find out once what later questions need."""
 
     def affine_head(self, stored_matrix: Callable[[], np.ndarray]) -> HeadMatrix | None:
-        """Return the head, None where it is another; a matrix not held is asked of an index."""
+        """Return the head, None where it is another; a matrix not known is asked of an index."""

@@ -87,6 +87,7 @@ class Row:
 
     compact: small, and side by side with the compact rows before and after it. anchor: what links
     to it name, letters and digits. scale: of its results, as in `panel`; None takes the page's.
+    beneath: a picture below them, and the same in words.
     """
 
     query: Tile
@@ -96,6 +97,7 @@ class Row:
     compact: bool = False
     anchor: str = ""
     scale: Scale | None = None
+    beneath: tuple[Image.Image, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,7 @@ def page_row(row: Row, look: Look = _PLAIN) -> str:
         shape=1 / min(max(size[1] / size[0] for size in sizes), _ONE_ROUND),
         note=scale_note(query_top, tops, scale) if noted else "",
         long=look.long,
+        beneath=row.beneath and (row.beneath[0], _jpeg(row.beneath[0], look.quality)),
         figures=[
             {
                 "tile": tile,

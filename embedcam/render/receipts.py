@@ -82,7 +82,9 @@ def receipt_picture(
     """
     lefts = [MARGIN + place * (_SIDE + BETWEEN) for place in range(len(tiles))]
     across = lefts[-1] + _SIDE + BETWEEN
-    canvas = Canvas(across + _SUM_WIDTH + MARGIN)
+    beside = max(map(len, (crops or {}).values()), default=0) * (_SMALL_CROP + 4)
+    beside += 12 * bool(beside)
+    canvas = Canvas(across + _SUM_WIDTH + beside * (not places) + MARGIN)
     canvas.paragraph(title or "", TITLE, INK, 36)
     if title:
         canvas.y += 14
@@ -109,11 +111,10 @@ def receipt_picture(
         canvas.y += 18
         canvas.text(MARGIN, "What adds up", HEADING, QUIET, 28)
         end = canvas.y
-        _Sum(MARGIN, 290, 460, canvas.width - 2 * MARGIN, apart, crops or {}).draw(
-            canvas, amounts, total
-        )
+        wide = (MARGIN, 290, 460, canvas.width - 2 * MARGIN)
     else:
-        _Sum(across, _BAR_LEFT, _BAR_WIDTH, _SUM_WIDTH, apart, {}).draw(canvas, amounts, total)
+        wide = (across, _BAR_LEFT, _BAR_WIDTH, _SUM_WIDTH + beside)
+    _Sum(*wide, apart, beside, crops or {}).draw(canvas, amounts, total)
     canvas.y = max(canvas.y, end) + 8
     canvas.paragraph(note, TEXT, QUIET, LEADING)
     return canvas.image()
@@ -254,6 +255,7 @@ class _Sum:
     bar_width: int
     width: int
     apart: int
+    beside: int
     crops: Mapping[str, Sequence[Image.Image]]
 
     def draw(
@@ -261,12 +263,10 @@ class _Sum:
     ) -> None:
         """Draw each amount with its bar: to the right for, to the left against."""
         top = max((abs(number) for _, number in amounts[self.apart :]), default=0.0)
-        beside = max(map(len, self.crops.values()), default=0) * (_SMALL_CROP + 4)
         right, first = self.left + self.width - 6, self.left + self.bar_left
-        beside += 12 * bool(beside)
         # Where nothing speaks against, bars begin at the left.
         both = any(number < -5e-4 for _, number in amounts[self.apart :])
-        middle = first + beside + both * self.bar_width // 2
+        middle = first + self.beside + both * self.bar_width // 2
         room = self.bar_width // 2 if both else self.bar_width
         begun = end = canvas.y
         for place, (words, number) in enumerate(amounts):
@@ -286,7 +286,8 @@ class _Sum:
                 canvas.stroke(ImageDraw.ImageDraw.rectangle, xy=box, fill=color)
             canvas.y = line
             canvas.text(right, f"{number:+.3f}", TEXT, INK, anchor="ra")
-            canvas.text(self.left, words, TEXT, QUIET, room=self.bar_left - 10)
+            free = self.bar_left - 10 if place >= self.apart else self.width - 80
+            canvas.text(self.left, words, TEXT, QUIET, room=free)
             canvas.y = end = at + height
         rule = (middle, begun, middle, end - 4)
         canvas.stroke(ImageDraw.ImageDraw.line, xy=rule, fill=LINE)

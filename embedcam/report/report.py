@@ -18,17 +18,27 @@ import numpy as np
 
 from .. import __version__
 from .._checks import whole
-from ..errors import EmbeddingError, ImageError, InputError, NetworkError, printable, ran_out
+from ..errors import (
+    EmbedcamError,
+    EmbeddingError,
+    ImageError,
+    InputError,
+    NetworkError,
+    printable,
+    ran_out,
+)
 from ..explain.explanation import Explanation, small_size
+from ..explain.sides import Shown
 from ..images import MAX_PIXELS, ImageSource, Root, is_url
 from ..images.batches import default_workers
 from ..images.progress import progress_of
 from ..index.calibration import kinship
 from ..index.search import check_rival
+from ..pairs import Comparison, PairExplainer, Receipt
 from ..render import Row, Tile, shrunk
 from ..render.page import PAGE_FOOT, Look, page_head, page_row
 from .folder import FEATURES, LINES, PAGE, About, Finished, Folder, check_folder, open_folder
-from .words import Fact, anchor, blocks, facts, intro, note_of
+from .words import Fact, anchor, blocks, facts, in_sentences, intro, note_of
 
 if TYPE_CHECKING:
     from ..explain.explainer import Explainer
@@ -37,6 +47,10 @@ if TYPE_CHECKING:
 
 SIDE: Final = 200
 """Pixels on the longest side of a picture: a page of thousands still opens."""
+MOST_RECEIPTS: Final = 100
+"""Queries that have receipts where nothing is said: each takes two more embeddings and 200 kB."""
+_CUT_FROM: Final = 560
+"""Pixels on the longest side of a query that places are cut out of."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +91,7 @@ def write_report(
     scale: Scale = "joint",
     side: int = SIDE,
     title: str = "Why did these come back?",
+    receipts: bool | None = None,
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> WrittenReport:
@@ -99,6 +114,9 @@ def write_report(
     scale : "joint" gives the results of a query one color scale, "each" each its own
     side : the longest side of the pictures in the page, in pixels
     title : of the page
+    receipts : below each query that of it and its first result (or why that came above its rival):
+        places that match first, then what adds up, see `pairs.Receipt`; none where a picture
+        cannot be read any more. None: up to 100 queries, where the network has them
     batch_size : queries a forward pass, None for what suits the network; changes nothing beyond
         float rounding
     progress : a bar; None shows it on a terminal or in a notebook, else logs how far it is
@@ -142,7 +160,9 @@ def write_report(
     }
     # Left out where they say nothing, so that an older report is gone on with.
     pixels = None if explainer.max_pixels == MAX_PIXELS else explainer.max_pixels
+    pairs = _pairs(explainer, len(source), receipts)
     rare = dict(exclude_query=exclude_query, above=above, features=features, max_pixels=pixels)
+    rare["receipts"] = pairs is not None
     options |= {name: value for name, value in rare.items() if value}
     usual = explainer.network.usual_run.batch_size
     batch_size = whole("batch_size", usual if batch_size is None else batch_size, 1)
@@ -176,7 +196,8 @@ def write_report(
                 pool = ThreadPoolExecutor(default_workers(), thread_name_prefix="embedcam-report")
                 # What waits is dropped when the job is stopped.
                 stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-                read = partial(open_query, source, explainer.preprocess, side)
+                large = side if pairs is None else max(side, _CUT_FROM)
+                read = partial(open_query, source, explainer.preprocess, large)
                 row = partial(finished, source, look, features)
                 coming = pool.map(read, ahead[0]) if ahead else iter(())
                 for batch, following in zip_longest(ahead, ahead[1:], fillvalue=range(0)):
@@ -188,7 +209,8 @@ def write_report(
                             "the explainer was given another version of its index while the report "
                             "was written; give a new folder for a report of that one"
                         )
-                    rows = pool.map(row, batch, opened, found)
+                    why = map(partial(receipt_of, pairs), opened, found)
+                    rows = pool.map(row, batch, opened, found, why)
                     place.keep(dict(zip(batch, rows, strict=True)))
                     advance(len(batch))
             known = _assemble(explainer, place, len(source), options, look)
@@ -275,6 +297,36 @@ def explain_opened(
     return [one if isinstance(one, str) else next(found) for one in opened]
 
 
+def _pairs(explainer: Explainer, count: int, wanted: bool | None) -> PairExplainer | None:
+    """Return what makes receipts, if they are wanted; raise InputError where they are not had."""
+    if wanted is False or (wanted is None and count > MOST_RECEIPTS):
+        return None
+    try:
+        return PairExplainer(explainer)
+    except InputError:
+        if wanted:
+            raise
+        return None
+
+
+def receipt_of(
+    pairs: PairExplainer | None, opened: Opened | str, found: Explanation | str
+) -> Receipt | Comparison | None:
+    """Return why a query's first result matches, or came above its rival; None where not told."""
+    if pairs is None or isinstance(opened, str) or isinstance(found, str):
+        return None
+    first = found.asked or found.neighbors()[0]
+    shown = Shown(opened.small.image, opened.small.extent)
+    try:
+        if found.rival is not None:
+            above = pairs.above(opened.inputs, first.id, found.rival.id)
+            return replace(above, query=replace(above.query, shown=shown))
+        receipt = pairs.receipt(opened.inputs, first.id)
+    except EmbedcamError:  # of a picture that is gone or another now, which the row says
+        return None
+    return replace(receipt, query=replace(receipt.query, shown=shown))
+
+
 def _named(name: str, error: Exception) -> str:
     message = str(error)
     return message if message.startswith(printable(name)) else f"{name}: {message}"
@@ -287,6 +339,7 @@ def finished(
     position: int,
     opened: Opened | str,
     found: Explanation | str,
+    why: Receipt | Comparison | None = None,
 ) -> Finished:
     """Return what is kept of a query: its row of the page and its line of JSON."""
     item = source.items[position]
@@ -298,7 +351,8 @@ def finished(
     line |= found.to_dict(small_size(found.cam.shape), features=features)
     shown = replace(found, image=opened.small.image, extent=opened.small.extent)
     query, results = shown.tiles(look.side)
-    row = Row(query, results, note_of(found), item.id, anchor=anchor(position))
+    drawn = None if why is None else (why.plot(), in_sentences(why))
+    row = Row(query, results, note_of(found), item.id, anchor=anchor(position), beneath=drawn)
     cropped = any(tile.cropped for tile in (query, *results))
     return Finished(json.dumps(line, allow_nan=False), page_row(row, look), cropped)
 

@@ -15,6 +15,7 @@ from .folder import About
 if TYPE_CHECKING:
     from ..explain.explanation import Explanation
     from ..index import Manifest
+    from ..pairs import Comparison, Receipt
 
 _WRONG = 50
 """Queries whose result has another label that are listed before all, at most."""
@@ -91,6 +92,12 @@ def intro(place: str, manifest: Manifest, options: About, known: Sequence[Fact])
             " Trust is the correlation to be expected with a map computed on the query itself, 0 "
             "to 1; a map is not to be trusted where more than one in ten such maps are expected "
             f"below {options['trusted_from']:g}."
+        )
+    if options.get("receipts"):
+        read += (
+            "\n\nBelow a query is its receipt with the first result: the places of both that "
+            "match, cut out side by side, each with its share of what the two have in common "
+            "beyond the average image; then what adds up to the similarity."
         )
     return f"{asked}\n\n{read}"
 
@@ -177,6 +184,12 @@ def _counted(number: int, one: str, several: str) -> str:
 def anchor(position: int) -> str:
     """Return what a link to a query's row names."""
     return f"q{position + 1}"
+
+
+def in_sentences(why: Receipt | Comparison) -> str:
+    """Return a receipt for those who do not see it."""
+    amounts = [f"{words} {number:+.3f}" for words, number in (*why.amounts(), why.total)]
+    return ". ".join([*why.in_words(), "What adds up: " + ", ".join(amounts)])
 
 
 def note_of(explanation: Explanation) -> str:

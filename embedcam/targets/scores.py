@@ -237,8 +237,8 @@ class ClassProxy(_Referenced):
 class PairContribution(Similarity):
     """y = z . z' / (|z| |z'|) with both norms held constant: contributions that add up to y.
 
-    After SFAM (arXiv 2506.01636). Behind plain pooling channel k contributes z_k z'_k / (|z| |z'|):
-    they add up to the mean of CAM's map before its ReLU. Through the norm they would sum to zero.
+    Behind plain pooling channel k contributes z_k z'_k / (|z| |z'|): they add up to the mean of
+    CAM's map before its ReLU. Through the norm they would sum to zero.
 
     Parameters
     ----------

@@ -14,7 +14,10 @@ shows it. Figures are of the signed map, so that no change of contrast moves the
 method an index can hold; *direct* ones by a method on the query itself, of its similarity to the
 same result (on the first scenes only, as the table says). *Words*: an index of scenes with two
 digits, explained by a caption of either. Means and 95% bootstrap intervals over scenes, a scene's
-two questions together; of several seeds of scenes and training the scenes of all.
+two questions together; of several seeds of scenes and training the scenes of all. *Receipts* are
+of scenes with one digit and their nearest results: shares of the similarity. The remainder is
+biases, most of which all pictures share; what has no position is mostly what the class token knew
+before the last attention.
 """
 
 import argparse
@@ -23,6 +26,7 @@ import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +39,7 @@ from embedcam import (
     METHODS,
     EmbeddingNetwork,
     Explainer,
+    PairExplainer,
     Recipe,
     build_index,
     cam_for,
@@ -55,6 +60,9 @@ from .small_vit import FIRST, PROMPTS, SIDE, Sizes, caption, small_vit, trained,
 log = logging.getLogger(__name__)
 COLUMNS = (
     "one digit: AUC", "hottest fifth", "two digits: AUC, one / other", "one / rest", "right",
+)  # fmt: skip
+RECEIPTS = (
+    "remainder", "remainder, nothing put apart", "positions", "what has no position",
 )  # fmt: skip
 SIZE, BLOCK = (SIDE, SIDE), 50
 READINGS = {"": "", "@gradeclip": "Grad-ECLIP, ", "@value": "values (MaskCLIP), "}
@@ -183,8 +191,9 @@ class Case:
         """Return maps of the plain mean activation, of scenes with one digit and with two."""
         return [resize(activations.mean(1), SIZE) for _, activations in self.seen]
 
-    def transferred(self, recipe: Recipe) -> list[np.ndarray]:
-        """Return signed maps by what an index stores with the results."""
+    @contextmanager
+    def explainer(self, recipe: Recipe) -> Iterator[Explainer]:
+        """Build an index by a recipe, and open it."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "index"
             build_index(
@@ -192,13 +201,32 @@ class Case:
                 progress=False,
             )  # fmt: skip
             with Explainer(path, self.network) as explainer:
-                return [
-                    np.stack([one.signed_cam for one in explainer.explain_features(
-                        *features, size=SIZE,
-                        neighbors=[[explainer.index.ids[int(one)]] for one in near],
-                    )])
-                    for features, near in zip(self.seen, self.near, strict=True)
-                ]  # fmt: skip
+                yield explainer
+
+    def transferred(self, recipe: Recipe) -> list[np.ndarray]:
+        """Return signed maps by what an index stores with the results."""
+        with self.explainer(recipe) as explainer:
+            return [
+                np.stack([one.signed_cam for one in explainer.explain_features(
+                    *features, size=SIZE,
+                    neighbors=[[explainer.index.ids[int(one)]] for one in near],
+                )])
+                for features, near in zip(self.seen, self.near, strict=True)
+            ]  # fmt: skip
+
+    def receipts(self, count: int) -> np.ndarray:
+        """Return what receipts' amounts are of similarities, `[n 4]`, as `RECEIPTS` says."""
+        rows = []
+        with self.explainer(Recipe()) as explainer:
+            pairs = PairExplainer(explainer)
+            for image, near in zip(self.questions[0].inputs[:count], self.near[0], strict=False):
+                result = self.indexed[int(near)][0]
+                centred = pairs.receipt(image, result)
+                plain = pairs.receipt(image, result, centred=False)
+                left = abs(centred.remainder), abs(plain.remainder)
+                amounts = *left, plain.beyond, sum(plain.parts.values())
+                rows.append(np.array(amounts) / plain.similarity)
+        return np.stack(rows)
 
     def direct(self, method: str, count: int) -> list[np.ndarray]:
         """Return maps of the first `count` scenes by a method, of the similarity to the results."""
@@ -283,9 +311,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(options: argparse.Namespace) -> Iterator[str]:
-    """Yield the table of the small ViT and that of words."""
+    """Yield the tables of the small ViT, of words, and of receipts of both networks."""
     torch.set_num_threads(1)
     found, told, recalls = Table(), Table(), []
+    shares: dict[str, list[np.ndarray]] = defaultdict(list)
     for seed in range(FIRST, FIRST + options.seeds):
         vit, towers = trained(options.folder, seed, Sizes())
         for reading in READINGS:
@@ -293,14 +322,25 @@ def measure(options: argparse.Namespace) -> Iterator[str]:
             for name, maps in arms(case, reading, options.direct):
                 for one, about in zip(maps, case.questions, strict=True):
                     found.add(name, one, about.first(len(one)))
-            if not reading:
-                recalls.append(f"{case.recall:.3f}")
-        for reading in READINGS:
             network = two_towers(towers, reading)
             about = asked(network, seed, "pair", options.scenes)
-            if not reading:
-                told.add(MEAN, resize(seen(network, about.inputs)[1].mean(1), SIZE), about)
             for name, maps in words(network, about, seed):
                 told.add(f"{READINGS[reading] or 'Grad-CAM, '}{name}", maps, about)
+            if not reading:
+                recalls.append(f"{case.recall:.3f}")
+                told.add(MEAN, resize(seen(network, about.inputs)[1].mean(1), SIZE), about)
+                shares["small ViT"].append(case.receipts(options.direct))
+                pair = Case(network, seed, options)
+                shares["two towers"].append(pair.receipts(options.direct))
     yield f"## Small ViT\n\nRecall@1 of scenes with one digit: {', '.join(recalls)}.\n\n{found}"
     yield f"## Words\n\n{told}"
+    yield f"## Receipts\n\n{receipts_table(shares)}"
+
+
+def receipts_table(shares: dict[str, list[np.ndarray]]) -> str:
+    """Return a table of receipts' amounts, medians over queries."""
+    lines = []
+    for name, seeds in shares.items():
+        medians = np.median(np.concatenate(seeds), axis=0)
+        lines.append([name, *(f"{share:.1%}" for share in medians)])
+    return table(("network", *RECEIPTS), lines)

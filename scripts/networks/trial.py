@@ -157,8 +157,9 @@ class Trial:
         maps, kind = features.activations[0], network.head_kind
         self.tried.grid = (maps.shape[1], maps.shape[2])
         self.tried.channels, self.tried.width = len(maps), features.embedding.shape[1]
-        pooled = "pooled" if kind.pooled else "other"
-        self.tried.kind = "pooled, affine" if kind.affine else pooled
+        others = {"pooled, affine": kind.affine, "pooled, norm, affine": kind.normed is not None}
+        others["pooled"] = kind.pooled
+        self.tried.kind = next((words for words, so in others.items() if so), "other")
 
     def _read(self, receipts: Sequence[Receipt]) -> None:
         tried, shares = self.tried, []

@@ -147,20 +147,20 @@ def test_arrays_on_disk_are_claimed_before_they_are_written(tmp_path, monkeypatc
         claimed.append(os.fstat(descriptor).st_blocks * 512)
 
     monkeypatch.setattr(os, "posix_fallocate", watched)
-    array, other = (scratch.array("x", "float32", (1000, 30)) for _ in range(2))
+    array, other = (scratch.array("float32", (1000, 30)) for _ in range(2))
     assert not array.any()
     assert claimed[0] >= 120000
     array[:] = 7
     assert not other.any()  # two merges at once
     assert os.listdir(tmp_path / "s") == ["key.json"]
-    assert scratch.array("empty", "uint8", (0, 4)).shape == (0, 4)
+    assert scratch.array("uint8", (0, 4)).shape == (0, 4)
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
     with pytest.raises(OSError, match="No space left") as caught:
-        scratch.array("y", "uint8", (5,))
+        scratch.array("uint8", (5,))
     assert caught.value.filename == str(tmp_path / "s")
 
 

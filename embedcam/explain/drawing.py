@@ -1,13 +1,14 @@
-"""Files of pictures: which of an index are followed, and how drawn ones are written."""
+"""Files of pictures: which of an index are followed and drawn, and how pictures are written."""
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, overload
 
-import numpy as np
 from PIL import Image
 
 from .._files import write_whole
@@ -17,6 +18,7 @@ from ..images import (
     FileState,
     Root,
     file_state,
+    is_there,
     is_url,
     open_place,
     place_state,
@@ -24,6 +26,14 @@ from ..images import (
 )
 from ..images.places import is_below
 from ..preprocess import AnyPreprocess, Extent
+from ..render import in_notebook
+from ..render.tiles import Scale
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from .explanation import Result
+    from .text_explanation import TextResult
 
 
 def may_follow(path: str, root: Root | None, only_below: bool) -> bool:
@@ -48,31 +58,100 @@ def may_follow(path: str, root: Root | None, only_below: bool) -> bool:
     return file.is_absolute() and (not only_below or file.is_relative_to(os.path.abspath(root)))
 
 
-def read_shown(
-    path: str,
-    mark: np.ndarray | None,
-    root: Root | None,
-    only_below: bool,
-    max_pixels: int,
-    preprocess: AnyPreprocess | None,
-) -> tuple[Image.Image | None, Extent | None, bool]:
-    """Return an indexed image's picture, what of it the network saw, and whether it was changed.
+class Drawn(ABC):
+    """What was found in an index, drawn with its pictures, of which those are read that may be.
 
-    None where it is not read: a map over the wrong part of a picture would be worse than one
-    beside it.
+    See `may_follow`; the attributes are as of an `Explanation`.
     """
-    if not may_follow(path, root, only_below):
-        return None, None, False
-    own = PLACE.match(path) is None  # a file of its own, as most are
-    state: Callable[..., FileState | None] = file_state if own else place_state
-    read: Callable[..., Image.Image] = read_image if own else open_place
-    changed = mark is not None and state(path, mark) == "changed"
-    try:
-        picture = read(path, max_pixels=max_pixels)
-        extent = None if preprocess is None else preprocess.extent(*picture.size)
-        return picture, extent, changed
-    except EmbedcamError:
-        return None, None, changed
+
+    preprocess: AnyPreprocess | None
+    root: Root | None
+    only_below: bool
+    max_pixels: int
+
+    @overload
+    def plot(
+        self, *, scale: Scale = ..., title: str | None = ..., ax: None = ...
+    ) -> Image.Image: ...
+    @overload
+    def plot(self, *, scale: Scale = ..., title: str | None = ..., ax: Axes) -> Axes: ...
+    def plot(
+        self, *, scale: Scale = "joint", title: str | None = None, ax: Axes | None = None
+    ) -> Image.Image | Axes:
+        """Draw a query and its results, or those of words, each with its map, as one picture.
+
+        Parameters
+        ----------
+        scale
+            "joint" draws all results on one color scale, so that weak evidence does not look
+            strong; "each" gives every result its own.
+        title
+            Heading; where words asked, None takes them.
+        ax
+            Matplotlib axes to draw the query with its map into, or the first result of words,
+            alone, `title` above it; they are returned. Words stay vectors in SVG and PDF.
+        """
+        return self._draw(scale, title, ax)
+
+    def save(self, path: str | Path, *, scale: Scale = "joint", title: str | None = None) -> Path:
+        """Write the picture of `plot`; the file's ending chooses the format.
+
+        Raises
+        ------
+        InputError
+            An ending that names no format, or a place that cannot be written.
+        """
+        return save_picture(lambda: self.plot(scale=scale, title=title), path)
+
+    def _repr_html_(self) -> str:
+        return in_notebook(self.plot(), self._alt)
+
+    def not_found(self) -> list[str]:
+        """Return ids of the results whose pictures are not where the index says; none are read."""
+        paths = ((one.id, one.path) for one in self._shown() if one.path)
+        return [
+            name
+            for name, path in paths
+            if not (may_follow(path, self.root, self.only_below) and is_there(path))
+        ]
+
+    @property
+    @abstractmethod
+    def _alt(self) -> str: ...
+
+    @abstractmethod
+    def _draw(self, scale: Scale, title: str | None, ax: Axes | None) -> Image.Image | Axes: ...
+
+    @abstractmethod
+    def _shown(self) -> Sequence[Result | TextResult]: ...
+
+    def _state(self, result: Result | TextResult) -> FileState | None:
+        """Return what became of a result's file since the build; None where unknown."""
+        if result.mark is None or not result.path:
+            return None
+        followed = may_follow(result.path, self.root, self.only_below)
+        return place_state(result.path, result.mark) if followed else "missing"
+
+    def _read(self, result: Result | TextResult) -> tuple[Image.Image | None, Extent | None, bool]:
+        """Return a result's picture, what of it the network saw, and whether it was changed.
+
+        None where it is not read: a map over the wrong part of a picture would be worse than one
+        beside it.
+        """
+        path, mark = result.path, result.mark
+        if not may_follow(path, self.root, self.only_below):
+            return None, None, False
+        own = PLACE.match(path) is None  # a file of its own, as most are
+        state: Callable[..., FileState | None] = file_state if own else place_state
+        read: Callable[..., Image.Image] = read_image if own else open_place
+        changed = mark is not None and state(path, mark) == "changed"
+        try:
+            picture = read(path, max_pixels=self.max_pixels)
+            preprocess = self.preprocess
+            extent = None if preprocess is None else preprocess.extent(*picture.size)
+            return picture, extent, changed
+        except EmbedcamError:
+            return None, None, changed
 
 
 def save_picture(draw: Callable[[], Image.Image], path: str | Path) -> Path:

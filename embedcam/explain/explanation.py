@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from ..images import MAX_PIXELS, FileState, Root, is_there, place_state
+from ..images import MAX_PIXELS, Root
+from ..index.records import Json as Json
 from ..ops import area_average
 from ..preprocess import AnyPreprocess, Extent
-from ..render import CHANGED, Tile, draw_on_axes, in_notebook, panel, shrunk
+from ..render import CHANGED, Tile, draw_on_axes, panel, shrunk
 from ..render.tiles import Scale
-from .drawing import may_follow, read_shown, save_picture
+from .drawing import Drawn
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-Json = dict[str, Any]
-"""Plain values by name, ready for JSON."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +51,7 @@ class Result:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Explanation:
+class Explanation(Drawn):
     """A query, its nearest images, and where each of them shows why.
 
     Attributes
@@ -233,42 +230,11 @@ class Explanation:
             f"{len(self.ids)} neighbours: {_some(self.ids)}{'; ' * bool(trust)}{trust}>"
         )
 
-    @overload
-    def plot(
-        self, *, scale: Scale = ..., title: str | None = ..., ax: None = ...
-    ) -> Image.Image: ...
-    @overload
-    def plot(self, *, scale: Scale = ..., title: str | None = ..., ax: Axes) -> Axes: ...
-    def plot(
-        self, *, scale: Scale = "joint", title: str | None = None, ax: Axes | None = None
-    ) -> Image.Image | Axes:
-        """Draw the query and its results, each with its map, as one picture.
-
-        Parameters
-        ----------
-        scale
-            "joint" draws all results on one color scale, so that weak evidence does not look
-            strong; "each" gives every result its own.
-        title
-            Heading.
-        ax
-            Matplotlib axes to draw the query with its map into, alone, `title` above it; they are
-            returned. Words stay vectors in SVG and PDF.
-        """
+    def _draw(self, scale: Scale, title: str | None, ax: Axes | None) -> Image.Image | Axes:
         if ax is not None:
             return draw_on_axes(ax, Tile(self.image, self.cam, self.extent), title)
         query, results = self.tiles()
         return panel(query, results, scale=scale, title=title)
-
-    def save(self, path: str | Path, *, scale: Scale = "joint", title: str | None = None) -> Path:
-        """Write the picture of `plot`; the file's ending chooses the format.
-
-        Raises
-        ------
-        InputError
-            An ending that names no format, or a place that cannot be written.
-        """
-        return save_picture(lambda: self.plot(scale=scale, title=title), path)
 
     def tiles(self, side: int | None = None) -> tuple[Tile, list[Tile]]:
         """Return the query's and the results' tiles for `render.panel` and `render.page`.
@@ -290,8 +256,7 @@ class Explanation:
         return (query if side is None else shrunk(query, side)), results
 
     def _tile(self, result: Result) -> Tile:
-        of = (self.root, self.only_below, self.max_pixels, self.preprocess)
-        picture, extent, changed = read_shown(result.path, result.mark, *of)
+        picture, extent, changed = self._read(result)
         name, words = self._short_name(result.id), []
         if result.label is not None:
             pair = (result.label, name) if self.prototypes else (name, result.label)
@@ -331,16 +296,9 @@ class Explanation:
         words = f"weights of {len(self.explained)} neighbours, {self.transfer}"
         return "\n".join(filter(None, (words, self.trust_in_words)))
 
-    def _repr_html_(self) -> str:
-        return in_notebook(self.plot(), f"query and its nearest images: {', '.join(self.ids)}")
-
-    def not_found(self) -> list[str]:
-        """Return ids of the results whose pictures are not where the index says; none are read."""
-        return [
-            one.id
-            for one in self.results()
-            if one.path and not (self._follows(one) and is_there(one.path))
-        ]
+    @property
+    def _alt(self) -> str:
+        return f"query and its nearest images: {', '.join(self.ids)}"
 
     def changed(self) -> list[str]:
         """Return ids of the results whose pictures are other files now than were indexed."""
@@ -357,14 +315,8 @@ class Explanation:
         named = {one.id: one for one in (self.asked, self.rival) if one is not None}
         return [*named.values()] + [one for one in self.neighbors() if one.id not in named]
 
-    def _follows(self, result: Result) -> bool:
-        return may_follow(result.path, self.root, self.only_below)
-
-    def _state(self, result: Result) -> FileState | None:
-        """Return what became of a result's file since the build; None where unknown."""
-        if result.mark is None or not result.path:
-            return None
-        return place_state(result.path, result.mark) if self._follows(result) else "missing"
+    def _shown(self) -> Sequence[Result]:
+        return self.results()
 
     def to_dict(
         self,

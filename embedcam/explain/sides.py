@@ -20,9 +20,9 @@ from PIL import Image
 from .._checks import as_array
 from ..errors import InputError, NetworkError
 from ..index.encoding import LowRank
+from ..index.records import Json
 from ..preprocess import NORMS, Extent, HeldNorm
 from ..render import Tile
-from .explanation import Json
 
 if TYPE_CHECKING:
     from ..index import Index

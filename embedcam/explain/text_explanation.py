@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from ..images import MAX_PIXELS, FileState, Root, is_there, place_state
+from ..images import MAX_PIXELS, Root
+from ..index.records import Json
 from ..preprocess import AnyPreprocess
-from ..render import CHANGED, Tile, draw_on_axes, in_notebook, panel
+from ..render import CHANGED, Tile, draw_on_axes, panel
 from ..render.tiles import Scale, shorten
-from .drawing import may_follow, read_shown, save_picture
-from .explanation import Json, rounded
+from .drawing import Drawn
+from .explanation import rounded
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +53,7 @@ class TextResult:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class TextExplanation:
+class TextExplanation(Drawn):
     """Words, the pictures nearest to them, and where each picture answers them.
 
     Attributes
@@ -141,26 +142,7 @@ class TextExplanation:
         more = ", ..." * (len(self.results) > 2)
         return f"<TextExplanation: {self.words}; {len(self.results)} pictures: {near}{more}>"
 
-    @overload
-    def plot(
-        self, *, scale: Scale = ..., title: str | None = ..., ax: None = ...
-    ) -> Image.Image: ...
-    @overload
-    def plot(self, *, scale: Scale = ..., title: str | None = ..., ax: Axes) -> Axes: ...
-    def plot(
-        self, *, scale: Scale = "joint", title: str | None = None, ax: Axes | None = None
-    ) -> Image.Image | Axes:
-        """Draw the results, each with its map below it, as one picture.
-
-        Parameters
-        ----------
-        scale
-            "joint" draws all on one color scale; "each" gives every result its own.
-        title
-            Heading; None takes the words.
-        ax
-            Matplotlib axes to draw the first result with its map into; they are returned.
-        """
+    def _draw(self, scale: Scale, title: str | None, ax: Axes | None) -> Image.Image | Axes:
         tiles, title = self.tiles(), self.words if title is None else title
         if ax is not None:
             return draw_on_axes(ax, tiles[0], title)
@@ -169,12 +151,9 @@ class TextExplanation:
             ends = (shorten(self.above, 40), shorten(self.text, 40))
         return panel(None, tiles, scale=scale, title=title, ends=ends)
 
-    def save(self, path: str | Path, *, scale: Scale = "joint", title: str | None = None) -> Path:
-        """Write the picture of `plot`; the ending chooses the format, or `InputError`."""
-        return save_picture(lambda: self.plot(scale=scale, title=title), path)
-
-    def _repr_html_(self) -> str:
-        return in_notebook(self.plot(), f"pictures nearest to {self.words}, with their maps")
+    @property
+    def _alt(self) -> str:
+        return f"pictures nearest to {self.words}, with their maps"
 
     def tiles(self) -> list[Tile]:
         """Return the results' tiles for `render.panel`."""
@@ -183,8 +162,7 @@ class TextExplanation:
     def _tile(self, result: TextResult) -> Tile:
         picture, extent, changed = result.image, None, False
         if picture is None:
-            of = (self.root, self.only_below, self.max_pixels, self.preprocess)
-            picture, extent, changed = read_shown(result.path, result.mark, *of)
+            picture, extent, changed = self._read(result)
         elif self.preprocess is not None:
             extent = self.preprocess.extent(*picture.size)
         name, words = result.id.rpartition("/")[2], [result.label] if result.label else []
@@ -197,21 +175,10 @@ class TextExplanation:
         cam = result.signed_cam if signed else result.cam
         return Tile(picture, cam, extent, name, "\n".join(words), signed=signed)
 
-    def state(self, result: TextResult) -> FileState | None:
-        """Return what became of a result's file since the build; None where unknown."""
-        if result.mark is None or not result.path:
-            return None
-        followed = may_follow(result.path, self.root, self.only_below)
-        return place_state(result.path, result.mark) if followed else "missing"
+    def _shown(self) -> Sequence[TextResult]:
+        return self.results
 
-    def not_found(self) -> list[str]:
-        """Return ids of the results whose pictures are not where the index says."""
-        return [
-            one.id
-            for one in self.results
-            if one.path
-            and not (may_follow(one.path, self.root, self.only_below) and is_there(one.path))
-        ]
+    state = Drawn._state
 
     def to_dict(self, *, signed: bool = True) -> Json:
         """Return plain lists and numbers, ready for JSON; `signed` with the signed maps."""

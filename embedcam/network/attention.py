@@ -220,16 +220,12 @@ def watching(
             depth.clear()
             inside.close()
 
-    handles = [
-        part.register_forward_pre_hook(enter),
-        part.register_forward_hook(leave, always_call=True),
-    ]
-    try:
-        yield
-    finally:
-        leave()
-        for handle in handles:
-            handle.remove()
+    after = part.register_forward_hook(leave, always_call=True)
+    with part.register_forward_pre_hook(enter), after:
+        try:
+            yield
+        finally:
+            leave()
 
 
 @dataclass(frozen=True)
@@ -258,13 +254,9 @@ def attention_layers(module: nn.Module, batch: int) -> Iterator[list[AttentionLa
         if threading.get_ident() == thread:
             inside.pop()
 
-    handles = []
-    try:
+    with ExitStack() as stack:
         for name, part in hookable(module):
-            handles.append(part.register_forward_pre_hook(entering(name)))
-            handles.append(part.register_forward_hook(leave, always_call=True))
-        with AttentionWatch(batch, noted=noted):
-            yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+            stack.enter_context(part.register_forward_pre_hook(entering(name)))
+            stack.enter_context(part.register_forward_hook(leave, always_call=True))
+        stack.enter_context(AttentionWatch(batch, noted=noted))
+        yield found

@@ -5,7 +5,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from types import FunctionType
 
 import torch
@@ -209,14 +209,10 @@ def calls_of(module: nn.Module) -> Iterator[list[str]]:
     def noting(name: str) -> Callable[..., None]:
         return lambda *_: called.append(name)
 
-    handles = [
-        part.register_forward_pre_hook(noting(name)) for name, part in module.named_modules()
-    ]
-    try:
+    with ExitStack() as stack:
+        for name, part in module.named_modules():
+            stack.enter_context(part.register_forward_pre_hook(noting(name)))
         yield called
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def hookable(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import secrets
-import tempfile
 import zlib
 from collections.abc import Mapping
 from contextlib import suppress
@@ -21,6 +20,7 @@ import numpy as np
 
 from .. import _files
 from ..errors import InputError
+from ..index.arrays import scratch_array
 from ..index.records import read_as, text, whole
 
 _KEY = "key.json"
@@ -151,26 +151,12 @@ class Checkpoint:
             if name != stage and chunk.isdecimal():
                 self.put_aside(name, int(chunk))
 
-    def array(self, name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Return a writable array on disk, zero at first, for results too large to hold.
-
-        Its file has no name, and goes with it.
-        """
-        if 0 in shape:
-            return np.zeros(shape, dtype)
-        ending = f".{name}{_files.UNFINISHED}"
-        with tempfile.TemporaryFile(dir=self.path, suffix=ending) as file:
-            size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-            # Claimed now: writing to a map of a file with holes kills the process on a full disk.
-            claim = getattr(os, "posix_fallocate", None)
-            try:
-                if claim is None:
-                    file.truncate(size)
-                else:
-                    claim(file.fileno(), 0, size)
-            except OSError as error:  # that of a merge is not where its index is
-                raise OSError(error.errno, error.strerror, str(self.path)) from error
-            return np.memmap(file, np.dtype(dtype), "r+", shape=shape)
+    def array(self, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+        """Return a writable array on disk, zero at first, for results too large to hold."""
+        try:
+            return scratch_array(shape, dtype, self.path, held=0)
+        except OSError as error:  # that of a merge is not where its index is
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def mark_commit(self, job: str, generation: int) -> None:
         """Note durably, just before it happens, that this job becomes that generation."""

@@ -71,7 +71,7 @@ def gather(plan: Plan, index: Index | None = None, live: np.ndarray = _NO_ROWS) 
         raise InputError(f"none of the {len(skipped)} images could be used; the first: {first}")
     new = plan.columns("embed", "embedding")
     shape = (len(live) + len(positions), new[0].shape[1])
-    embeddings = plan.checkpoint.array("embeddings", "float32", shape)
+    embeddings = plan.checkpoint.array("float32", shape)
     np.concatenate(new, out=embeddings[len(live) :])
     listed = plan.source.items
     if len(positions) < len(listed):
@@ -194,18 +194,16 @@ def encode(
 ) -> PartData:
     """Return the images of the chunks as one part of an index; paths are relative to `root`."""
     n, grid = len(embedded.positions), grid_of(plan)
-    marks = plan.checkpoint.array("marks", "uint32", (n, 4))
+    marks = plan.checkpoint.array("uint32", (n, 4))
     np.concatenate(plan.columns("embed", "marks"), out=marks)
+    array = plan.checkpoint.array
     fields = [
-        {
-            name: plan.checkpoint.array(f"{name}{number or ''}", field.dtype, (n, *field.shape))
-            for name, field in encoding.fields.items()
-        }
-        for number, encoding in enumerate(encodings)
+        {name: array(one.dtype, (n, *one.shape)) for name, one in encoding.fields.items()}
+        for encoding in encodings
     ]
     counts, scales = np.zeros(n, np.uint32), np.zeros(n, np.float32)
     map_shape = (n, *plan.strategy.map_grid(grid))
-    maps = plan.checkpoint.array("maps", "uint8", map_shape) if with_maps else None
+    maps = plan.checkpoint.array("uint8", map_shape) if with_maps else None
     done = 0
     for chunk in plan.filled():
         arrays = plan.checkpoint.read("weights", chunk)

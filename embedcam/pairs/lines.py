@@ -16,8 +16,8 @@ from PIL import Image
 
 from .._checks import whole
 from ..errors import InputError
-from ..explain.explanation import Json
 from ..index.concepts import Concepts, Exemplar
+from ..index.records import Json
 
 MOST_LINES = 12
 """Of a receipt, all that adds up counted, unless more are asked for."""

@@ -23,9 +23,9 @@ from PIL import Image
 from .._checks import one_of, whole
 from ..errors import InputError
 from ..explain.drawing import save_picture
-from ..explain.explanation import Json
 from ..explain.sides import NOT_SHOWN, Contributions, Shown, Side, evidence_of
 from ..index.concepts import Concepts
+from ..index.records import Json
 from ..render import Matched, draw_on_axes, in_notebook, receipt_picture
 from .lines import (
     MOST_LINES,

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from ..explain.explanation import Json
 from ..explain.sides import Shown, Side, evidence_of
 from ..explain.texts import Words
 from ..index.concepts import Concepts
+from ..index.records import Json
 from ..render import receipt_picture
 from .lines import Amounts, Known
 from .receipt import Total

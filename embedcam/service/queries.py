@@ -15,9 +15,10 @@ from starlette.responses import Response
 
 from ..errors import ImageError, InputError
 from ..explain.explainer import Explainer
-from ..explain.explanation import Explanation, Json, Result
+from ..explain.explanation import Explanation, Result
 from ..explain.sides import Shown, Side
 from ..explain.texts import Words
+from ..index.records import Json
 from ..pairs import (
     Receipt,
     TextReceipt,

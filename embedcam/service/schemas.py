@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import SkipJsonSchema
 from starlette.responses import Response
 
-from ..explain.explanation import Json
+from ..index.records import Json
 from .errors import only
 from .pictures import JSON, encoded
 

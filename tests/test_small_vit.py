@@ -66,52 +66,24 @@ def test_training_sees_no_handwriting_of_queries() -> None:
         maker.scene("pair", 3)
 
 
-def test_positions_are_of_the_digit_they_lie_on_and_scenes_of_all(vit) -> None:
-    scenes = Scenes(0, 40, progress=False)
-    maker = SceneMaker(0, SIDE)
-    side = SIDE // GRID
+def test_scenes_are_of_the_digits_they_show(vit) -> None:
+    scenes, maker = Scenes(0, 40, progress=False), SceneMaker(0, SIDE)
     for number, shown in enumerate(scenes.shares(np.arange(40)).numpy()):
-        scene = maker.scene("train", number, number >= 20)
-        labels = [int(one.label) for one in scene.digits]
-        np.testing.assert_allclose(shown[0], np.bincount(labels, minlength=10) / len(labels))
-        for row, column in np.ndindex(GRID, GRID):
-            covered = np.zeros(10)
-            for one in scene.digits:
-                x0, y0, x1, y1 = one.box
-                across = min(x1, (column + 1) * side) - max(x0, column * side)
-                down = min(y1, (row + 1) * side) - max(y0, row * side)
-                covered[int(one.label)] = max(across, 0) * max(down, 0) > side * side / 2
-            expected = covered / covered.sum() if covered.any() else np.full(10, 0.1)
-            np.testing.assert_allclose(shown[1 + row * GRID + column], expected, rtol=1e-6)
+        labels = [int(one.label) for one in maker.scene("train", number, number >= 20).digits]
+        np.testing.assert_allclose(shown, np.bincount(labels, minlength=10) / len(labels))
 
 
-def test_the_head_makes_of_every_position_what_it_makes_of_the_class_token(vit) -> None:
-    images, _ = Scenes(0, 4, progress=False).draw(3)
-    with torch.no_grad():
-        found, positions = vit.both(images)
-        torch.testing.assert_close(found, vit(images))
-        tokens = vit.forward_features(images)
-        expected = tokens[:, -1] @ vit.head.weight.T + vit.head.bias
-    assert positions.shape == (3, GRID * GRID, 8)
-    torch.testing.assert_close(positions[:, -1], expected)
-
-
-def test_the_loss_is_the_cross_entropy_of_scenes_plus_that_of_their_positions() -> None:
+def test_the_loss_is_the_cross_entropy_of_cosines() -> None:
     rng = np.random.default_rng(0)
-    found, classes, positions = (
-        torch.from_numpy(rng.standard_normal(shape)) for shape in ((2, 4), (10, 4), (2, 3, 4))
-    )
-    shown = torch.from_numpy(rng.dirichlet(np.ones(10), (2, 4)))
-
-    def lost(one: torch.Tensor, shares: torch.Tensor) -> float:
-        cosines = [float(one @ c / (one.norm() * c.norm())) for c in classes]
+    found, classes = (torch.from_numpy(rng.standard_normal((n, 4))) for n in (3, 10))
+    shown = torch.from_numpy(rng.dirichlet(np.ones(10), 3))
+    lost = []
+    for one, shares in zip(found, shown.numpy(), strict=True):
+        cosines = [float(one @ each / (one.norm() * each.norm())) for each in classes]
         powers = np.exp(small_vit.SCALE * np.array(cosines))
-        return -float(shares.numpy() @ np.log(powers / powers.sum()))
-
-    scenes = np.mean([lost(found[b], shown[b, 0]) for b in range(2)])
-    each = np.mean([lost(positions[b, n], shown[b, 1 + n]) for b in range(2) for n in range(3)])
-    got = small_vit.classified(found, positions, classes, shown, 0.5)
-    np.testing.assert_allclose(float(got), scenes + each / 2)
+        lost.append(-float(shares @ np.log(powers / powers.sum())))
+    got = small_vit.classified(found, classes, shown)
+    np.testing.assert_allclose(float(got), np.mean(lost))
 
 
 def test_captions_name_digits_that_are_there() -> None:

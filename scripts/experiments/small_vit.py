@@ -2,13 +2,12 @@
 
 - *small ViT*: pictures of 80 x 80, five convolutions to 10 x 10 tokens of 8 x 8 pixels, a class
   token and 4 registers, 3 blocks of width 96, the class token through a LayerNorm and a linear map
-  to 32 numbers of length 1. Trained on scenes with one digit and with two, by cross-entropy over
-  the cosines to a proxy a class (NormFace, Wang et al. 2017): of the class token, and of every
-  position for the digit it lies on, or all classes alike where none is (token labelling, Jiang et
-  al. 2021; `--positions 0` is without).
+  to 32 numbers of length 1. Trained on scenes with one digit and with two by cross-entropy over the
+  cosines to a proxy a class (NormFace, Wang et al. 2017).
 - *two towers*: the same, trained further on scenes with one digit and with two, beside a tower for
   texts (a mean of word embeddings, and two layers), by SigLIP's loss (Zhai et al. 2023): a caption
-  belongs to every scene of a batch that shows all digits it names.
+  belongs to every scene of a batch that shows all digits it names; beside it the loss from before,
+  with the texts "a zero", "a one", ... as the proxies.
 
 Scenes are embedcam.demo's: training has 60% of scikit-learn's handwriting, galleries and queries
 20% each of the rest, and all have seeds of their own.
@@ -32,7 +31,6 @@ from embedcam import EmbeddingNetwork
 from embedcam.demo.digits_network import MEAN, STD, digits_preprocess, save_weights
 from embedcam.demo.scenes import Scene, SceneMaker, Split
 from embedcam.images.progress import progress_of
-from embedcam.metrics import box_mask
 from embedcam.network.checkpoints import load_state, read_state
 
 from ..benchmarks.timing import table
@@ -69,8 +67,6 @@ class Sizes:
     steps: int = 800
     text_steps: int = 500
     rate: float = 2e-3
-    positions: float = 1.0
-    """How much the cross-entropy of positions counts beside that of their scenes."""
 
 
 def caption(template: str, digits: Sequence[int]) -> str:
@@ -86,18 +82,9 @@ VOCABULARY = {word: place for place, word in enumerate(["", *sorted(_WORDS)])}
 """Words by their rows; those of one letter, and all that were never seen, have none."""
 
 
-class SmallViT(VisionTransformer):
-    """A ViT `[B 3 80 80]` -> `[B D]`."""
-
-    def both(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return embeddings `[B D]`, and what the head makes of every position, `[B n D]`."""
-        found: Tensor = self.head(self.forward_features(images))
-        return found[:, 0], found[:, 1 + REGISTERS :]
-
-
-def vision_transformer(sizes: Sizes) -> SmallViT:
-    """Return a ViT `[B 3 80 80]` -> `[B D]`, whose tokens come out of three convolutions."""
-    vit = SmallViT(
+def vision_transformer(sizes: Sizes) -> VisionTransformer:
+    """Return a ViT `[B 3 80 80]` -> `[B D]`, whose tokens come out of convolutions."""
+    vit = VisionTransformer(
         img_size=SIDE, patch_size=SIDE // GRID, embed_dim=sizes.width, depth=sizes.depth,
         num_heads=4, mlp_ratio=2, reg_tokens=REGISTERS, num_classes=sizes.embedding,
         global_pool="token",
@@ -210,7 +197,6 @@ class Scenes:
                 advance(1)
         self.pixels = [scene.pixels for scene in scenes]
         self.digits = [[int(one.label) for one in scene.digits] for scene in scenes]
-        self._shares = [shares(scene) for scene in scenes]
         self._rng = np.random.default_rng([seed, 7])
 
     def draw(self, count: int) -> tuple[Tensor, np.ndarray]:
@@ -220,11 +206,11 @@ class Scenes:
         return normalised(images), numbers
 
     def shares(self, numbers: np.ndarray) -> Tensor:
-        """Return shares of classes `[B 1 + n 10]`: of scenes, then of the positions of each.
-
-        A position is of the digit whose box covers most of it; of no digit: of all classes alike.
-        """
-        return torch.from_numpy(np.stack([self._shares[one] for one in numbers]))
+        """Return shares of classes `[B 10]`, alike of the digits that scenes show."""
+        shown = torch.zeros(len(numbers), 10)
+        for row, number in zip(shown, numbers, strict=True):
+            row[self.digits[number]] = 1 / len(self.digits[number])
+        return shown
 
     def caption(self, number: int) -> tuple[str, set[int]]:
         """Draw a caption that belongs to a scene, and the digits it names."""
@@ -234,23 +220,12 @@ class Scenes:
         return caption(templates[int(self._rng.integers(len(templates)))], digits), set(digits)
 
 
-def shares(scene: Scene) -> np.ndarray:
-    """Return shares of classes, float32 `[1 + n 10]`: of a scene, then of its positions."""
-    found = np.zeros((1 + GRID * GRID, 10), np.float32)
-    for digit in scene.digits:
-        covered = box_mask(digit.box, (SIDE, SIDE)).reshape(GRID, SIDE // GRID, GRID, SIDE // GRID)
-        found[0, int(digit.label)] = 1
-        found[1:, int(digit.label)] += covered.mean((1, 3)).ravel() > 0.5
-    found[found.sum(1) == 0] = 1
-    return found / found.sum(1, keepdims=True)
-
-
 def normalised(pixels: np.ndarray) -> Tensor:
     """Return uint8 `[B H W 3]` as inputs `[B 3 H W]`."""
     return (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - MEAN) / STD
 
 
-def train_vit(sizes: Sizes, seed: int = 0, progress: bool = True) -> SmallViT:
+def train_vit(sizes: Sizes, seed: int = 0, progress: bool = True) -> VisionTransformer:
     """Train the small ViT, in eval mode when it is done."""
     scenes = Scenes(seed, sizes.scenes, progress)
     vit, proxies = _seeded(
@@ -259,13 +234,15 @@ def train_vit(sizes: Sizes, seed: int = 0, progress: bool = True) -> SmallViT:
 
     def loss() -> Tensor:
         images, numbers = scenes.draw(sizes.batch)
-        return classified(*vit.both(images), proxies, scenes.shares(numbers), sizes.positions)
+        return classified(vit(images), proxies, scenes.shares(numbers))
 
     descend(vit.train(), [proxies], loss, sizes.steps, sizes.rate, progress)
     return vit.eval()
 
 
-def train_towers(vit: SmallViT, sizes: Sizes, seed: int = 0, progress: bool = True) -> TwoTowers:
+def train_towers(
+    vit: VisionTransformer, sizes: Sizes, seed: int = 0, progress: bool = True
+) -> TwoTowers:
     """Train two towers, the pictures' from the small ViT on; in eval mode when it is done."""
     scenes = Scenes(seed, sizes.scenes, progress)
     towers = _seeded(seed, lambda: TwoTowers(sizes))
@@ -276,28 +253,23 @@ def train_towers(vit: SmallViT, sizes: Sizes, seed: int = 0, progress: bool = Tr
         texts, told = zip(*(scenes.caption(one) for one in numbers), strict=True)
         shown = [set(scenes.digits[one]) for one in numbers]
         belongs = torch.tensor([[1.0 if one <= all_ else -1.0 for one in told] for all_ in shown])
-        found, positions = towers.pictures.both(images)
+        found = towers(images)
         cosines = F.normalize(found, dim=1) @ F.normalize(towers.embed_texts(texts), dim=1).T
         sure = F.logsigmoid(belongs * (towers.scale.exp() * cosines + towers.bias))
         names = towers.embed_texts([caption(ONE[1], [digit]) for digit in range(10)])
-        named = classified(found, positions, names, scenes.shares(numbers), sizes.positions)
-        return named - sure.sum(1).mean()
+        return classified(found, names, scenes.shares(numbers)) - sure.sum(1).mean()
 
     descend(towers.train(), [], loss, sizes.text_steps, sizes.rate / 2, progress)
     return towers.eval()
 
 
-def classified(
-    found: Tensor, positions: Tensor, classes: Tensor, shown: Tensor, weight: float
-) -> Tensor:
-    """Return the cross-entropy of scenes `[B D]` plus that of their positions `[B n D]`, weighted.
+def classified(found: Tensor, classes: Tensor, shown: Tensor) -> Tensor:
+    """Return the cross-entropy of embeddings `[B D]`, by cosines to classes `[10 D]`.
 
-    Over the cosines to the classes `[10 D]`; shown `[B 1 + n 10]`: their shares.
+    shown: shares of the classes, `[B 10]`.
     """
-    every = torch.cat([found[:, None], positions], 1)
-    scores = SCALE * F.normalize(every, dim=2) @ F.normalize(classes, dim=1).T
-    lost = -(shown * F.log_softmax(scores, 2)).sum(2)
-    return lost[:, 0].mean() + weight * lost[:, 1:].mean()
+    cosines = F.normalize(found, dim=1) @ F.normalize(classes, dim=1).T
+    return F.cross_entropy(SCALE * cosines, shown)
 
 
 def _seeded(seed: int, make: Callable[[], Made]) -> Made:
@@ -348,7 +320,7 @@ def trained(folder: Path, seed: int, sizes: Sizes) -> tuple[Path, Path]:
         save_weights(train_vit(sizes, seed), vit)
     if not towers.exists():
         module = small_vit(vit).module
-        assert isinstance(module, SmallViT)
+        assert isinstance(module, VisionTransformer)
         save_weights(train_towers(module, sizes, seed), towers)
     return vit, towers
 
@@ -387,10 +359,10 @@ def recalls(network: EmbeddingNetwork, seed: int) -> tuple[float, float]:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="where the weights lie, or are written")
-    parser.add_argument("--seeds", type=int, default=1)
-    for name in ("scenes", "steps", "text_steps", "width", "depth", "positions"):
-        option, default = f"--{name.replace('_', '-')}", getattr(Sizes, name)
-        parser.add_argument(option, type=type(default), default=default)
+    parser.add_argument("--seeds", type=int, default=2)
+    for name in ("scenes", "steps", "text_steps", "width", "depth"):
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=int, default=getattr(Sizes, name))
 
 
 def measure(options: argparse.Namespace) -> Iterator[str]:

@@ -307,10 +307,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder", type=Path, help="the networks' weights, as `small_vit` writes them"
     )
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--gallery", type=int, default=400, help="scenes that are indexed")
     parser.add_argument("--scenes", type=int, default=200, help="with one digit and with two")
-    parser.add_argument("--direct", type=int, default=50, help="of these by each method directly")
+    parser.add_argument("--direct", type=int, default=40, help="of these by each method directly")
 
 
 def measure(options: argparse.Namespace) -> Iterator[str]:

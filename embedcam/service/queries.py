@@ -113,11 +113,13 @@ def router(pipeline: Pipeline) -> APIRouter:
             default=14, ge=1, le=MAX_CELLS, description="Of the JSON's map: cells a side at most."
         )
         text: schemas.Sentence | SkipJsonSchema[None] = Field(
-            default=None, description="Words, beside a picture: where does it answer them?"
+            default=None,
+            description="Words, beside a picture: where does it answer them? With words "
+            "as the body it has no meaning.",
         )
         above: schemas.Sentence | SkipJsonSchema[None] = Field(
             default=None,
-            description="Other words: which places speak for the text, which for these?",
+            description="With `text`: which places speak for it, and which for these words?",
         )
         picture_size: int = Field(
             default=512, ge=16, le=MAX_SIDE, description="Of an overlay: its longer side at most."
@@ -147,12 +149,15 @@ def router(pipeline: Pipeline) -> APIRouter:
             told = _explained(request, picture, why, asked.map_size, asked.signed)
             return schemas.response(told, kind, {"Vary": "Accept"})
 
-        async def answer_words(upload: Upload) -> Response:
+        async def refuse_named() -> None:
             if named := given(asked.result, asked.rival):
                 await pipeline.holding(named)
                 name = "rival" if asked.result is None else "result"
-                said = f"{name}: is of a picture as the query; leave it out"
+                said = f"{name}: is of a picture as the query; leave it out, or the words"
                 raise HTTPProblem(422, "unusable_parameter", said)
+
+        async def answer_words(upload: Upload) -> Response:
+            await refuse_named()
             found = await words_maker.find(read_words(upload), asked.n_neighbors)
             why, kept = await words_maker.explain(*found)
 
@@ -165,9 +170,7 @@ def router(pipeline: Pipeline) -> APIRouter:
             return await pipeline.in_thread(tell)
 
         async def answer_on(text: str, read: Callable[[], Prepared]) -> Response:
-            if given(asked.result, asked.rival) or asked.detail > 1:
-                said = "text: asks of the picture alone; leave out result, rival and detail"
-                raise HTTPProblem(422, "unusable_parameter", said)
+            await refuse_named()
             words = schemas.TextQuery(text=text, above=asked.above)
             picture, why = await words_maker.explain_on(words, read)
 
@@ -181,9 +184,6 @@ def router(pipeline: Pipeline) -> APIRouter:
 
         wanted = (asked.n_neighbors, asked.result, asked.rival, asked.detail)
         async with pipeline.admitted(request, words=True) as upload:
-            if (asked.above is not None and asked.text is None) or (upload.is_json and asked.text):
-                said = "above goes with a text, and both with a picture, or both in the JSON"
-                raise HTTPProblem(422, "unusable_parameter", f"text: {said}")
             if upload.is_json:
                 return await answer_words(upload)
             read = pipeline.reading(upload, side, asked.detail)

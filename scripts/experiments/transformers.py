@@ -12,7 +12,7 @@ shows it. Figures are of the signed map, so that no change of contrast moves the
 
 *Transferred* maps are drawn with what the index stores with the result, by each recipe and each
 method an index can hold; *direct* ones by a method on the query itself, of its similarity to the
-same result (on the first scenes only, as the table says). *Words*: an index of scenes with two
+same result, on the first 40 scenes of a seed (`--direct`). *Words*: an index of scenes with two
 digits, explained by a caption of either. Means and 95% bootstrap intervals over scenes, a scene's
 two questions together; of several seeds of scenes and training the scenes of all. *Receipts* are
 of scenes with one digit and their nearest results: shares of the similarity. The remainder is
@@ -328,11 +328,12 @@ def measure(options: argparse.Namespace) -> Iterator[str]:
                     found.add(name, one, about.first(len(one)))
             network = two_towers(towers, reading)
             about = asked(network, seed, "pair", options.scenes)
+            if not reading:
+                told.add(MEAN, resize(seen(network, about.inputs)[1].mean(1), SIZE), about)
             for name, maps in words(network, about, seed):
                 told.add(f"{READINGS[reading] or 'Grad-CAM, '}{name}", maps, about)
             if not reading:
                 recalls.append(f"{case.recall:.3f}")
-                told.add(MEAN, resize(seen(network, about.inputs)[1].mean(1), SIZE), about)
                 shares["small ViT"].append(case.receipts(options.direct))
                 pair = Case(network, seed, options)
                 shares["two towers"].append(pair.receipts(options.direct))

@@ -65,7 +65,8 @@ export class WordsCard {
       make("span", { class: "rank", "aria-hidden": "true", text: String(rank) }),
     );
     const rival = result.rival_similarity ?? null;
-    const numbers = rival === null ? fixed(result.similarity) : `${fixed(result.similarity)} above ${fixed(rival)}`;
+    const order = rival > result.similarity ? "below" : "above";
+    const numbers = rival === null ? fixed(result.similarity) : `${fixed(result.similarity)} ${order} ${fixed(rival)}`;
     this.element = make("li", { class: "card" }, this.button, caption(result, numbers));
   }
 

@@ -57,7 +57,7 @@ def test_shares_are_those_of_the_literal_loops(signed: bool) -> None:
     np.testing.assert_allclose(shares, expected, atol=2e-3)
     np.testing.assert_allclose(shares.sum(0), [1, 1, 1, 1, 0], atol=1e-6)
     channels = rng.normal(size=5)
-    lines, rest = concepts.divide(channels, shares)
+    lines, rest = concepts.divide(channels, activations)
     np.testing.assert_allclose(lines, expected @ channels, atol=5e-3)
     assert rest == pytest.approx(channels[4], abs=1e-6)
 
@@ -69,7 +69,7 @@ def test_lines_and_rest_add_up(seed: int, n: int, signed: bool) -> None:
     activations = (rng.normal(size=(4, 2, 2)) * 10.0 ** rng.integers(-20, 20)).astype(np.float32)
     concepts, channels = of_parts(parts), rng.normal(size=4)
     shares = concepts.shares(activations)
-    lines, rest = concepts.divide(channels, shares)
+    lines, rest = concepts.divide(channels, activations)
     assert lines.sum() + rest == pytest.approx(channels.sum(), abs=1e-6)
     assert (shares >= 0).all()
     assert (shares.sum(0) <= 1 + 1e-6).all()

@@ -256,7 +256,7 @@ def test_links_within_scratch_are_not_followed(tmp_path: Path, precious: Path) -
     before = everything(precious)
     scratch = Checkpoint.owned(tmp_path / "s", "k")
     (tmp_path / "s" / "sums.array").symlink_to(precious / "123456")
-    np.testing.assert_array_equal(scratch.array("sums", "f4", (2, 3)), 0)
+    np.testing.assert_array_equal(scratch.array("f4", (2, 3)), 0)
     (tmp_path / "s" / "sums.array").unlink()
     (tmp_path / "s" / "embed-0000001.tmp").symlink_to(precious)
     (tmp_path / "s" / "more").symlink_to(precious)

@@ -17,7 +17,8 @@ from PIL import Image
 from test_index_corrupt import MEAN, PART, at, content, edit, forge, u64
 
 from embedcam.errors import IndexFormatError, InputError
-from embedcam.explain.explanation import Explanation, may_follow
+from embedcam.explain.drawing import may_follow
+from embedcam.explain.explanation import Explanation
 from embedcam.index import Index, create, rebuild_faiss, verify
 from embedcam.index import manifest as manifest_file
 from embedcam.preprocess import Preprocess

@@ -178,7 +178,10 @@ def test_what_goes_with_words_and_what_does_not(words):
     app = app_of(words[0])
     body = {"text": "a cat"}
     assert asked(app, "/explain?result=c0/000.png", body).error == (422, "unusable_parameter")
-    assert asked(app, "/compare?result=c0/000.png&cell=0,0", body).error[0] == 422
+    alone = asked(app, "/compare?result=c0/000.png", body).json()
+    assert asked(app, "/compare?result=c0/000.png&cell=0,0", body).json() == alone
+    rival = f"rival={words[0].index.ids[0]}"
+    assert asked(app, f"/compare?result=c0/000.png&{rival}", body).error[0] == 422
     assert asked(app, "/compare?result=nobody", body).error == (404, "unknown_image")
     alone = asked(app, "/explain", body).json()
     assert asked(app, "/explain?text=a&above=b", body).json() == alone

@@ -36,6 +36,8 @@ ARRAYS = frozenset((PARTS, *EXEMPLARS))
 MOST_BYTES = 1 << 20
 """Of all of them together, in an index that embedcam makes."""
 LONGEST_NAME = 100
+_NONE = 1e-100
+"""Of a channel, where the largest is about 1: what is less cannot be divided by."""
 
 
 class Exemplar(NamedTuple):
@@ -104,37 +106,51 @@ class Concepts:
         largest = float(sums.max(initial=0))
         if not (0 < largest < np.inf):
             return np.zeros(len(self))
-        factor = self._factor
-        products = self.parts.astype(np.float64) @ (sums / largest)
+        factor, projection = self._factors
         most = 50 * len(self)
-        return np.asarray(nnls(factor.T, np.linalg.solve(factor, products), maxiter=most)[0])
+        return np.asarray(nnls(factor.T, projection @ (sums / largest), maxiter=most)[0])
 
     def shares(self, activations: np.ndarray) -> np.ndarray:
         """Return the share of each part in each channel of a picture `[K H W]`, `[P K]`.
 
         They are 0 to 1, and add up to 1 in a channel, or to 0 where no part has it.
         """
-        each = self.amounts(activations).astype(np.float32)[:, None] * self.parts
+        each = self.amounts(activations)[:, None] * self._wide
         if self.parts.shape[1] != len(activations):
             each = each[:, : len(activations)] + each[:, len(activations) :]
         total = each.sum(0)
         return np.asarray(each / np.where(total > 0, total, 1))
 
-    def divide(self, channels: np.ndarray, shares: np.ndarray) -> tuple[np.ndarray, float]:
+    def divide(self, channels: np.ndarray, activations: np.ndarray) -> tuple[np.ndarray, float]:
         """Return what each part gives to a score, `[P]`, and the rest, which no part explains.
 
-        `channels` `[K]` is what each channel of the picture gives; amounts and rest add up to all.
+        `channels` `[K]` is what each channel of the picture `[K H W]` gives, divided by `shares`;
+        amounts and rest add up to all.
         """
-        amounts = shares @ channels
+        parts, n_channels = self._wide, len(activations)
+        much = self.amounts(activations)
+        total = much @ parts
+        if signed := len(total) != n_channels:
+            total = total[:n_channels] + total[n_channels:]
+        each = channels / np.where(total > _NONE, total, 1)
+        amounts = much * (parts @ (np.concatenate([each, each]) if signed else each))
         return amounts, float(channels.sum() - amounts.sum())
 
     @cached_property
-    def _factor(self) -> np.ndarray:
-        """A lower triangle L `[P P]` with L L^T = V V^T, but for what keeps equal parts apart."""
-        wide = self.parts.astype(np.float64)
+    def _wide(self) -> np.ndarray:
+        return self.parts.astype(np.float64)
+
+    @cached_property
+    def _factors(self) -> tuple[np.ndarray, np.ndarray]:
+        """A lower triangle L `[P P]` with L L^T = V V^T, but for what keeps equal parts apart.
+
+        And what least squares of L take of a picture's channels, L^-1 V.
+        """
+        wide = self._wide
         products = wide @ wide.T
         products[np.diag_indices(len(wide))] += 1e-9 * np.trace(products) / len(wide) + 1e-300
-        return np.linalg.cholesky(products)
+        factor = np.linalg.cholesky(products)
+        return factor, np.linalg.solve(factor, wide)
 
     def _sums(self, activations: np.ndarray) -> np.ndarray:
         flat = activations.reshape(len(activations), -1)

@@ -31,7 +31,7 @@ Box = tuple[float, float, float, float]
 
 REGION, TOGETHER = 0.15, 0.4
 """Shares of its picture that one region, and all of them, take at most."""
-_BLOCKS = 8
+BLOCKS = 8
 """Parts that a picture is divided into along a side, at most: regions are joined from them."""
 _TURNS = 4
 _COMPACT = 0.3
@@ -161,13 +161,36 @@ def products(
         vectors.append(each[:-1])
         shares.append(masks.mean((1, 2)))
         apart.append(side.embedding - each[-1] - mean)
+    return _summed(vectors, vectors[0] @ vectors[1].T, apart, shares)
+
+
+def products_of_positions(
+    query: Side, result: Side, mean: np.ndarray, vectors: Sequence[np.ndarray], both: np.ndarray
+) -> np.ndarray:
+    """Return P_ij `[n n']`, of v `[n D]` and v' `[n' D]` and the products of all of them."""
+    sides = zip((query, result), vectors, strict=True)
+    apart = [side.embedding - each.sum(0) - mean for side, each in sides]
+    return _summed(vectors, both, apart, [np.full(len(each), 1 / len(each)) for each in vectors])
+
+
+def _summed(
+    vectors: Sequence[np.ndarray],
+    both: np.ndarray,
+    apart: Sequence[np.ndarray],
+    shares: Sequence[np.ndarray],
+) -> np.ndarray:
     ends = vectors[0] @ apart[1], vectors[1] @ apart[0]
     linear = np.outer(ends[0], shares[1]) + np.outer(shares[0], ends[1])
-    return np.asarray(vectors[0] @ vectors[1].T + linear / 2)
+    return np.asarray(both + linear / 2)
 
 
 def find_places(
-    query: Side, result: Side, mean: np.ndarray, n: int = 5, within: np.ndarray | None = None
+    query: Side,
+    result: Side,
+    mean: np.ndarray,
+    n: int = 5,
+    within: np.ndarray | None = None,
+    matches: np.ndarray | None = None,
 ) -> list[Place]:
     """Return the pairs of regions that give most, at most n, most first.
 
@@ -184,13 +207,19 @@ def find_places(
         Pairs, at most
     within
         Weights `[H W]` of the query's positions, 0 to 1: only what lies there
+    matches
+        P_ij of all positions, for pictures that are not divided, where it is known
     """
     boards = [_Board(side.activations.shape[1:]) for side in (query, result)]
     ours, theirs = (board.grid.masks for board in boards)
     if within is not None:
         ours = ours * within
         boards[0].free &= ours.any((1, 2))
-    found = _best_pairs(products(query, result, mean, ours, theirs), whole("places", n), *boards)
+    if matches is None:
+        matches = products(query, result, mean, ours, theirs)
+    elif within is not None:
+        matches = within.reshape(-1, 1) * matches
+    found = _best_pairs(matches, whole("places", n), *boards)
     places = [
         Place(ours[list(one)].any(0), theirs[list(other)].any(0), gain)
         for one, other, gain in found
@@ -206,7 +235,7 @@ class _Grid:
     """A picture's positions, divided into blocks: `masks` `[n H W]`, and which are near which."""
 
     def __init__(self, shape: tuple[int, int]) -> None:
-        rows, columns = (np.arange(size) * min(size, _BLOCKS) // size for size in shape)
+        rows, columns = (np.arange(size) * min(size, BLOCKS) // size for size in shape)
         count = (rows[-1] + 1) * (columns[-1] + 1)
         numbers = rows[:, None] * (columns[-1] + 1) + columns
         self.masks = (numbers == np.arange(count)[:, None, None]).astype(np.float64)
@@ -246,8 +275,8 @@ class _Board:
         left, areas, beside = min(self._most, self._left), self.grid.areas, self.grid.beside
         if left < 1:
             return 0.0, ()
-        values = np.where(self.free, gains, -1.0).tolist()
-        first = max(range(len(values)), key=values.__getitem__)
+        free = np.where(self.free, gains, -1.0)
+        first, values = int(free.argmax()), free.tolist()
         region: dict[int, None] = {}
         total, edge, least = 0.0, {first: values[first]}, max(_LEAST * values[first], 0.0)
         while edge:
@@ -270,12 +299,16 @@ def _best_pairs(
 ) -> list[tuple[Region, Region, float]]:
     """Return regions of both and what they give, by sums over `matches` `[blocks blocks']`."""
     found: dict[tuple[Region, Region], float] = {}
+    known: dict[tuple[Region, Region], float] = {}
     while len(found) < n:
         gains = _grown_in_turns(matches, ours, theirs)
         for one, matched in ours.regions.items():
             gain, other = theirs.grown(matched)
             gains[one, other] = gain
-            gains |= {(one, other): float(matched[list(other)].sum()) for other in theirs.regions}
+            for other in theirs.regions:
+                if (one, other) not in known:
+                    known[one, other] = float(matched[list(other)].sum())
+        gains |= known
         for other, matched in theirs.regions.items():
             gain, one = ours.grown(matched)
             gains[one, other] = gain

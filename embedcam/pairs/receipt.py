@@ -38,7 +38,7 @@ from .lines import (
     in_words,
     lines_of,
 )
-from .places import Place, find_places
+from .places import BLOCKS, Place, find_places, products_of_positions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -249,7 +249,11 @@ class Receipt(Total):
         Each region takes at most 15% of its picture, all together at most 40% of either. What all
         pairs of positions give is `beyond`; see `embedcam.pairs.places`.
         """
-        return find_places(*self.sides, self.mean, n, self.within)
+        known = None
+        shapes = [side.activations.shape[1:] for side in self.sides]
+        if self.sides[0].direct and max(map(max, shapes)) <= BLOCKS:
+            known = products_of_positions(*self.sides, self.mean, *self._positions)
+        return find_places(*self.sides, self.mean, n, self.within, known)
 
     def in_words(self, n: int = 5) -> list[str]:
         """Return sentences: what matches what, of n places at most, and what they carry.
@@ -279,7 +283,7 @@ class Receipt(Total):
 
     def _divided(self, concepts: Concepts) -> tuple[np.ndarray, float]:
         of = zip((self.query, self.result), self.sides, strict=True)
-        both = [concepts.divide(one.channels, concepts.shares(s.activations)) for one, s in of]
+        both = [concepts.divide(one.channels, s.activations) for one, s in of]
         return (both[0][0] + both[1][0]) / 2, (both[0][1] + both[1][1]) / 2
 
     def point(self, row: int, column: int, of: Literal["query", "result"] = "query") -> np.ndarray:
@@ -300,12 +304,18 @@ class Receipt(Total):
 
     def matrix(self) -> np.ndarray:
         """Return `point` of every position, `[H W H' W']`."""
+        vectors, both = self._positions
+        ours, theirs = (each @ self.mean for each in vectors)
+        n, others = both.shape
+        less = ours[:, None] / others + theirs / n - float(self.mean @ self.mean) / (n * others)
         grids = [side.activations.shape[1:] for side in self.sides]
-        vectors = [
-            self._vectors(side, range(height * width))
-            for side, (height, width) in zip(self.sides, grids, strict=True)
-        ]
-        return np.asarray((vectors[0] @ vectors[1].T).reshape(*grids[0], *grids[1]))
+        return np.asarray((both - less).reshape(*grids[0], *grids[1]))
+
+    @cached_property
+    def _positions(self) -> tuple[list[np.ndarray], np.ndarray]:
+        """What each position gives to its embedding, `[n D]` of both, and their products."""
+        vectors = [side.cell_vectors(range(side.activations[0].size)) for side in self.sides]
+        return vectors, vectors[0] @ vectors[1].T
 
     def links(self, n: int = 5) -> list[Link]:
         """Return the best matching positions, best first, each position in one link at most.
@@ -440,7 +450,7 @@ class Comparison(Total):
         return self._amounts(n, left, len(lengths)) + lengths
 
     def _divided(self, concepts: Concepts) -> tuple[np.ndarray, float]:
-        return concepts.divide(self.channels, concepts.shares(self.result.sides[0].activations))
+        return concepts.divide(self.channels, self.result.sides[0].activations)
 
     def to_dict(self, lines: int = 10) -> Json:
         """Return plain lists and numbers, ready for JSON; without pictures."""

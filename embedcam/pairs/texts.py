@@ -82,7 +82,7 @@ class TextReceipt(Total):
         return {**told, **self._channels(lines), "picture": self.query.to_dict()}
 
     def _divided(self, concepts: Concepts) -> tuple[np.ndarray, float]:
-        return concepts.divide(self.query.channels, concepts.shares(self.side.activations))
+        return concepts.divide(self.query.channels, self.side.activations)
 
     def _draw(self, lines: int, links: int, title: str | None) -> Image.Image:
         amounts = self.amounts(lines)

@@ -222,7 +222,8 @@ def router(pipeline: Pipeline) -> APIRouter:
             default=None, description=f"{_ID}: why did the one result come above it?"
         )
         cell: Annotated[str, Field(pattern=CELL, examples=["2,5"])] | SkipJsonSchema[None] = Field(
-            default=None, description="Row and column of a cell, from 0: what does it match?"
+            default=None,
+            description="Row and column of a cell, from 0: what does it match?",
         )
         of: Literal["query", "result"] = Field(default="query", description="Whose cell it is.")
         box: (
@@ -293,10 +294,10 @@ def router(pipeline: Pipeline) -> APIRouter:
         request: Request, asked: CompareParameters, kind: str, words: Words
     ) -> Response:
         """Answer with the receipts of words and images."""
-        if given(asked.rival, asked.cell, asked.box):
-            said = "rival, cell and box are of a picture as the query; leave them out"
+        held, index = await pipeline.holding([*asked.result, *given(asked.rival)]), pipeline.index
+        if asked.rival is not None:
+            said = "rival: is of a picture as the query; leave it out, or the words"
             raise HTTPProblem(422, "unusable_parameter", said)
-        held, index = await pipeline.holding(asked.result), pipeline.index
         check_names(asked.result, None)
         made: list[tuple[Prepared, TextReceipt]] = []
 

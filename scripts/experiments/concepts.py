@@ -94,7 +94,7 @@ def _divided(concepts: Concepts, pairs: list[Pair], mean: np.ndarray) -> list[li
         for (one, activations), (other, _) in (pair, pair[::-1]):
             given, wide = one * (other - mean) / 2, activations.astype(np.float32)
             total += float(given.sum())
-            amounts += concepts.divide(given, concepts.shares(wide))[0]
+            amounts += concepts.divide(given, wide)[0]
             # Of what is in the channels, as much as the parts themselves would put there.
             sums = wide.sum((1, 2), dtype=np.float64)
             slopes = np.divide(given, sums, out=np.zeros(len(sums)), where=sums > 0)

@@ -84,7 +84,8 @@ class PooledSide:
 
     def cell_vectors(self, cells: Sequence[int]) -> np.ndarray:
         """Return what positions, counted row by row, alone give to f, `[n D]`."""
-        return self._embedded(self._flat[:, list(cells)])
+        every = isinstance(cells, range) and cells == range(self._flat.shape[1])
+        return self._embedded(self._flat if every else self._flat[:, list(cells)])
 
     def _embedded(self, sums: np.ndarray) -> np.ndarray:
         embedded = sums if self._matrix is None else self._matrix @ sums

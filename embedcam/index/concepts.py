@@ -159,10 +159,11 @@ class Concepts:
                 f"these activations have {len(flat)} channels, and the index's concepts are parts "
                 f"of {self.parts.shape[1]}; give those of the network it was built with"
             )
-        sums = np.maximum(flat, 0).sum(1, dtype=np.float64)
+        ones = np.ones(flat.shape[1], flat.dtype)
+        sums = (np.maximum(flat, 0) @ ones).astype(np.float64)
         if self.parts.shape[1] == len(flat):
-            return np.asarray(sums)
-        return np.concatenate([sums, sums - flat.sum(1, dtype=np.float64)])
+            return sums
+        return np.concatenate([sums, sums - (flat @ ones).astype(np.float64)])
 
 
 class Exemplars:

@@ -110,22 +110,11 @@ class Concepts:
         most = 50 * len(self)
         return np.asarray(nnls(factor.T, projection @ (sums / largest), maxiter=most)[0])
 
-    def shares(self, activations: np.ndarray) -> np.ndarray:
-        """Return the share of each part in each channel of a picture `[K H W]`, `[P K]`.
-
-        They are 0 to 1, and add up to 1 in a channel, or to 0 where no part has it.
-        """
-        each = self.amounts(activations)[:, None] * self._wide
-        if self.parts.shape[1] != len(activations):
-            each = each[:, : len(activations)] + each[:, len(activations) :]
-        total = each.sum(0)
-        return np.asarray(each / np.where(total > 0, total, 1))
-
     def divide(self, channels: np.ndarray, activations: np.ndarray) -> tuple[np.ndarray, float]:
         """Return what each part gives to a score, `[P]`, and the rest, which no part explains.
 
-        `channels` `[K]` is what each channel of the picture `[K H W]` gives, divided by `shares`;
-        amounts and rest add up to all.
+        `channels` `[K]` is what each channel of the picture `[K H W]` gives. The shares of parts in
+        a channel are 0 to 1, and add up to 1, or to 0 where no part has it.
         """
         parts, n_channels = self._wide, len(activations)
         much = self.amounts(activations)
@@ -160,7 +149,7 @@ class Concepts:
                 f"of {self.parts.shape[1]}; give those of the network it was built with"
             )
         ones = np.ones(flat.shape[1], flat.dtype)
-        sums = (np.maximum(flat, 0) @ ones).astype(np.float64)
+        sums: np.ndarray = (np.maximum(flat, 0) @ ones).astype(np.float64)
         if self.parts.shape[1] == len(flat):
             return sums
         return np.concatenate([sums, sums - (flat @ ones).astype(np.float64)])

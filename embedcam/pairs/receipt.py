@@ -249,10 +249,7 @@ class Receipt(Total):
         Each region takes at most 15% of its picture, all together at most 40% of either. What all
         pairs of positions give is `beyond`; see `embedcam.pairs.places`.
         """
-        known = None
-        shapes = [side.activations.shape[1:] for side in self.sides]
-        if self.sides[0].direct and max(map(max, shapes)) <= BLOCKS:
-            known = products_of_positions(*self.sides, self.mean, *self._positions)
+        known = self._kept and products_of_positions(*self.sides, self.mean, *self._kept)
         return find_places(*self.sides, self.mean, n, self.within, known)
 
     def in_words(self, n: int = 5) -> list[str]:
@@ -304,7 +301,7 @@ class Receipt(Total):
 
     def matrix(self) -> np.ndarray:
         """Return `point` of every position, `[H W H' W']`."""
-        vectors, both = self._positions
+        vectors, both = self._kept or self._positions()
         ours, theirs = (each @ self.mean for each in vectors)
         n, others = both.shape
         less = ours[:, None] / others + theirs / n - float(self.mean @ self.mean) / (n * others)
@@ -312,8 +309,13 @@ class Receipt(Total):
         return np.asarray((both - less).reshape(*grids[0], *grids[1]))
 
     @cached_property
+    def _kept(self) -> tuple[list[np.ndarray], np.ndarray] | None:
+        """What places and links both need, of pictures that are not divided into blocks."""
+        sizes = [size for side in self.sides for size in side.activations.shape[1:]]
+        return self._positions() if self.sides[0].direct and max(sizes) <= BLOCKS else None
+
     def _positions(self) -> tuple[list[np.ndarray], np.ndarray]:
-        """What each position gives to its embedding, `[n D]` of both, and their products."""
+        """Return what each position gives to its embedding, `[n D]` of both, and their products."""
         vectors = [side.cell_vectors(range(side.activations[0].size)) for side in self.sides]
         return vectors, vectors[0] @ vectors[1].T
 

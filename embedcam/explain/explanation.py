@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ..images import MAX_PIXELS, Root
-from ..index.records import Json as Json
+from ..index.records import Json
 from ..ops import area_average
 from ..preprocess import AnyPreprocess, Extent
 from ..render import CHANGED, Tile, draw_on_axes, panel, shrunk

@@ -23,8 +23,8 @@ import numpy as np
 
 from .._checks import one_of, whole
 from ..errors import InputError, short
-from ..explain.explanation import Json
 from ..explain.sides import Side
+from ..index.records import Json
 
 Box = tuple[float, float, float, float]
 """(x0, y0, x1, y1)."""

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from ..errors import EmbedcamError
 from ..explain.explainer import Explainer
-from ..explain.explanation import Json, rounded
+from ..explain.explanation import rounded
 from ..explain.side_maker import SideMaker, SlopeSide
 from ..explain.sides import PooledSide, Side
 from ..explain.text_explanation import TextExplanation, TextResult
@@ -23,6 +23,7 @@ from ..explain.texts import Answers, Words, cells_of, embedded_words, explained,
 from ..images import is_url
 from ..images.places import inside, stamp_of
 from ..index import Index, Neighbors
+from ..index.records import Json
 from ..ops import area_average
 from ..preprocess import Extent
 from . import schemas

@@ -527,6 +527,24 @@ def test_a_narrow_window(look):
     assert page.text("#note") == "What in the results matches row 1, column 1."
 
 
+@pytest.mark.parametrize("width", [740, 1020, 1300])
+def test_a_receipt_fits_its_panel(look, width):
+    page = look(width=width)
+    page.ask(QUERY)
+    page.page.locator(".card:nth-child(2) button.frame").hover()
+    page.page.wait_for_selector(".place .share")
+    assert page.problems() == []
+    sizes = page.page.evaluate(
+        """() => [".share", ".crop"].map((name) => [...document.querySelectorAll(name)]
+          .map((one) => one.getBoundingClientRect()).map((box) => [box.width, box.height]))"""
+    )
+    shares, crops = sizes
+    assert max(height for _, height in shares) < 60  # two lines, and no number is broken
+    assert min(side for crop in crops for side in crop) > 40
+    inside = "(one) => one.scrollWidth <= one.clientWidth"
+    assert page.page.locator("#panel").evaluate(inside)
+
+
 def altered(page, change):
     """Answers of /explain as another index would give them."""
 
